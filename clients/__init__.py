@@ -1,0 +1,1 @@
+"""Where data lives: loaders, local training and the client application."""

@@ -1,0 +1,298 @@
+"""The client application: what a data holder does with one message, and the only place where something leaves it.
+
+    kept?            the same request again gets the same bytes again, and costs nothing
+    gate, charge     on disk before any record is read; too dear is answered with a fixed word
+    sample, clip, add noise, divide      `privacy.dpsgd`, on records that only now are loaded
+    keep             the finished release is stored before any byte leaves
+    send             trainable parameters and the receipt; no count, no loss, no metric
+
+Wire, both ways a Flower message of type "train". A request holds an ArrayRecord ``arrays`` (trainable parameters by
+name, float32) and a ConfigRecord ``job`` with exactly the keys of `REQUEST_KEYS`. A reply holds ``arrays`` of the same
+names and shapes and a ConfigRecord ``receipt``; or, with no arrays, a ConfigRecord ``refusal`` with one fixed word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.holder import Holder, Release, noise_name
+from models.task import Task
+from privacy.dpsgd import PrivateTrainer
+from privacy.errors import PlanError
+from privacy.ledger import ChargeRequest, Receipt, Word, model_digest, request_digest
+from privacy.plan import Local, Plan, require
+
+REQUEST_KEYS: Final = frozenset({"job", "round", "task", "plan", "local", "lr", "witness"})
+_TEXT_BYTES: Final = 8 * 1024
+_JOB: Final = re.compile(r"[0-9a-f]{32}")
+_WITNESS: Final = re.compile(r"(?:|\d{1,12}:[0-9a-f]{64})")
+
+_log = logging.getLogger("tacit.client")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One round's request, parsed and bounds-checked; everything in it is public.
+
+    Attributes:
+        job: Job identity, 32 hex digits.
+        round: Round, from 1.
+        task: Name of the task.
+        plan: The plan of the job.
+        local: Learning knobs.
+        lr: Learning rate of this round, > 0.
+        witness: Sequence number and hash of the last receipt the server holds, or None.
+        arrays: The model's trainable parameters as they came.
+        digest: SHA-256 of the whole request, in hex.
+    """
+
+    job: str
+    round: int
+    task: str
+    plan: Plan
+    local: Local
+    lr: float
+    witness: tuple[int, str] | None
+    arrays: ArrayRecord
+    digest: str
+
+    def charge_of(self, name: str, *, noise: str, commitment: str = "") -> ChargeRequest:
+        """Returns what this request asks one data set to pay for."""
+        return ChargeRequest(
+            name=name,
+            job=self.job,
+            round=self.round,
+            request=self.digest,
+            plan=self.plan,
+            commitment=commitment,
+            noise=noise,
+            witness=self.witness,
+        )
+
+
+def parse_request(message: Message) -> Request:
+    """Reads a request, trusting none of it.
+
+    Raises:
+        PlanError: The message is not exactly a request.
+    """
+    content = message.content
+    require(set(content) == {"arrays", "job"}, f"expected the records 'arrays' and 'job', got {sorted(content)[:4]}")
+    arrays, job = content["arrays"], content["job"]
+    require(isinstance(arrays, ArrayRecord) and isinstance(job, ConfigRecord), "expected an ArrayRecord and a ConfigRecord")
+    assert isinstance(arrays, ArrayRecord) and isinstance(job, ConfigRecord)  # noqa: S101 -- for the type checker only
+    require(set(job) == REQUEST_KEYS, f"expected the request keys {sorted(REQUEST_KEYS)}, got {sorted(job)[:10]}")
+    texts = {key: job[key] for key in ("job", "task", "plan", "local", "witness")}
+    for key, text in texts.items():
+        require(isinstance(text, str) and len(text) <= _TEXT_BYTES, f"expected a short text as {key!r}")
+    number, lr = job["round"], job["lr"]
+    require(type(number) is int and 1 <= number <= 10**9, "expected a round from 1")
+    require(type(lr) is float and 0 < lr < 1e9, "expected a learning rate > 0")
+    require(bool(_JOB.fullmatch(str(texts["job"]))), "expected a job identity of 32 hex digits")
+    witness = str(texts["witness"])
+    require(bool(_WITNESS.fullmatch(witness)), "expected a witness 'number:hash' or nothing")
+    seq, _, head = witness.partition(":")
+    return Request(
+        job=str(texts["job"]),
+        round=int(str(number)),
+        task=str(texts["task"]),
+        plan=_plan(str(texts["plan"])),
+        local=_local(str(texts["local"])),
+        lr=float(str(lr)),
+        witness=(int(seq), head) if witness else None,
+        arrays=arrays,
+        digest=request_digest(dict(job), _arrays_digest(arrays)),
+    )
+
+
+_plan = lru_cache(maxsize=8)(Plan.from_json)
+_local = lru_cache(maxsize=8)(Local.from_json)
+
+
+class _Shared:
+    """Remembers what was computed from the last model: a cohort shares one broadcast, so one computation serves all.
+
+    Containers may differ from client to client while the arrays in them are the same objects; only these count.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._arrays: tuple[Array, ...] = ()
+        self._value: Any = None
+
+    def get(self, arrays: ArrayRecord, compute: Callable[[ArrayRecord], Any]) -> Any:
+        """Returns ``compute(arrays)``, computed anew only for other arrays than the last ones."""
+        names, values = tuple(arrays.keys()), tuple(arrays.values())
+        # The tuple holds the arrays alive, so an identity cannot come to mean another array.
+        same = names == self._names and all(a is b for a, b in zip(values, self._arrays, strict=True))
+        if not same or self._value is None:
+            self._names, self._arrays, self._value = names, values, compute(arrays)
+        return self._value
+
+
+_digests = _Shared()
+
+
+def _arrays_digest(arrays: ArrayRecord) -> str:
+    return str(_digests.get(arrays, lambda shared: model_digest(_items(shared))))
+
+
+def _items(arrays: ArrayRecord) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
+    for name, array in arrays.items():
+        yield name, f"{array.stype}/{array.dtype}", tuple(array.shape), array.data
+
+
+def decode(arrays: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
+    """Reads trainable parameters off the wire.
+
+    Args:
+        arrays: What came; nothing about it is trusted.
+        shapes: Names and shapes of the trainable parameters, in order.
+
+    Returns:
+        All parameters, flat float32 of shape ``(P,)``.
+
+    Raises:
+        PlanError: Names, types, shapes or lengths are not those of this model.
+    """
+    require(
+        list(arrays) == list(shapes),
+        f"expected the parameters {list(shapes)[:4]}..., got {list(arrays)[:4]}...; is it the same task?",
+    )
+    parts = []
+    for name, array in arrays.items():
+        count = int(np.prod(shapes[name], dtype=np.int64))
+        require(
+            array.dtype == "float32" and tuple(array.shape) == tuple(shapes[name]) and array.stype == "numpy.ndarray",
+            f"expected {name} as float32 {shapes[name]}, got {array.dtype} {tuple(array.shape)[:8]}",
+        )
+        # The header of a float32 .npy file is 128 bytes here; a longer one is not parsed.
+        require(4 * count <= len(array.data) <= 4 * count + 256, f"expected about {4 * count} bytes for {name}")
+        try:
+            value = np.load(io.BytesIO(array.data), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise PlanError(f"expected {name} as a numpy array, got bytes that do not parse ({error})") from None
+        require(value.dtype == np.float32 and value.shape == tuple(shapes[name]), f"expected {name} as it was declared")
+        require(bool(np.isfinite(value).all()), f"expected finite numbers in {name}; the job has diverged")
+        parts.append(value.reshape(-1))
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0)
+
+
+def encode(flat: np.ndarray[tuple[int], np.dtype[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> ArrayRecord:
+    """Writes flat trainable parameters as named arrays; the inverse of `decode`."""
+    record, start = ArrayRecord(), 0
+    for name, shape in shapes.items():
+        count = int(np.prod(shape, dtype=np.int64))
+        record[name] = Array(flat[start : start + count].reshape(shape))
+        start += count
+    return record
+
+
+class _Worker:
+    """One task's trainer under one plan, built once and used for every client and round of a process."""
+
+    def __init__(self, task: Task, holder: Holder, plan: Plan, local: Local) -> None:
+        self.model = task.build(holder.shape)
+        self.trainer = PrivateTrainer(
+            self.model, task.loss, plan=plan, local=local, augment=task.augment, device=holder.device
+        )
+        self.shapes = dict(zip(self.trainer.names, self.trainer.shapes, strict=True))
+        self._start = _Shared()
+
+    def start(self, arrays: ArrayRecord) -> torch.Tensor:
+        """Returns the broadcast model as a flat vector; decoded once per cohort, read-only by convention."""
+        start: torch.Tensor = self._start.get(arrays, lambda shared: decode(shared, self.shapes))
+        return start
+
+
+_workers: dict[tuple[str, str, str, str, tuple[int, ...]], _Worker] = {}
+
+
+def _worker(holder: Holder, request: Request) -> _Worker:
+    key = (holder.task.name, request.plan.digest(), request.local.to_json(), holder.device, holder.shape.inputs)
+    if key not in _workers:
+        # One job at a time: an older job's model would only hold memory.
+        _workers.clear()
+        _workers[key] = _Worker(holder.task, holder, request.plan, request.local)
+    return _workers[key]
+
+
+def answer(request: Request, holder: Holder) -> Release | Word:
+    """Carries one request through the guarantee chain.
+
+    Guarantees:
+        Order: gate and charge come before any record is read; keep comes before the result is returned (G8).
+        Once: two returned releases of one charge are byte-identical (G9).
+
+    Raises:
+        TacitError: Only for a simulated holder, whose faults are the experimenter's own.
+    """
+    kept = holder.kept.get(request.job, holder.account(), request.digest)
+    if kept is not None:
+        return kept
+    if request.task != holder.task.name:
+        return Word.CONFLICT
+    worker = _worker(holder, request)
+    start = worker.start(request.arrays)
+    # From here on the charge is spent whatever happens; nothing above has touched a record.
+    receipt = holder.charge(request.charge_of(holder.name, noise=noise_name(holder.sources), commitment=holder.commitment))
+    if isinstance(receipt, Word):
+        return receipt
+    records = holder.records()
+    source = holder.sources(holder=holder.name, job=request.job, round=request.round)
+    parameters = worker.trainer.train(
+        start, records.inputs, records.targets, records.valid, source, lr=request.lr
+    )
+    release = Release(parameters.cpu().numpy(), receipt)
+    holder.kept.put(release)
+    return release
+
+
+def client_app(find: Callable[[Context], Holder]) -> ClientApp:
+    """Makes the client application.
+
+    Args:
+        find: Returns the holder that a context belongs to.
+
+    Returns:
+        A Flower ``ClientApp`` that answers "train" and nothing else: evaluating on private data would be a release.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        holder = find(context)
+        shapes: Mapping[str, tuple[int, ...]] = {}
+        try:
+            request = parse_request(message)
+            result: Release | Word = answer(request, holder)
+            if isinstance(result, Release):
+                shapes = {name: tuple(array.shape) for name, array in request.arrays.items()}
+        except Exception as error:
+            if holder.simulated:
+                raise
+            # An exception's presence and text could tell something about the data: one word leaves, the rest stays.
+            _log.exception("a request was not served; the reason stays on this machine")
+            result = Word.MALFORMED if isinstance(error, PlanError) else Word.UNAVAILABLE
+        if isinstance(result, Word):
+            return Message(RecordDict({"refusal": ConfigRecord({"word": result.value})}), reply_to=message)
+        content = RecordDict(
+            {
+                "arrays": encode(result.parameters, shapes),
+                "receipt": ConfigRecord({"receipt": result.receipt.to_json()}),
+            }
+        )
+        return Message(content, reply_to=message)
+
+    return app

@@ -1,0 +1,98 @@
+"""Models and augmentation for images: convolutional networks with GroupNorm.
+
+GroupNorm instead of BatchNorm: a batch statistic mixes examples, so no per-example gradient, and no bound on
+it, would exist (guarantee G10).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.shape import Shape
+from models.table import Activation
+
+
+def cnn(
+    shape: Shape,
+    *,
+    widths: tuple[int, ...] = (16, 32),
+    hidden: int = 32,
+    activation: Activation = Activation.TANH,
+) -> nn.Sequential:
+    """Returns a small convolutional network for images from 8x8 up.
+
+    Each block is a 3x3 convolution, GroupNorm over groups of about four channels, the activation and a 2x2
+    average pooling. Whatever is left at the end is averaged to at most 4x4, so the head stays small for large
+    images.
+
+    Args:
+        shape: Records of shape ``(channels, height, width)``.
+        widths: Channels of each block, each a multiple of 4.
+        hidden: Width of the linear layer before the classes.
+        activation: Non-linearity after each normalisation and in the head.
+
+    Raises:
+        ValueError: The records are not images, or are too small to be halved by every block.
+    """
+    if len(shape.inputs) != 3:
+        raise ValueError(
+            f"expected images of shape (channels, height, width), got records of shape {shape.inputs}"
+        )
+    channels, height, width = shape.inputs
+    if min(height, width) < 2 ** len(widths):
+        raise ValueError(
+            f"expected images of at least {2 ** len(widths)} pixels a side for {len(widths)} blocks, "
+            f"got {height}x{width}; use fewer blocks"
+        )
+    layers: list[nn.Module] = []
+    for filters in widths:
+        layers += [
+            nn.Conv2d(channels, filters, 3, padding=1),  # (B, filters, H, W)
+            nn.GroupNorm(filters // 4, filters),
+            activation.layer(),
+            nn.AvgPool2d(2),  # (B, filters, H/2, W/2)
+        ]
+        channels, height, width = filters, height // 2, width // 2
+    if max(height, width) > 4:
+        height, width = min(height, 4), min(width, 4)
+        layers.append(nn.AdaptiveAvgPool2d((height, width)))
+    return nn.Sequential(
+        *layers,
+        nn.Flatten(),
+        nn.Linear(channels * height * width, hidden),
+        activation.layer(),
+        nn.Linear(hidden, shape.classes),
+    )
+
+
+def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns one view of each image: mirrored with probability one half and shifted by up to 4 pixels.
+
+    Guarantees:
+        Alone: each view depends on its own record and on the generator, never on another record.
+
+    Args:
+        images: Shape ``(B, C, H, W)``.
+        generator: CPU source of this non-private randomness.
+
+    Returns:
+        Views, same shape; pixels shifted in from outside are zero, the middle of the normalised range.
+
+    References:
+        `De et al. (2022) <https://arxiv.org/abs/2204.13650>`_: average K views' gradients before clipping.
+    """
+    count, _, height, width = images.shape
+    flip = torch.rand(count, generator=generator) < 0.5
+    down, right = torch.randint(9, (2, count), generator=generator)
+    padded = functional.pad(images, (4, 4, 4, 4))  # (B, C, H+8, W+8)
+    rows = down[:, None] + torch.arange(height)  # (B, H)
+    columns = (
+        torch.where(flip[:, None], torch.arange(width - 1, -1, -1), torch.arange(width)) + right[:, None]
+    )  # (B, W)
+    device = images.device
+    record = torch.arange(count, device=device)[:, None, None]
+    # Indexing the padded (B, H, W, C) view picks every record's own window in one gather.
+    picked = padded.permute(0, 2, 3, 1)[record, rows.to(device)[:, :, None], columns.to(device)[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()

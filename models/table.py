@@ -1,0 +1,112 @@
+"""Models and metrics for tables: softmax regression and multilayer perceptrons.
+
+Both start with a flatten, so they take any record shape. Every layer is a standard one that treats examples
+one at a time; tanh is the default because its bounded activations keep gradients small, which clipping
+rewards (`Papernot et al. 2021 <https://arxiv.org/abs/2007.14191>`_).
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from models.shape import Shape, classification
+
+
+class Activation(StrEnum):
+    """Non-linearity between layers."""
+
+    TANH = "tanh"
+    RELU = "relu"
+
+    def layer(self) -> nn.Module:
+        """Returns a fresh layer."""
+        return nn.Tanh() if self is Activation.TANH else nn.ReLU()
+
+
+def softmax_regression(shape: Shape, *, standardise: bool = False) -> nn.Sequential:
+    """Returns one linear layer over the flattened record, starting at zero.
+
+    The objective is convex, so zero is as good a start as any, and it spends no clipped gradient on
+    unlearning a random one.
+
+    Args:
+        shape: The records.
+        standardise: Whether each record is first brought to mean 0 and variance 1, by itself; right for
+            images, whose values share one unit, and wrong for tables.
+    """
+    width = math.prod(shape.inputs)
+    linear = nn.Linear(width, shape.classes)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(*_entry(width, standardise), linear)
+
+
+def mlp(
+    shape: Shape,
+    *,
+    hidden: tuple[int, ...] = (64,),
+    activation: Activation = Activation.TANH,
+    standardise: bool = False,
+) -> nn.Sequential:
+    """Returns a multilayer perceptron over the flattened record.
+
+    Args:
+        shape: The records.
+        hidden: Widths of the hidden layers, in order.
+        activation: Non-linearity after each hidden layer.
+        standardise: As for `softmax_regression`.
+    """
+    width = math.prod(shape.inputs)
+    layers = _entry(width, standardise)
+    for units in hidden:
+        layers += [nn.Linear(width, units), activation.layer()]
+        width = units
+    return nn.Sequential(*layers, nn.Linear(width, shape.classes))
+
+
+def _entry(width: int, standardise: bool) -> list[nn.Module]:
+    """The layers that turn a record into a vector."""
+    # Without parameters, LayerNorm is a fixed function of one record: nothing about it is learned or shared.
+    return [nn.Flatten(), nn.LayerNorm(width, elementwise_affine=False)] if standardise else [nn.Flatten()]
+
+
+def roc_auc(score: Tensor, positive: Tensor) -> float:
+    """Returns the area under the ROC curve: the chance that a positive outranks a negative, ties counting
+    half.
+
+    Args:
+        score: Larger means more positive, shape ``(N,)``, finite.
+        positive: Which records are positive, shape ``(N,)``, bool, with both kinds present.
+
+    References:
+        Mann and Whitney (1947), the U statistic over its maximum.
+    """
+    _, inverse, counts = torch.unique(score, return_inverse=True, return_counts=True)
+    # Equal scores share the mean of the ranks they occupy, which is what makes a tie count half.
+    last = counts.cumsum(0).double()
+    ranks = (last - (counts.double() - 1) / 2)[inverse]
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    return (ranks[positive].sum().item() - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def table_metrics(output: Tensor, target: Tensor) -> dict[str, float]:
+    """Returns `classification`'s metrics and, with two classes, ``roc_auc`` of the second class.
+
+    ``roc_auc`` is left out where a test set holds one class only or a logit is not finite: it has no value
+    there.
+
+    Args:
+        output: Logits of the whole test set, shape ``(N, classes)``.
+        target: Classes, shape ``(N,)``, int64.
+    """
+    found = classification(output, target)
+    if output.shape[1] == 2 and 0 < int(target.sum()) < len(target):
+        margin = output[:, 1].double() - output[:, 0].double()
+        if bool(margin.isfinite().all()):
+            found["roc_auc"] = roc_auc(margin, target == 1)
+    return found

@@ -1,0 +1,1 @@
+"""The border: everything that may cross from a data holder to anyone else."""

@@ -1,0 +1,48 @@
+"""The one error tree of Tacit; every failure a person can act on is one of these.
+
+    TacitError
+    |-- PlanError        the plan or scenario cannot mean what it says       exit code 2
+    |-- DataError        a data set cannot be read or breaks its schema      exit code 3
+    |-- LedgerError      a ledger is damaged, foreign or out of step         exit code 4
+    |-- BudgetExceeded   the next charge would cost more than is left        exit code 5
+    `-- RunError         a run folder or engine cannot go on                 exit code 6
+
+A message is one sentence: what was expected, what came, what to do. No message carries a private value, and no
+error leaves a data holder (guarantee G12): the client application answers with a fixed word instead.
+"""
+
+
+class TacitError(Exception):
+    """Root of all failures that a person can act on."""
+
+    exit_code = 1
+
+
+class PlanError(TacitError, ValueError):
+    """The plan or scenario cannot mean what it says."""
+
+    exit_code = 2
+
+
+class DataError(TacitError):
+    """A data set cannot be read, or breaks its schema."""
+
+    exit_code = 3
+
+
+class LedgerError(TacitError):
+    """A ledger is damaged, foreign or out of step; it is never reset."""
+
+    exit_code = 4
+
+
+class BudgetExceeded(TacitError):
+    """The next charge would cost more than the holder's budget has left."""
+
+    exit_code = 5
+
+
+class RunError(TacitError):
+    """A run folder or an engine cannot go on."""
+
+    exit_code = 6

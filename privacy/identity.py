@@ -1,0 +1,113 @@
+"""Who is who: Ed25519 identities for receipts and countersignatures (RFC 8032).
+
+A data holder signs what it was charged; the peer countersigns. Private keys live in files of mode 0600 or are derived
+from one; they never print, log or pickle. Encryption and enrolment of separate machines build on the same names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+from typing import NoReturn, final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from privacy.errors import LedgerError
+
+
+@final
+class Secret:
+    """A 32-byte secret in a file of mode 0600, from which a holder's keys are derived.
+
+    Guarantees:
+        Closed: it does not print, copy or pickle; only derived keys leave it.
+    """
+
+    def __init__(self, seed: bytes) -> None:
+        if len(seed) != 32:
+            raise LedgerError(f"expected a secret of 32 bytes, got {len(seed)}; restore the key file from its backup")
+        self.__seed = seed
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> Secret:
+        """Reads the secret at ``path``, or makes one there with mode 0600.
+
+        Raises:
+            LedgerError: The file can be read by others, or does not hold 32 bytes.
+        """
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            mode = path.stat().st_mode & 0o777
+            if mode & 0o077:
+                raise LedgerError(
+                    f"expected key file {path.name} to be private (0600), got {mode:04o}; chmod 600 it"
+                ) from None
+            return cls(path.read_bytes())
+        with os.fdopen(descriptor, "wb") as file:
+            seed = os.urandom(32)
+            file.write(seed)
+            file.flush()
+            os.fsync(file.fileno())
+        return cls(seed)
+
+    def derive(self, purpose: str) -> bytes:
+        """Returns 32 bytes that depend on the secret and a purpose (HMAC-SHA-256)."""
+        return hmac.new(self.__seed, purpose.encode(), hashlib.sha256).digest()
+
+    def identity(self, name: str) -> Identity:
+        """Returns the signing identity of one name under this secret."""
+        return Identity(self.derive(f"tacit/identity/1/{name}"))
+
+    def commitment(self, name: str, content: bytes) -> str:
+        """Returns a keyed commitment to content, in hex: equal content, equal value; nothing else can be learnt.
+
+        A bare hash would let anyone who guesses a data set confirm the guess (guarantee G7).
+        """
+        return hmac.new(self.derive(f"tacit/commitment/1/{name}"), content, hashlib.sha256).hexdigest()
+
+    def __repr__(self) -> str:
+        return "Secret(<32 bytes>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret is neither copied nor pickled; load it from its key file")
+
+
+@final
+class Identity:
+    """An Ed25519 signing identity."""
+
+    def __init__(self, seed: bytes) -> None:
+        self.__key = Ed25519PrivateKey.from_private_bytes(seed)
+        self.public_key: str = self.__key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+
+    def sign(self, message: bytes) -> str:
+        """Returns the 64-byte signature of a message, in hex."""
+        return self.__key.sign(message).hex()
+
+    def __repr__(self) -> str:
+        return f"Identity({self.public_key[:16]})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a signing identity is neither copied nor pickled; derive it from its key file")
+
+
+def verify(public_key: str, message: bytes, signature: str) -> None:
+    """Checks a signature.
+
+    Args:
+        public_key: Raw Ed25519 public key, 64 hex digits.
+        message: What was signed.
+        signature: 128 hex digits.
+
+    Raises:
+        LedgerError: The signature does not belong to this key and message, or either is malformed.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(bytes.fromhex(signature), message)
+    except (InvalidSignature, ValueError, TypeError):
+        raise LedgerError("expected a valid signature, got one that does not match its key and message") from None

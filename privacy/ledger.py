@@ -1,0 +1,539 @@
+"""The ledger: what was spent on which data set, for ever, and the gate that refuses to overspend.
+
+One `Book` is one file, ``ledger.jsonl``: an append-only list of JSON lines, each bound to the one before it in its
+account by a SHA-256 chain. An account is a data set of one holder under a random identity that is made once; what the
+data set contains may change, its account and all its spend stay (guarantee G7). A deployed client's book holds its own
+accounts; a simulation's book holds those of all its clients, so that a cohort is charged with one fsync.
+
+Order (guarantee G8): `Book.charge` returns only after the entries are on disk. Nothing may touch private data before.
+A crash in between over-counts, never under-counts.
+
+What is never written here: a bare hash of data, a number of records, a label count, a coin, a noise seed.
+
+Crash safety: before the append, the batch is put whole into ``ledger.intent`` by an atomic rename. If the append is
+torn, opening the book finishes it from there, so a torn charge is spent. A book that is shorter than its intent says,
+or that does not chain, was cut or edited: it is refused and never reset. Both files rolled back together cannot be
+seen from here; the receipts that peers hold show it (guarantee G14).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, Self
+
+from privacy.accounting import Event, Grant, rdp
+from privacy.errors import LedgerError, TacitError
+from privacy.identity import Secret, verify
+from privacy.noise import SECURE_SOURCE
+from privacy.plan import Adjacency, Plan, Unit, canonical
+
+_VERSION: Final = 1
+_GENESIS: Final = "0" * 64
+# An entry is well under 2 KiB; a longer line is not ours and is not parsed.
+_LINE_BYTES: Final = 16 * 1024
+
+
+class Word(StrEnum):
+    """The fixed words with which a client declines; none depends on data (guarantee G12)."""
+
+    DECLINED = "declined"
+    CONFLICT = "conflict"
+    BEHIND = "behind"
+    MALFORMED = "malformed"
+    UNAVAILABLE = "unavailable"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What one charge was, signed by the holder; the peer countersigns and keeps it (guarantee G14).
+
+    Attributes:
+        account: The data set's random identity, 32 hex digits.
+        seq: Number of the charge entry in its account, from 0.
+        head: SHA-256 of that entry, which chains all before it.
+        job: Job identity, stable over resumption.
+        round: Round of the job, from 1.
+        request: SHA-256 of the whole request that was charged for.
+        event: What is released under this charge.
+        spent: Epsilon of everything ever charged to the account, by its filter, at the holder's delta.
+        granted: The account's budget in epsilon.
+        delta: The holder's delta.
+        charges: How many charges the account holds.
+        test: Whether any charge was made with a noise source other than the production one.
+        public_key: The holder's Ed25519 key, 64 hex digits.
+        signature: Over all fields above, 128 hex digits.
+    """
+
+    account: str
+    seq: int
+    head: str
+    job: str
+    round: int
+    request: str
+    event: Event
+    spent: float
+    granted: float
+    delta: float
+    charges: int
+    test: bool
+    public_key: str
+    signature: str = ""
+
+    def signed_bytes(self) -> bytes:
+        """Returns the bytes that the signature covers."""
+        fields = dataclasses.asdict(self)
+        del fields["signature"]
+        return b"tacit/receipt/1\n" + canonical(fields)
+
+    def to_json(self) -> str:
+        """Returns the canonical JSON text."""
+        return canonical(dataclasses.asdict(self)).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads and verifies a receipt.
+
+        Raises:
+            LedgerError: It is not a receipt, or its signature does not match its own key.
+        """
+        try:
+            fields = json.loads(text) if len(text) <= _LINE_BYTES else {}
+            fields["event"] = Event.from_dict(fields["event"])
+            for name, kind in _RECEIPT_TYPES.items():
+                if type(fields[name]) is not kind:
+                    raise TypeError(f"{name} is not a {kind.__name__}")
+            receipt = cls(**fields)
+            signed = receipt.signed_bytes()
+        except (ValueError, TypeError, KeyError) as error:
+            raise LedgerError(f"expected a receipt, got something else ({type(error).__name__})") from None
+        verify(receipt.public_key, signed, receipt.signature)
+        return receipt
+
+
+_RECEIPT_TYPES: Final[Mapping[str, type]] = {
+    **dict.fromkeys(("account", "head", "job", "request", "public_key", "signature"), str),
+    **dict.fromkeys(("seq", "round", "charges"), int),
+    **dict.fromkeys(("spent", "granted", "delta"), float),
+    "test": bool,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChargeRequest:
+    """What a holder is asked to pay for: one round of one job, bound to the whole request.
+
+    Attributes:
+        name: The holder's own name of the data set.
+        job: Job identity.
+        round: Round, from 1.
+        request: SHA-256 of the whole request, in hex.
+        plan: The job's plan; its digest is committed at the job's first charge and may never change.
+        commitment: Keyed commitment to the data's content, or empty where it is not known yet.
+        noise: Name of the source that will draw the noise.
+        witness: Pair (seq, head) of the last receipt that the peer holds, or None.
+    """
+
+    name: str
+    job: str
+    round: int
+    request: str
+    plan: Plan
+    commitment: str = ""
+    noise: str = SECURE_SOURCE
+    witness: tuple[int, str] | None = None
+
+
+@dataclasses.dataclass
+class Account:
+    """One data set's running state, rebuilt from its entries.
+
+    Attributes:
+        identity: Random data-set identity, 32 hex digits.
+        grant: The budget and its order.
+        population: What the grant says this data set is part of (public words).
+        heads: SHA-256 of every entry, by its number.
+        spent_rdp: Everything charged, in Renyi divergence at the grant's order.
+        charges: Number of charges.
+        test: Whether a test noise source was ever used.
+        commitment: Last keyed commitment to the content.
+        jobs: Per job: plan digest, allowed joins, charges made, and the request charged per round.
+    """
+
+    identity: str
+    name: str
+    grant: Grant
+    population: str
+    heads: list[str] = dataclasses.field(default_factory=list)
+    spent_rdp: float = 0.0
+    charges: int = 0
+    test: bool = False
+    commitment: str = ""
+    jobs: dict[str, _JobState] = dataclasses.field(default_factory=dict)
+
+    @property
+    def spent(self) -> float:
+        """Epsilon of everything charged, at the holder's delta."""
+        return self.grant.epsilon_of(self.spent_rdp)
+
+
+@dataclasses.dataclass
+class _JobState:
+    plan: str
+    joins: int
+    event: Event
+    charges: int = 0
+    rounds: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
+class Book:
+    """An append-only file of accounts; see the module's text for its promises.
+
+    Several processes may hold the same book: every charge takes the file's lock and first reads what others added.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the book in ``folder``, making an empty one where there is none.
+
+        Raises:
+            LedgerError: The book is damaged, cut, foreign, or of a newer version; it is left as it is.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
+        self._path = folder / "ledger.jsonl"
+        self._intent = folder / "ledger.intent"
+        self.secret = Secret.load_or_create(folder / "ledger.key")
+        self._accounts: dict[str, Account] = {}
+        self._by_name: dict[str, Account] = {}
+        self._size = 0
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        with self._locked():
+            self._finish_torn_append()
+            self._catch_up()
+
+    def close(self) -> None:
+        """Closes the file; a closed book charges nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def accounts(self) -> Mapping[str, Account]:
+        """Accounts by the holder's own names, as last read."""
+        return self._by_name
+
+    def refresh(self) -> None:
+        """Reads what other processes appended."""
+        with self._locked():
+            self._catch_up()
+
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _damaged(self, line: int, why: str) -> LedgerError:
+        return LedgerError(
+            f"expected an unbroken ledger in {self._path}, got {why} at line {line}; restore it from a backup, "
+            "it is never reset"
+        )
+
+    def _finish_torn_append(self) -> None:
+        if not self._intent.exists():
+            return
+        head, _, batch = self._intent.read_bytes().partition(b"\n")
+        try:
+            base, digest = json.loads(head)
+        except ValueError:
+            raise LedgerError(f"expected an intent written by this program in {self._intent}, got other bytes") from None
+        if hashlib.sha256(batch).hexdigest() != digest:
+            raise LedgerError(f"expected an unbroken intent in {self._intent}, got changed bytes; restore a backup")
+        size = os.fstat(self._file.fileno()).st_size
+        if size < base:
+            raise LedgerError(
+                f"expected at least {base} bytes in {self._path}, got {size}: it was cut; restore it from a backup"
+            )
+        tail = os.pread(self._file.fileno(), len(batch), base)
+        if len(tail) < len(batch):
+            if not batch.startswith(tail):
+                raise LedgerError(f"expected {self._path} to end in its intent, got other bytes; restore a backup")
+            # The crash may have come after the caller was promised nothing; finishing it over-counts at worst.
+            os.write(self._file.fileno(), batch[len(tail) :])
+            os.fsync(self._file.fileno())
+
+    def _catch_up(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self._size:
+            raise LedgerError(f"expected {self._path} to grow only, got {size} bytes after {self._size}; it was cut")
+        if size == self._size:
+            return
+        added = os.pread(self._file.fileno(), size - self._size, self._size)
+        if not added.endswith(b"\n"):
+            raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
+        for number, line in enumerate(added.splitlines(), start=1):
+            self._apply(line, number)
+        self._size = size
+
+    def _apply(self, line: bytes, number: int) -> None:
+        """Checks one line against its chain and adds it to its account."""
+        if len(line) > _LINE_BYTES:
+            raise self._damaged(number, "an overlong line")
+        try:
+            entry = json.loads(line)
+            stated = entry.pop("hash")
+            version, identity, seq, prev = entry["v"], entry["account"], entry["seq"], entry["prev"]
+            kind, body = entry["kind"], entry["body"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise self._damaged(number, "a line that is not an entry") from None
+        if version != _VERSION:
+            raise self._damaged(number, f"an entry of version {version!r} (this program knows {_VERSION})")
+        if canonical(entry | {"hash": stated}) != line or _digest(entry) != stated:
+            raise self._damaged(number, "an entry whose hash does not match it")
+        account = self._accounts.get(identity)
+        expected = (len(account.heads), account.heads[-1]) if account else (0, _GENESIS)
+        if (seq, prev) != expected:
+            raise self._damaged(number, "an entry out of its chain")
+        try:
+            self._add(account, identity, kind, body)
+        except (KeyError, TypeError, ValueError, TacitError) as error:
+            raise self._damaged(number, f"an entry that cannot be read ({error})") from None
+        self._accounts[identity].heads.append(stated)
+
+    def _add(self, account: Account | None, identity: str, kind: str, body: dict[str, Any]) -> None:
+        if (kind == "grant") != (account is None):
+            raise ValueError("an account starts with exactly one grant")
+        if account is None:
+            grant = Grant(
+                epsilon=body["epsilon"],
+                delta=body["delta"],
+                order=body["order"],
+                unit=Unit(body["unit"]),
+                adjacency=Adjacency(body["adjacency"]),
+                records_bound=body["records_bound"],
+            )
+            if body["name"] in self._by_name:
+                raise ValueError(f"a second account named {body['name']!r}")
+            account = Account(identity=identity, name=body["name"], grant=grant, population=body["population"])
+            self._accounts[identity] = self._by_name[account.name] = account
+        elif kind == "commit":
+            if body["job"] in account.jobs:
+                raise ValueError("a second commitment to one job")
+            account.jobs[body["job"]] = _JobState(
+                plan=body["plan"], joins=body["joins"], event=Event.from_dict(body["event"])
+            )
+        elif kind == "charge":
+            job, event = account.jobs[body["job"]], Event.from_dict(body["event"])
+            account.spent_rdp += rdp(event, account.grant.order)
+            account.charges += 1
+            account.test |= body["noise"] != SECURE_SOURCE
+            account.commitment = body["commitment"] or account.commitment
+            job.charges += 1
+            job.rounds[body["round"]] = body["request"]
+        else:
+            raise ValueError(f"the unknown kind {kind!r}")
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def grant(self, grants: Mapping[str, Grant], *, population: str) -> None:
+        """Opens an account for each name that has none; existing accounts keep their budget and their spend.
+
+        Args:
+            grants: Budgets by the holder's own names of its data sets.
+            population: Public words for what these data sets are parts of. All accounts of a book share it, because
+                another split of the same records would hide their spend under other names.
+
+        Raises:
+            LedgerError: The book belongs to another population.
+        """
+        with self._locked():
+            self._catch_up()
+            for account in self._by_name.values():
+                if account.population != population:
+                    raise LedgerError(
+                        f"expected the ledgers of {population!r}, got those of {account.population!r}: another split of "
+                        "the same records would hide their spend; use a folder of its own, or the same settings"
+                    )
+                break
+            lines = b""
+            for name, grant in grants.items():
+                if name not in self._by_name:
+                    identity = os.urandom(16).hex()
+                    body = dataclasses.asdict(grant) | {"name": name, "population": population}
+                    lines += _entry(identity, 0, _GENESIS, "grant", body)[0]
+            self._append(lines)
+
+    def charge(self, requests: Sequence[ChargeRequest]) -> list[Receipt | Word]:
+        """Charges a cohort: gates each request, writes all entries, and syncs once.
+
+        Guarantees:
+            Ahead: when this returns, every admitted charge is on disk.
+            Gate: no account ever passes its budget, whatever is asked and by how many processes.
+            Bound: a (job, round) is only ever charged for one request, and one plan; a job's charges never exceed the
+                joins that its plan committed.
+
+        Args:
+            requests: At most one per account; accounts must have been granted.
+
+        Returns:
+            One receipt or one fixed word per request, in order.
+
+        Raises:
+            LedgerError: An account does not exist, the disk is full, or the book is damaged.
+        """
+        with self._locked():
+            self._catch_up()
+            lines, answers = [], []
+            for request in requests:
+                account = self._by_name.get(request.name)
+                if account is None:
+                    raise LedgerError(f"expected an account named {request.name!r}, got none; grant it a budget first")
+                word = _gate(account, request)
+                if word is None:
+                    lines.append(_charge_lines(account, request))
+                answers.append(word)
+            self._append(b"".join(lines))
+            return [
+                word if word is not None else self._receipt(self._by_name[request.name], request)
+                for word, request in zip(answers, requests, strict=True)
+            ]
+
+    def _receipt(self, account: Account, request: ChargeRequest) -> Receipt:
+        identity = self.secret.identity(account.identity)
+        receipt = Receipt(
+            account=account.identity,
+            seq=len(account.heads) - 1,
+            head=account.heads[-1],
+            job=request.job,
+            round=request.round,
+            request=request.request,
+            event=Event.of_round(request.plan),
+            spent=account.spent,
+            granted=account.grant.epsilon,
+            delta=account.grant.delta,
+            charges=account.charges,
+            test=account.test,
+            public_key=identity.public_key,
+        )
+        return dataclasses.replace(receipt, signature=identity.sign(receipt.signed_bytes()))
+
+    def _append(self, lines: bytes) -> None:
+        if not lines:
+            return
+        temporary = self._intent.with_suffix(".new")
+        try:
+            temporary.write_bytes(canonical([self._size, hashlib.sha256(lines).hexdigest()]) + b"\n" + lines)
+            os.replace(temporary, self._intent)
+            written = os.write(self._file.fileno(), lines)
+            if written != len(lines):
+                raise OSError(28, "No space left on device")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            # Nothing was promised yet, so nothing was touched: take the half-written lines back and refuse.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._size)
+                temporary.unlink(missing_ok=True)
+                self._intent.unlink(missing_ok=True)
+            raise LedgerError(
+                f"expected to write a charge to {self._path}, got {error.strerror}; free some space, nothing was spent"
+            ) from None
+        self._catch_up()
+
+
+def model_digest(arrays: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:
+    """Returns the SHA-256 of a model, in hex.
+
+    Args:
+        arrays: Name, type, shape and bytes of each array, in order.
+    """
+    digest = hashlib.sha256()
+    for name, kind, shape, data in arrays:
+        digest.update(canonical([name, kind, list(shape), len(data)]))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def request_digest(fields: Mapping[str, str | int | float], model: str) -> str:
+    """Returns the SHA-256 of a whole request, in hex: what a charge and its kept release are bound to (G9).
+
+    Args:
+        fields: Every field of the request besides the model.
+        model: `model_digest` of the model in it.
+    """
+    exact = {key: value.hex() if isinstance(value, float) else value for key, value in fields.items()}
+    return hashlib.sha256(b"tacit/request/1\n" + canonical([exact, model])).hexdigest()
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(entry)).hexdigest()
+
+
+def _entry(identity: str, seq: int, prev: str, kind: str, body: Mapping[str, Any]) -> tuple[bytes, str]:
+    """Returns one line of the book and its hash."""
+    entry = {
+        "v": _VERSION,
+        "account": identity,
+        "seq": seq,
+        "prev": prev,
+        "kind": kind,
+        "time": int(time.time()),
+        "body": body,
+    }
+    digest = _digest(entry)
+    return canonical(entry | {"hash": digest}) + b"\n", digest
+
+
+def _gate(account: Account, request: ChargeRequest) -> Word | None:
+    """Says which word declines a request, or None where it may be charged. Reads no data."""
+    if request.witness is not None:
+        seq, head = request.witness
+        # The peer holds a later receipt than this ledger knows: the ledger was rolled back or forked.
+        if not 0 <= seq < len(account.heads) or account.heads[seq] != head:
+            return Word.BEHIND
+    job = account.jobs.get(request.job)
+    if job is not None:
+        if job.plan != request.plan.digest() or job.rounds.get(request.round, request.request) != request.request:
+            return Word.CONFLICT
+        if job.charges >= job.joins:
+            return Word.DECLINED
+    if request.plan.unit is not account.grant.unit or request.plan.adjacency is not account.grant.adjacency:
+        return Word.CONFLICT
+    return None if account.grant.affords(account.spent_rdp, Event.of_round(request.plan)) else Word.DECLINED
+
+
+def _charge_lines(account: Account, request: ChargeRequest) -> bytes:
+    seq, prev, lines = len(account.heads), account.heads[-1], b""
+    event = Event.of_round(request.plan).to_dict()
+    if request.job not in account.jobs:
+        body = {"job": request.job, "plan": request.plan.digest(), "joins": request.plan.joins, "event": event}
+        lines, prev = _entry(account.identity, seq, prev, "commit", body)
+        seq += 1
+    body = {
+        "job": request.job,
+        "round": request.round,
+        "request": request.request,
+        "event": event,
+        "commitment": request.commitment,
+        "noise": request.noise,
+    }
+    return lines + _entry(account.identity, seq, prev, "charge", body)[0]

@@ -1,0 +1,246 @@
+"""The plan of a job: one frozen, public value that says what may leave a data holder and how it is protected.
+
+Every field is public: a plan never holds anything computed from records. Two neighbouring data sets give equal
+plans, so the noise, the sampling rate and the divisor cannot tell them apart (guarantees G1 and G8). Learning
+knobs without a bearing on privacy live in `Local`, so that nobody has to wonder which knob is which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from enum import StrEnum
+from typing import Any, Self
+
+from privacy.errors import PlanError
+
+
+class Unit(StrEnum):
+    """What a guarantee protects: one record, or all records of one client."""
+
+    RECORD = "record"
+    CLIENT = "client"
+
+
+class Adjacency(StrEnum):
+    """When two data sets are neighbours."""
+
+    ADD_REMOVE = "add-remove"
+    REPLACE_ONE = "replace-one"
+
+
+class Mode(StrEnum):
+    """How per-example gradients are computed; the results agree up to rounding."""
+
+    AUTO = "auto"
+    HOOKS = "hooks"
+    FUNCTORCH = "functorch"
+    GHOST = "ghost"
+
+
+class Optimizer(StrEnum):
+    """Local optimiser; it sees only noised gradients."""
+
+    SGD = "sgd"
+    ADAM = "adam"
+    ADAMW = "adamw"
+
+
+def canonical(value: Any) -> bytes:
+    """Returns the one JSON text of a value, as bytes: sorted keys, no spaces, no NaN.
+
+    Raises:
+        ValueError: The value holds a NaN or an infinity.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises PlanError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise PlanError(message)
+
+
+def _positive(name: str, value: float) -> None:
+    require(math.isfinite(value) and value > 0, f"expected a finite {name} > 0, got {value}; choose a positive number")
+
+
+def _count(name: str, value: int, least: int = 1) -> None:
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        f"expected {name} to be a whole number >= {least}, got {value!r}",
+    )
+
+
+def _parse(cls: type, kind: str, text: str | bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise PlanError(f"expected a {kind} as JSON, got text that does not parse ({error})") from None
+    names = {field.name for field in dataclasses.fields(cls)}
+    require(isinstance(fields, dict), f"expected a {kind} as a JSON object, got {type(fields).__name__}")
+    if extra := sorted(set(fields) - names):
+        raise PlanError(f"expected only the fields of a {kind}, got the unknown field {extra[0]!r}")
+    if missing := sorted(names - set(fields)):
+        raise PlanError(f"expected all fields of a {kind}, the field {missing[0]!r} is missing")
+    return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Record-level DP-SGD of one job, as every client must run it.
+
+    Guarantees:
+        Public: no field depends on a record; a plan may be printed, sent and stored.
+        Priced: ``(sample_rate, noise_multiplier, steps * joins)`` is the most that one client can be charged.
+
+    Attributes:
+        unit: What is protected; only ``Unit.RECORD`` is implemented by this mechanism.
+        adjacency: Add or remove one record.
+        sample_rate: Poisson rate q of each step, in (0, 1].
+        expected_batch: Public divisor B in records, ``sample_rate`` times the declared number of records.
+        l2_clip: Bound C on the L2 norm of one record's gradient, in units of the gradient.
+        noise_multiplier: Standard deviation of the noise on the clipped sum, divided by ``l2_clip``.
+        steps: Local steps in each round that a client joins.
+        rounds: Rounds of the job.
+        joins: The most charges one client may make, retries after a crash included; at least 1.
+        epsilon: Target that the noise was solved for (or what it costs, where the noise was given).
+        delta: Probability at which epsilon holds, in (0, 1 / records_bound).
+        records_bound: Declared public upper bound on one client's number of records.
+        mode: How per-example gradients are computed; resolved before the first round.
+        physical_batch: The most examples in memory at a time; never changes a result beyond rounding.
+        views: Augmented views of a record whose gradients are averaged before clipping.
+
+    Raises:
+        PlanError: A field is out of range, or two fields contradict each other.
+    """
+
+    unit: Unit = Unit.RECORD
+    adjacency: Adjacency = Adjacency.ADD_REMOVE
+    sample_rate: float
+    expected_batch: float
+    l2_clip: float
+    noise_multiplier: float
+    steps: int
+    rounds: int
+    joins: int
+    epsilon: float
+    delta: float
+    records_bound: int
+    mode: Mode = Mode.AUTO
+    physical_batch: int = 256
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.unit is Unit.RECORD, f"expected unit 'record', got {self.unit!r}; only records are protected yet")
+        require(
+            self.adjacency is Adjacency.ADD_REMOVE,
+            f"expected adjacency 'add-remove', got {self.adjacency!r}; replace-one is printed beside it",
+        )
+        require(
+            math.isfinite(self.sample_rate) and 0 < self.sample_rate <= 1,
+            f"expected 0 < sample_rate <= 1, got {self.sample_rate}",
+        )
+        for name in ("expected_batch", "l2_clip", "noise_multiplier", "epsilon"):
+            _positive(name, getattr(self, name))
+        for name in ("steps", "rounds", "joins", "records_bound", "physical_batch", "views"):
+            _count(name, getattr(self, name))
+        check_delta(self.delta, self.records_bound)
+
+    def to_json(self) -> str:
+        """Returns the canonical JSON text; ``Plan.from_json`` reads it back to an equal plan."""
+        return canonical(dataclasses.asdict(self)).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Reads a plan from JSON.
+
+        Raises:
+            PlanError: The text is not exactly a plan.
+        """
+        fields = _parse(cls, "plan", text)
+        try:
+            return cls(
+                **fields
+                | {
+                    "unit": Unit(fields["unit"]),
+                    "adjacency": Adjacency(fields["adjacency"]),
+                    "mode": Mode(fields["mode"]),
+                }
+            )
+        except PlanError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"expected a plan with fields of the right types, got {error}") from None
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of the canonical JSON, in hex: the name under which a ledger commits to this plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local:
+    """How a client learns from noised gradients; nothing here can change what a release costs.
+
+    Attributes:
+        optimizer: SGD, Adam or AdamW (decoupled weight decay).
+        lr: Base learning rate > 0; the server scales it by its schedule, round by round.
+        momentum: SGD momentum, or Adam's beta1, in [0, 1).
+        weight_decay: L2 penalty (SGD, Adam) or decoupled decay (AdamW), >= 0.
+        proximal_mu: FedProx pull towards the round's starting model, >= 0; added after the noise.
+
+    Raises:
+        PlanError: A field is out of range.
+    """
+
+    optimizer: Optimizer = Optimizer.SGD
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    proximal_mu: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("lr", self.lr)
+        require(0 <= self.momentum < 1, f"expected 0 <= momentum < 1, got {self.momentum}")
+        for name in ("weight_decay", "proximal_mu"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"expected a finite {name} >= 0, got {value}")
+
+    def to_json(self) -> str:
+        """Returns the canonical JSON text."""
+        return canonical(dataclasses.asdict(self)).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Reads the learning knobs from JSON.
+
+        Raises:
+            PlanError: The text is not exactly a ``Local``.
+        """
+        fields = _parse(cls, "local optimiser", text)
+        try:
+            return cls(**fields | {"optimizer": Optimizer(fields["optimizer"])})
+        except PlanError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"expected a local optimiser with fields of the right types, got {error}") from None
+
+
+def check_delta(delta: float, records_bound: int) -> None:
+    """Refuses a delta that could be met by publishing a random record (guarantee G2).
+
+    Args:
+        delta: Probability in (0, 1).
+        records_bound: Declared public upper bound on one client's number of records, >= 1.
+
+    Raises:
+        PlanError: ``delta`` is not in (0, 1), or is at least ``1 / records_bound``.
+    """
+    require(math.isfinite(delta) and 0 < delta < 1, f"expected 0 < delta < 1, got {delta}; 1e-5 is customary")
+    require(
+        delta < 1 / records_bound,
+        f"expected delta < 1/records_bound = {1 / records_bound:.3g}, got {delta:g}; "
+        "a delta this large allows one whole record to be published",
+    )

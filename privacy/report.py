@@ -1,0 +1,832 @@
+"""The report of a run: what it cost the data holders' privacy, for a reader who need not trust the operator.
+
+`build` turns plain values into a JSON-able report (schema ``tacit-report/1``), `privacy.report_page.render` turns
+that report, and nothing else, into one self-contained page, and `write` stores both. No record, count or draw of a
+data holder enters: the only exact counts live under ``simulation_only``, a key that a deployment never has (G12).
+
+Which epsilon is the headline (G1, G3, G4, G6):
+
+1. Infinity, where a client used a test noise source: the assumption is known to be false.
+2. Unknown, where any client's spend is not proven by its receipts, or a rule of the chain was not kept.
+3. One committed schedule in each ledger: the price of the *whole* schedule, by PLD where the second accountant
+   agrees with it, by the RDP filter otherwise. Stopping early refunds nothing.
+4. Several runs in one ledger, or a holder's delta below the plan's: the RDP filter's figure, the largest over clients.
+5. Where one person may be in several data sets: the figure composed over that many clients, in place of 3 or 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from privacy.errors import RunError
+from privacy.plan import Local, Plan, canonical, require
+from privacy.report_page import INFINITY, SCHEMA, UNKNOWN, figure_words, partition_picture, render
+
+__all__ = [
+    "INFINITY",
+    "SCHEMA",
+    "UNKNOWN",
+    "ClientSpend",
+    "Prices",
+    "RunFacts",
+    "Standing",
+    "Verdict",
+    "build",
+    "partition_picture",
+    "render",
+    "to_json",
+    "write",
+]
+
+# PRV adds its own error of 0.01 to every figure, so two sound accountants may differ by that much and a little more.
+_AGREEMENT: Final = 0.05
+
+# At most this many reasons are spelled out; the rest is in the per-client list.
+_REASONS: Final = 8
+
+# What a round may say; anything else a caller puts into a round's record stays out of the report.
+_ROUND_FIELDS: Final = ("round", "metrics", "replies", "declined", "missing", "epsilon", "seconds")
+_SIMULATION_FIELDS: Final = ("partition", "class_names", "sizes", "label_table", "truth")
+
+
+class Verdict(StrEnum):
+    """Whether a client's receipts prove its spend."""
+
+    VERIFIED = "verified"
+    UNKNOWN = "unknown"
+
+
+class Standing(StrEnum):
+    """Who answers for an assumption; with one that is not enforced, no finite epsilon is printed."""
+
+    ENFORCED = "enforced"
+    DECLARED = "declared by holder"
+    BROKEN = "not enforced"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientSpend:
+    """What one client's ledger and receipts say.
+
+    Attributes:
+        name: Pseudonym.
+        granted_epsilon: The holder's budget for the lifetime of its data set, add/remove.
+        delta: The holder's delta, at which all its spend is priced.
+        spent_epsilon: RDP filter's figure over all runs in the ledger; None where it is unknown.
+        rounds_joined: Rounds of this job with a release.
+        charges: Charges in the ledger, retries after a crash included.
+        declined: Rounds that this client declined with one of the fixed words.
+        runs: Runs in the ledger, this one included.
+        receipts_missing: Releases without a receipt.
+        test_noise: Whether the ledger was made with a test noise source; then every figure is infinity.
+        history: (round, epsilon spent after it) of this job, rounds ascending.
+        public_key: The client's signing key, in hex or base64; empty where it has none.
+        ledger_head: Hash of the last ledger entry.
+        verdict: Whether the receipts prove the spend.
+    """
+
+    name: str
+    granted_epsilon: float
+    delta: float
+    spent_epsilon: float | None
+    rounds_joined: int
+    charges: int
+    declined: int
+    runs: int
+    receipts_missing: int
+    test_noise: bool
+    history: tuple[tuple[int, float], ...]
+    public_key: str
+    ledger_head: str
+    verdict: Verdict
+
+    def figure(self) -> float | None:
+        """Returns the spend that may be printed: infinity under test noise, None where it is not proven."""
+        if self.test_noise:
+            return math.inf
+        if self.verdict is not Verdict.VERIFIED or self.receipts_missing > 0 or self.spent_epsilon is None:
+            return None
+        return None if math.isnan(self.spent_epsilon) else self.spent_epsilon
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prices:
+    """What the committed schedule costs one client that joins as often as the plan allows, by several accountants.
+
+    Attributes:
+        schedule: In words, such as "Poisson q=0.1, sigma=1.2, 600 steps".
+        steps: Steps of the whole schedule, ``plan.steps * plan.joins``.
+        gate: Epsilon at the plan's delta by the RDP filter that guards the ledgers.
+        gate_order: The filter's order that gives ``gate``.
+        pld: Epsilon by privacy loss distributions, add/remove; None where it could not be computed.
+        pld_replace_one: The same for replacing one record.
+        prv: Epsilon by Opacus' PRV accountant, add/remove; None where it could not be computed.
+        prv_note: Why ``prv`` is missing, or what to know about it.
+        rdp: Epsilon by RDP at the best order; always valid, looser.
+        at_deltas: (delta, epsilon) by PLD at other deltas.
+        tpr: (false positive rate, largest true positive rate) of any membership test, by PLD.
+        accountant: Libraries and versions, in words.
+    """
+
+    schedule: str
+    steps: int
+    gate: float
+    gate_order: float
+    pld: float | None
+    pld_replace_one: float | None
+    prv: float | None
+    prv_note: str
+    rdp: float
+    at_deltas: tuple[tuple[float, float], ...]
+    tpr: tuple[tuple[float, float], ...]
+    accountant: str
+
+    def accountants_agree(self) -> bool | None:
+        """Returns whether PLD, PRV and RDP fit together; None where there is nothing to compare with."""
+        if self.pld is None or self.prv is None:
+            return None
+        slack = _AGREEMENT + 0.02 * self.pld
+        # RDP is an upper bound on what PLD computes exactly; PLD above it would mean that one of them is wrong.
+        return abs(self.prv - self.pld) <= slack and self.rdp >= self.pld - slack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """Everything a report is made of; the lead of a run assembles it from the run folder.
+
+    Attributes:
+        job: Job id, stable over resumption.
+        task: Name of the task.
+        task_summary: What is learned, in words.
+        record: What one record is, in words.
+        started: ISO 8601 time.
+        finished: ISO 8601 time.
+        status: In words, such as "completed".
+        config: The resolved scenario, public.
+        plan: The plan that every client ran.
+        local: The learning knobs.
+        rounds: One mapping per round: round, metrics, replies, declined, missing, epsilon (largest over clients,
+            None where unknown), seconds. Metrics are those of the server's public test set.
+        clients: One entry per ledger.
+        prices: What the committed schedule costs.
+        multiplicity: In how many clients' data sets one person may be; 1 where the holders declare "in one".
+        multiplicity_epsilon: Epsilon at the plan's delta composed over that many clients and all their runs, for
+            one record of the person in each; None where it is unknown. Not used where ``multiplicity`` is 1.
+        noise_source: Name of the source of coins and noise.
+        versions: Package names and versions.
+        code_hash: Hash of the code that ran.
+        witness: Who countersigned the receipts, in words; empty where nobody did.
+        covers: "this run only", or "all runs in DIR".
+        simulation: None in a deployment; else label_table (clients x classes), class_names, sizes, partition
+            (words) and truth. Shown in a section of its own only.
+        engine: Which engine ran the job.
+        device: Device words.
+        hardware: Hardware words.
+
+    Raises:
+        PlanError: ``multiplicity`` is below 1.
+    """
+
+    job: str
+    task: str
+    task_summary: str
+    record: str
+    started: str
+    finished: str
+    status: str
+    config: Mapping[str, Any]
+    plan: Plan
+    local: Local
+    rounds: Sequence[Mapping[str, Any]]
+    clients: Sequence[ClientSpend]
+    prices: Prices
+    multiplicity: int
+    multiplicity_epsilon: float | None
+    noise_source: str
+    versions: Mapping[str, str]
+    code_hash: str
+    witness: str
+    covers: str
+    simulation: Mapping[str, Any] | None
+    engine: str
+    device: str
+    hardware: str
+
+    def __post_init__(self) -> None:
+        require(
+            self.multiplicity >= 1,
+            f"expected multiplicity >= 1, got {self.multiplicity}; 1 says that no person is in two data sets",
+        )
+
+    @property
+    def test_noise(self) -> bool:
+        """Whether any client's noise came from a test source."""
+        return any(client.test_noise for client in self.clients)
+
+
+def build(facts: RunFacts) -> dict[str, Any]:
+    """Builds the report of a run.
+
+    Guarantees:
+        Strict: the result holds only JSON types; infinities are the word "infinity", missing or NaN figures the
+            word "unknown".
+        Unknown is not small: no finite headline where any client's spend is unproven or any rule was not kept (G6).
+        Separate: nothing of ``facts.simulation`` is outside the key ``simulation_only``, which is absent without it.
+        Repeatable: equal facts give equal reports; ``report_id`` is the SHA-256 of all the rest.
+    """
+    reasons = _reasons(facts)
+    report = {
+        "schema": SCHEMA,
+        "headline": _headline(facts, reasons),
+        "run": {
+            "job": facts.job,
+            "task": facts.task,
+            "summary": facts.task_summary,
+            "record": facts.record,
+            "started": facts.started,
+            "finished": facts.finished,
+            "status": facts.status,
+            "covers": facts.covers,
+            "setting": _setting(facts),
+        },
+        "warnings": _warnings(facts),
+        "budget": _budget(facts),
+        "rounds": _rounds(facts),
+        "clients": [_client(client) for client in facts.clients],
+        "prices": _prices(facts),
+        "assumptions": _assumptions(facts),
+        "covered": _covered(facts),
+        "not_covered": _not_covered(facts),
+        "adversaries": _adversaries(facts),
+        "witness": _witness(facts),
+        "mechanism": _mechanism(facts),
+        "sampling": _sampling(facts),
+        "plan": dataclasses.asdict(facts.plan) | {"digest": facts.plan.digest()},
+        "local": dataclasses.asdict(facts.local),
+        "config": facts.config,
+        "software": {
+            "code_hash": facts.code_hash,
+            "config_hash": hashlib.sha256(canonical(_plain(facts.config))).hexdigest(),
+            "engine": facts.engine,
+            "device": facts.device,
+            "hardware": facts.hardware,
+            "versions": facts.versions,
+        },
+    }
+    if facts.simulation is not None:
+        report["simulation_only"] = {
+            name: facts.simulation[name] for name in _SIMULATION_FIELDS if name in facts.simulation
+        }
+    plain: dict[str, Any] = _plain(report)
+    return {"schema": SCHEMA, "report_id": hashlib.sha256(canonical(plain)).hexdigest()} | plain
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """Returns the report as JSON text with one client, round or rule per line; it never holds NaN or infinity.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
+    parts = []
+    for name, value in report.items():
+        if isinstance(value, list):
+            items = ",\n  ".join(json.dumps(item, allow_nan=False) for item in value)
+            text = f"[\n  {items}\n ]" if value else "[]"
+        else:
+            text = json.dumps(value, allow_nan=False, indent=1).replace("\n", "\n ")
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def write(facts: RunFacts, directory: Path) -> tuple[Path, Path]:
+    """Writes ``report.json`` and ``report.html`` into a run folder.
+
+    Guarantees:
+        Whole: each file is replaced in one step; a reader never finds half a report.
+
+    Returns:
+        The paths of the JSON file and of the page.
+
+    Raises:
+        RunError: A file could not be written; nothing partial is left behind.
+    """
+    report = build(facts)
+    contents = {"report.json": to_json(report), "report.html": render(report)}
+    for name, text in contents.items():
+        _replace(directory / name, text)
+    return directory / "report.json", directory / "report.html"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a text file so that the path shows either the old content or all of the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"expected to write {path}, got {error.strerror or error}; make room there and ask for the report again"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value made of JSON types only, with words in place of numbers that JSON does not have."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return UNKNOWN
+        if math.isinf(value):
+            return INFINITY if value > 0 else f"-{INFINITY}"
+        return float(value)  # A NumPy float is a float too, with a text of its own.
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def _figure(value: float | None) -> float | str:
+    """Returns an epsilon as the report prints it: None and NaN are unknown, never small."""
+    plain: float | str = UNKNOWN if value is None else _plain(float(value))
+    return plain
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns a few names, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"
+
+
+def _reasons(facts: RunFacts) -> list[str]:
+    """Returns why no finite epsilon may be printed, one sentence each; empty where one may."""
+    if not facts.clients:
+        return ["No client's ledger was read."]
+    if tested := [client.name for client in facts.clients if client.test_noise]:
+        return [f"The noise of {_some(tested)} came from a test source, which is no protection."]
+    reasons = []
+    for client in facts.clients:
+        if client.receipts_missing > 0:
+            reasons.append(f"{client.name}: {client.receipts_missing} of its receipts are missing.")
+        elif client.verdict is not Verdict.VERIFIED:
+            reasons.append(f"{client.name}: its receipts do not prove what it spent.")
+        elif client.figure() is None:
+            reasons.append(f"{client.name}: what it spent is unknown.")
+    if overrun := _overrun(facts):
+        reasons.append(f"{_some(overrun)}: more charges than the {facts.plan.joins} that the plan allows.")
+    if len(reasons) > _REASONS:
+        reasons = [*reasons[: _REASONS - 1], f"And {len(reasons) - _REASONS + 1:,} more clients like these."]
+    if facts.multiplicity > 1 and (fault := _multiplicity_fault(facts)):
+        reasons.append(fault)
+    return reasons
+
+
+def _overrun(facts: RunFacts) -> list[str]:
+    """Returns the clients whose only run made more charges than the committed schedule has."""
+    return [client.name for client in facts.clients if client.runs <= 1 and client.charges > facts.plan.joins]
+
+
+def _multiplicity_fault(facts: RunFacts) -> str:
+    """Returns what is wrong with the figure for a person in several data sets, or nothing."""
+    composed = facts.multiplicity_epsilon
+    if composed is None or math.isnan(composed):
+        return f"The cost for a person in {facts.multiplicity} data sets was not composed."
+    known = [figure for client in facts.clients if (figure := client.figure()) is not None]
+    if known and composed < max(known):
+        return f"The cost given for a person in {facts.multiplicity} data sets is below that of one data set."
+    return ""
+
+
+def _one_schedule(facts: RunFacts) -> bool:
+    """Whether every ledger holds this committed schedule and nothing else, priced at no less than the plan's delta."""
+    return all(client.runs <= 1 and client.delta >= facts.plan.delta for client in facts.clients)
+
+
+def _pld_holds(prices: Prices) -> bool:
+    """Whether the PLD figure may be quoted: it is there, and no second accountant contradicts it."""
+    return prices.pld is not None and not math.isnan(prices.pld) and prices.accountants_agree() is not False
+
+
+def _record_level(facts: RunFacts) -> tuple[float, float, str]:
+    """Returns epsilon, delta and the words for how they were found, for one record in one data set.
+
+    Only called where there is no reason against a finite figure.
+    """
+    prices = facts.prices
+    if _one_schedule(facts):
+        if prices.pld is not None and _pld_holds(prices):
+            return prices.pld, facts.plan.delta, "the whole committed schedule, priced by PLD; no refund for stopping"
+        words = "the whole committed schedule, priced by the RDP filter; no refund for stopping"
+        return prices.gate, facts.plan.delta, words
+    spent = [client.figure() or 0.0 for client in facts.clients]
+    return max(spent), max(client.delta for client in facts.clients), "the ledgers' RDP filter over all their runs"
+
+
+def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
+    """Returns the first thing a reader sees, numbers and words."""
+    delta = max([facts.plan.delta, *(client.delta for client in facts.clients)])
+    epsilon: float | None = math.inf if facts.test_noise else None
+    one_data_set, basis = epsilon, "a test noise source was used" if facts.test_noise else "unknown"
+    swap, swap_delta, swap_basis = epsilon, delta, basis
+    # Under infinity any test may be perfect; where epsilon is unknown, so is what a test can do.
+    tpr = [(fpr, 1.0 if facts.test_noise else None) for fpr in (0.001, 0.01)]
+    if not reasons:
+        one_data_set, delta, basis = _record_level(facts)
+        epsilon = one_data_set
+        if facts.multiplicity > 1 and facts.multiplicity_epsilon is not None:
+            epsilon = facts.multiplicity_epsilon
+            basis = f"composed over the {facts.multiplicity} data sets in which one person may be"
+        # Removing a record and adding another is two steps, so group privacy always gives a bound, at a larger delta.
+        swap, swap_delta = 2 * epsilon, delta * (1 + _odds(epsilon))
+        swap_basis = "group privacy: twice epsilon at delta (1 + e^epsilon)"
+        tpr = [(fpr, _tpr_bound(fpr, epsilon, delta)) for fpr in (0.001, 0.01)]
+        if facts.multiplicity == 1 and _one_schedule(facts) and _pld_holds(facts.prices):
+            tpr = list(facts.prices.tpr) or tpr
+            if facts.prices.pld_replace_one is not None:
+                swap, swap_delta, swap_basis = facts.prices.pld_replace_one, delta, "the same schedule, priced by PLD"
+        if swap_delta >= 1:
+            swap, swap_delta, swap_basis = None, delta, "group privacy gives no bound at this epsilon"
+    odds = None if epsilon is None else _odds(epsilon)
+    return {
+        "sentence": _sentence(epsilon, delta, odds, reasons),
+        "person": _person(facts, epsilon),
+        "unit": facts.plan.unit,
+        "adjacency": facts.plan.adjacency,
+        "epsilon": _figure(epsilon),
+        "delta": delta,
+        "basis": basis,
+        "replace_one": {"epsilon": _figure(swap), "delta": swap_delta, "basis": swap_basis},
+        "odds_factor": _figure(odds),
+        "tpr": [{"fpr": fpr, "tpr": _figure(rate)} for fpr, rate in tpr],
+        "federation": {
+            "epsilon": _figure(epsilon),
+            "one_data_set": _figure(one_data_set),
+            "multiplicity": facts.multiplicity,
+            "rule": "largest over clients: the holders declare that no person is in two data sets"
+            if facts.multiplicity == 1
+            else f"composition over {facts.multiplicity} clients: one person may be in that many data sets",
+        },
+        "reasons": reasons,
+    }
+
+
+def _odds(epsilon: float) -> float:
+    """Returns e^epsilon, infinity where a float cannot hold it."""
+    return math.exp(epsilon) if epsilon < 700 else math.inf
+
+
+def _tpr_bound(fpr: float, epsilon: float, delta: float) -> float:
+    """Returns the largest true positive rate that (epsilon, delta) allows any membership test at ``fpr``."""
+    odds = _odds(epsilon)
+    return min(1.0, odds * fpr + delta, max(0.0, 1 - (1 - delta - fpr) / odds))
+
+
+def _sentence(epsilon: float | None, delta: float, odds: float | None, reasons: list[str]) -> str:
+    """Returns the headline in plain words."""
+    if epsilon is None or odds is None:
+        return f"What this cost in privacy is unknown, so no figure may be quoted. {reasons[0]}"
+    if math.isinf(epsilon):
+        return f"There is no privacy guarantee here: epsilon is infinity. {' '.join(reasons)}".strip()
+    factor = figure_words(_plain(odds))
+    return (
+        "Whether any one record was used or left out changes the odds of any conclusion that anyone can draw from "
+        f"everything released by at most a factor of {factor}, up to a slack of one in {1 / delta:,.0f} "
+        f"(epsilon {figure_words(epsilon)} at delta {figure_words(delta)}, add/remove of one record)."
+    )
+
+
+def _person(facts: RunFacts, epsilon: float | None) -> list[dict[str, Any]]:
+    """Returns what the figure means for a person rather than a record; the first line of the page."""
+    times = facts.multiplicity
+    where = "in one data set only" if times == 1 else f"in each of up to {times} data sets"
+    return [
+        {"who": f"A person with one record {where}", "epsilon": _figure(epsilon)},
+        {
+            "who": "A person with several records in a data set",
+            "epsilon": "none possible",
+            "note": "nothing bounds how many records one person has there, so the record-level figure does not carry",
+        },
+    ]
+
+
+def _setting(facts: RunFacts) -> str:
+    """Returns who adds the noise and who is trusted."""
+    words = "Each client clips and adds noise itself before anything leaves it; the server is trusted with no record."
+    if facts.simulation is None:
+        return words
+    return words + " This was a simulation: one machine held all data sets and played every part."
+
+
+def _warnings(facts: RunFacts) -> list[str]:
+    """Returns what a reader must not overlook, beside the reasons for an unknown headline."""
+    warnings = []
+    if facts.simulation is not None:
+        warnings.append(
+            "A simulation: it shows what a deployment with this plan would cost; the machine that ran it saw all data."
+        )
+    agree = facts.prices.accountants_agree()
+    if agree is False:
+        warnings.append(
+            "The accountants disagree by more than their error: the looser RDP filter's figure is quoted instead."
+        )
+    if agree is None:
+        note = facts.prices.prv_note.strip().rstrip(".") or "a second figure is missing"
+        warnings.append(f"No cross-check of the accountants: {note}.")
+    if over := [
+        client.name
+        for client in facts.clients
+        if not client.test_noise and (client.figure() or 0.0) > client.granted_epsilon * (1 + 1e-9)
+    ]:
+        warnings.append(f"More was spent than granted by {_some(over)}: the ledger's gate did not hold.")
+    return warnings
+
+
+def _budget(facts: RunFacts) -> dict[str, Any]:
+    """Returns granted, spent and remaining over all clients, and what happens at the end of a budget."""
+    figures = [client.figure() for client in facts.clients]
+    known = [figure for figure in figures if figure is not None]
+    complete = bool(figures) and len(known) == len(figures)
+    left = [_remaining(client) for client in facts.clients]
+    known_left = [value for value in left if value is not None]
+    return {
+        "largest_spent": _figure(math.inf if facts.test_noise else max(known) if complete else None),
+        "least_remaining": _figure(min(known_left) if complete else None),
+        "granted": [_figure(value) for value in sorted({client.granted_epsilon for client in facts.clients})],
+        "clients": len(facts.clients),
+        "unproven": len(figures) - len(known),
+        "charges": sum(client.charges for client in facts.clients),
+        "declined": sum(client.declined for client in facts.clients),
+        "filter": "RDP filter at orders fixed when the budget was granted, over all runs in the ledger",
+        "at_exhaustion": "the client answers with a fixed word that does not depend on data, and stays in the federation",
+    }
+
+
+def _remaining(client: ClientSpend) -> float | None:
+    """Returns what is left of a client's budget, None where the spend is unknown."""
+    spent = client.figure()
+    return None if spent is None else max(0.0, client.granted_epsilon - spent)
+
+
+def _client(client: ClientSpend) -> dict[str, Any]:
+    """Returns one client's line; its history follows the same rules as its spend."""
+    figure = client.figure()
+    finite = figure is not None and math.isfinite(figure)
+    return {
+        "name": client.name,
+        "spent_epsilon": _figure(figure),
+        "granted_epsilon": _figure(client.granted_epsilon),
+        "remaining_epsilon": _figure(_remaining(client)),
+        "delta": client.delta,
+        "rounds_joined": client.rounds_joined,
+        "charges": client.charges,
+        "declined": client.declined,
+        "runs": client.runs,
+        "receipts_missing": client.receipts_missing,
+        "test_noise": client.test_noise,
+        "verdict": client.verdict,
+        "public_key": client.public_key,
+        "ledger_head": client.ledger_head,
+        "history": [[step, _figure(spent if finite else figure)] for step, spent in client.history],
+    }
+
+
+def _rounds(facts: RunFacts) -> list[dict[str, Any]]:
+    """Returns the rounds with the fields that may be told; their epsilon is never better known than the clients'."""
+    unproven = any(client.figure() is None for client in facts.clients)
+    rounds = []
+    for record in facts.rounds:
+        told = {name: record[name] for name in _ROUND_FIELDS if name in record}
+        epsilon = math.inf if facts.test_noise else None if unproven else record.get("epsilon")
+        rounds.append(told | {"epsilon": _figure(epsilon)})
+    return rounds
+
+
+def _prices(facts: RunFacts) -> dict[str, Any]:
+    """Returns the price of the committed schedule by every accountant; infinity for all under test noise."""
+    prices = facts.prices
+
+    def price(value: float | None) -> float | str:
+        return INFINITY if facts.test_noise else _figure(value)
+
+    return {
+        "schedule": prices.schedule,
+        "steps": prices.steps,
+        "delta": facts.plan.delta,
+        "gate": price(prices.gate),
+        "gate_order": _figure(prices.gate_order),
+        "rdp": price(prices.rdp),
+        "pld": price(prices.pld),
+        "pld_replace_one": price(prices.pld_replace_one),
+        "prv": price(prices.prv),
+        "prv_note": prices.prv_note,
+        "accountants_agree": prices.accountants_agree(),
+        "at_deltas": [{"delta": delta, "epsilon": price(epsilon)} for delta, epsilon in prices.at_deltas],
+        "tpr": [{"fpr": fpr, "tpr": 1.0 if facts.test_noise else _figure(rate)} for fpr, rate in prices.tpr],
+        "accountant": prices.accountant,
+        "meaning": "what one client pays that joins as often as the plan allows; for all of it, even if stopped early",
+    }
+
+
+def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
+    """Returns the guarantee chain in its order, then what the figures rest on, each with who answers for it."""
+    plan = facts.plan
+    enforced, declared, broken = Standing.ENFORCED, Standing.DECLARED, Standing.BROKEN
+    unproven = not facts.clients or any(client.figure() is None for client in facts.clients)
+    fault = facts.multiplicity > 1 and bool(_multiplicity_fault(facts))
+    rows: list[tuple[str, str, Standing]] = [
+        ("gate", "No charge passes that would exceed the holder's budget, over all runs in its ledger.", enforced),
+        ("charge", "The charge is signed, hash-chained and on disk before any record is touched.", enforced),
+        (
+            "sample",
+            f"Each record enters each step by a secret coin of its own, at the public rate {plan.sample_rate:g}.",
+            enforced,
+        ),
+        (
+            "clip",
+            f"Each record moves a step's sum by at most {plan.l2_clip:g} (L2), faulty records included.",
+            enforced,
+        ),
+        (
+            "add noise",
+            f"Gaussian, {plan.noise_multiplier:g} times the clip bound. Source: {facts.noise_source}.",
+            broken if facts.test_noise else enforced,
+        ),
+        (
+            "divide",
+            f"By the public constant {plan.expected_batch:g}, never by a count of records.",
+            enforced,
+        ),
+        ("keep", "The finished release is stored before it leaves; a retry sends the same bytes.", enforced),
+        ("send", "Only trainable parameters leave; no loss, no accuracy, no count of a client's data.", enforced),
+        ("examples alone", "No record's gradient depends on another record: modules on a list, and a probe.", enforced),
+        (
+            "schedule",
+            f"At most {plan.joins} charges of {plan.steps} steps per client, fixed before the first round.",
+            broken if _overrun(facts) else enforced,
+        ),
+        (
+            "receipts",
+            "Each spend shown is proven by a whole chain of receipts.",
+            broken if unproven else enforced,
+        ),
+        (
+            "one ledger",
+            "All use of a data set is in one ledger; a second one needs the words 'no person in common'.",
+            declared,
+        ),
+        (
+            "size",
+            f"A data set has at most {plan.records_bound:,} records; delta stays below one in that number.",
+            declared,
+        ),
+        (
+            "overlap",
+            "No person is in two data sets."
+            if facts.multiplicity == 1
+            else f"No person is in more than {facts.multiplicity} data sets; the figure is composed over these.",
+            broken if fault else declared,
+        ),
+        ("this code", "The holder ran this code, unchanged. No receipt can prove that.", declared),
+    ]
+    return [{"name": name, "words": words, "standing": standing} for name, words, standing in rows]
+
+
+def _covered(facts: RunFacts) -> list[str]:
+    """Returns what the figures protect."""
+    runs = (
+        "This run, every round of it, retries after a crash included."
+        if _one_schedule(facts)
+        else "Every run in the clients' ledgers, every round, retries after a crash included."
+    )
+    return [
+        "Every update that a client released, seen one by one, by the server or by anyone it shows them to.",
+        "The model of every round, the final one, and anything computed from them later.",
+        runs,
+        "Any side knowledge: the figures hold against somebody who knows every other record.",
+    ]
+
+
+def _not_covered(facts: RunFacts) -> list[str]:
+    """Returns what the figures do not protect."""
+    gaps = [
+        "Hyper-parameter search: choosing settings by earlier runs on this data is paid only if those runs share this "
+        "run's ledgers.",
+        "Side channels: timing, memory and power of a client's machine, and whether and when it answered.",
+        "Floating point: noise made of floats is not exactly Gaussian; no bound is claimed for what its lowest bits "
+        "may show.",
+        "A holder that lies about its data, its bounds or its code, and a client that poisons the model.",
+        "The data holder's own machine: whoever controls it sees the records.",
+        "What is true of many people: a model may still reveal facts about a group, with or without any one record.",
+        "What is public by design: number of clients, who joined when, class names, schema, bounds, every number in "
+        "the plan.",
+        "The accuracy shown: it is measured on the server's public test set, which these figures do not protect.",
+    ]
+    if facts.covers.strip().lower() == "this run only":
+        gaps.insert(0, "Other runs on the same data: these ledgers live in the run folder and cover this run only.")
+    return gaps
+
+
+def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
+    """Returns who sees what, and what protects against them in this version."""
+    same = "the headline figure: what leaves a client is already noised"
+    travel = (
+        "nothing travelled: a simulation on one machine"
+        if facts.simulation is not None
+        else "messages, sealed by TLS only where the deployment switches it on"
+    )
+    machine = (
+        "the machine that ran this simulation" if facts.simulation is not None else "the client's own machine and user"
+    )
+    rows = [
+        ("the network", travel, f"{same}; no sealing of messages in this version"),
+        ("the relay and its operator", travel, f"{same}; no end-to-end sealing in this version"),
+        (
+            "the server",
+            "each client's released update, who answered and when",
+            f"{same}; no discount for not being in every cohort, since it sees who was",
+        ),
+        ("other clients", "the model of every round", "the headline figure, composed over every round and run"),
+        ("the public, users of the model", "the final model, at most every model", "the headline figure, or better"),
+        (
+            "a thief of a disk",
+            "ledgers, kept releases, models; at a holder, its records",
+            "the headline figure for what was released; nothing for records, since this version does not encrypt them",
+        ),
+        ("an operator who changes the code", "whatever that code reads", "nothing: the guarantee is that of this code"),
+        (machine, "all records it holds", "nothing"),
+    ]
+    return [{"who": who, "sees": sees, "protected_by": protection} for who, sees, protection in rows]
+
+
+def _witness(facts: RunFacts) -> dict[str, str]:
+    """Returns what the receipts prove and what they cannot."""
+    if facts.witness.strip():
+        rollback = "Detectable: a ledger that was rolled back, forked or signed again contradicts a receipt held elsewhere."
+    else:
+        rollback = (
+            "Not detectable without a witness: nobody else countersigned these receipts, so whoever holds the ledgers "
+            "could have rolled them back, forked them or signed them again."
+        )
+    return {
+        "countersigned_by": facts.witness.strip() or "nobody",
+        "rollback": rollback,
+        "cannot_prove": "No signature proves that a holder ran this code on the data it says it has.",
+    }
+
+
+def _mechanism(facts: RunFacts) -> dict[str, Any]:
+    """Returns how noise was made and added."""
+    plan = facts.plan
+    views = f"{plan.views} augmented views of a record, averaged before clipping" if plan.views > 1 else "none"
+    return {
+        "mechanism": "DP-SGD at each client: clip each record's gradient, sum, add Gaussian noise, divide by a constant",
+        "clipping": f"flat, L2 norm at most {plan.l2_clip:g} per record; per-example gradients by {plan.mode}",
+        "noise": f"standard deviation {plan.noise_multiplier:g} x {plan.l2_clip:g} on the sum, fresh in every step",
+        "noise_source": facts.noise_source + (" (test source: no protection)" if facts.test_noise else ""),
+        "floating_point": "The noise is floating point, not exactly Gaussian: somebody who sees the lowest bits of a "
+        "noised sum could in principle use that (Mironov 2012; Jin et al. 2022). Releases are rounded to float32; "
+        "no bound is claimed for what remains.",
+        "augmentation": views,
+        "setting": _setting(facts),
+    }
+
+
+def _sampling(facts: RunFacts) -> list[dict[str, str]]:
+    """Returns what the accountants assume about sampling beside what the code does."""
+    plan = facts.plan
+    rows = [
+        (
+            "batches",
+            f"Poisson: each record with probability {plan.sample_rate:g} per step, independently",
+            "a coin per record and step from the noise source; coins are never stored, fixed-size batches do not exist",
+        ),
+        ("empty batches", "allowed", "a step without records still adds noise and still counts"),
+        (
+            "expected batch",
+            "a public constant",
+            f"{plan.expected_batch:g} records, from declared numbers; not computed from data",
+        ),
+        (
+            "steps",
+            f"{facts.prices.steps:,} per client at most",
+            f"{plan.steps} per round joined, at most {plan.joins} charges, counted by the ledger",
+        ),
+        ("choice of clients", "no discount claimed", "the server sees who takes part, so chance there protects nobody"),
+    ]
+    return [{"what": what, "assumed": assumed, "actual": actual} for what, assumed, actual in rows]

@@ -1,0 +1,414 @@
+"""The server application: one federated round, in one place.
+
+    cohort        whose turn it is; every client's turns are counted in advance, so that its noise can be solved
+    ask           one message per client: model, plan, round, learning rate, the last receipt we hold of it
+    check         each reply: shape, finiteness, and a signed receipt for exactly this request
+    aggregate     mean with public weights (`server.aggregate`)
+    evaluate      on the server's own public test set; no client is asked for a metric
+    checkpoint    model, aggregator, receipts' heads; then the round counts
+
+Rule for clients that do not deliver: whoever declines is not asked again in this job; an error, a late or a malformed
+reply counts as missing. The mean runs over those who delivered; each update is private on its own, so this reveals
+nothing. A round with fewer than ``min_replies`` updates leaves the model as it is. When fewer than ``min_replies``
+clients are left that have not declined, the job ends there and keeps its model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from models.task import Shape, Task
+from privacy.errors import LedgerError, RunError
+from privacy.identity import Identity
+from privacy.ledger import Receipt, model_digest, request_digest
+from privacy.plan import Local, Plan, require
+from server.aggregate import Aggregator, Arrays
+from server.checkpoint import State, load, save
+
+CHECKPOINT: Final = "checkpoints/latest.ckpt"
+METRICS: Final = "metrics.jsonl"
+RECEIPTS: Final = "receipts.jsonl"
+
+
+class Schedule(StrEnum):
+    """How the learning rate changes over the rounds; public, fixed before the first."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    LINEAR = "linear"
+    STEP = "step"
+
+    def factor(self, round: int, rounds: int, warmup: int) -> float:
+        """Returns the factor on the learning rate for a round, in (0, 1].
+
+        Args:
+            round: Round, from 1.
+            rounds: Rounds of the job.
+            warmup: Rounds of linear warm-up, >= 0.
+        """
+        if round <= warmup:
+            return round / (warmup + 1)
+        done = (round - 1 - warmup) / max(1, rounds - warmup)
+        match self:
+            case Schedule.CONSTANT:
+                return 1.0
+            case Schedule.COSINE:
+                return 0.5 * (1 + math.cos(math.pi * done))
+            case Schedule.LINEAR:
+                return 1.0 - done
+            case Schedule.STEP:
+                return 0.1 ** int(done * 3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """Everything the server needs to run, or resume, a job.
+
+    Attributes:
+        id: Random job identity, 32 hex digits, stable over resumption.
+        plan: What may leave a client, and under which protection.
+        local: How clients learn.
+        task: What is learned.
+        shape: Public shape of a record.
+        aggregator: Server rule, fresh; its state is restored from a checkpoint.
+        cohort: Clients asked per round.
+        seed: Of the initial model and of whose turn it is; neither carries a guarantee.
+        schedule: Learning-rate schedule.
+        warmup: Rounds of warm-up.
+        weights: Public weight of a node, > 0.
+        min_replies: Fewest updates that change the model.
+        timeout_s: Longest wait for a round's replies in seconds, or None.
+        evaluate_every: Evaluate after every so many rounds, and after the last.
+        test: The server's public test set: inputs ``(N, *shape)`` and classes ``(N,)``.
+        identity: Countersigns receipts.
+        folder: Where checkpoints, metrics and receipts go.
+        device: Where evaluation runs.
+        on_round: Called with each finished round's line.
+        stopping: Asked after each round; true ends the job there, to be resumed.
+    """
+
+    id: str
+    plan: Plan
+    local: Local
+    task: Task
+    shape: Shape
+    aggregator: Aggregator
+    cohort: int
+    seed: int
+    schedule: Schedule
+    warmup: int
+    weights: Callable[[int], float]
+    min_replies: int
+    timeout_s: float | None
+    evaluate_every: int
+    test: tuple[torch.Tensor, torch.Tensor]
+    identity: Identity
+    folder: Path
+    device: str = "cpu"
+    on_round: Callable[[Mapping[str, Any]], None] = lambda line: None
+    stopping: Callable[[], bool] = lambda: False
+
+
+class Ending(StrEnum):
+    """How a job ended."""
+
+    FINISHED = "finished"
+    TOO_FEW = "too few clients left"
+    INTERRUPTED = "interrupted"
+
+
+def turns(nodes: Sequence[int], cohort: int, seed: int, round: int) -> list[int]:
+    """Returns the nodes whose turn it is, the same for the same arguments.
+
+    Nodes are dealt like cards: a shuffled deck is dealt cohort by cohort, and shuffled anew when it cannot fill one.
+    So no node is asked more often than `joins_of` says, which the noise is solved for; no amplification by client
+    sampling is claimed, because participation is visible.
+
+    Args:
+        nodes: All nodes, in a stable order.
+        cohort: Nodes per round, at most ``len(nodes)``.
+        seed: Seed of the shuffles.
+        round: Round, from 1.
+    """
+    if cohort >= len(nodes):
+        return list(nodes)
+    deal, hand = divmod(round - 1, len(nodes) // cohort)
+    deck = _deck(len(nodes), seed, deal)
+    return sorted(nodes[card] for card in deck[hand * cohort : (hand + 1) * cohort])
+
+
+_decks: dict[tuple[int, int], tuple[int, list[int]]] = {}
+
+
+def _deck(size: int, seed: int, deal: int) -> list[int]:
+    if _decks.get((size, seed), (-1, []))[0] != deal:
+        # Scheduling, not secrecy: whose turn it is protects nobody.
+        deck = random.Random(f"{seed}/{deal}").sample(range(size), size)  # noqa: S311
+        _decks.clear()
+        _decks[size, seed] = deal, deck
+    return _decks[size, seed][1]
+
+
+def joins_of(rounds: int, clients: int, cohort: int) -> int:
+    """Returns the most rounds that `turns` asks one client to join."""
+    return rounds if cohort >= clients else math.ceil(rounds / (clients // cohort))
+
+
+def initial_model(task: Task, shape: Shape, seed: int) -> tuple[torch.nn.Module, Arrays]:
+    """Builds the model and its first trainable parameters, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = task.build(shape)
+    return model, {
+        name: value.detach().cpu().float().numpy().copy()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+
+
+def evaluate(job: Job, model: torch.nn.Module, arrays: Arrays) -> dict[str, float]:
+    """Returns the task's metrics of a model on the public test set."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in arrays.items():
+            parameters[name].copy_(torch.from_numpy(value))
+        model.eval()
+        inputs, targets = job.test
+        outputs = torch.cat([model(part.to(job.device)).cpu() for part in inputs.split(1024)])
+    return {name: float(value) for name, value in job.task.metrics(outputs, targets).items()}
+
+
+def run(job: Job, grid: Grid) -> Ending:
+    """Runs a job to its end, from its last checkpoint where there is one.
+
+    Guarantees:
+        Same again: after a crash, the interrupted round's requests are equal to the first ones byte for byte, so
+            clients can answer with what they kept.
+
+    Raises:
+        RunError: The checkpoint is damaged or of another job, or nothing can be written.
+    """
+    model, first = initial_model(job.task, job.shape, job.seed)
+    model.to(job.device)
+    path = job.folder / CHECKPOINT
+    if path.exists():
+        state = load(path)
+        require_same(job, state, first)
+        job.aggregator.moments, job.aggregator.updates = state.moments, state.updates
+        for name in (METRICS, RECEIPTS):
+            _cut(job.folder / name, state.lines.get(name, 0))
+    else:
+        state = State(job=job.id, round=0, model=first)
+        save(state, path)
+    while state.round < job.plan.rounds:
+        line = one_round(job, grid, state, model)
+        save(state, path)
+        job.on_round(line)
+        if line["left"] < job.min_replies and state.round < job.plan.rounds:
+            return Ending.TOO_FEW
+        if job.stopping() and state.round < job.plan.rounds:
+            return Ending.INTERRUPTED
+    return Ending.FINISHED
+
+
+def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dict[str, Any]:
+    """Runs one round: cohort, ask, check, aggregate, evaluate. Advances ``state``; returns the round's line."""
+    began, number = time.perf_counter(), state.round + 1
+    nodes = grid.get_node_ids()
+    nodes = nodes if isinstance(nodes, range) else sorted(nodes)
+    declined = set(state.declined)
+    cohort = [node for node in turns(nodes, job.cohort, job.seed, number) if node not in declined]
+
+    requests = {message.metadata.dst_node_id: message for message in ask(job, state, number, cohort)}
+    shared = model_digest((n, f"{a.stype}/{a.dtype}", a.shape, a.data) for n, a in _model_of(requests).items())
+    updates: list[tuple[int, ArrayRecord, Receipt]] = []
+    words: list[str] = []
+    for reply in grid.send_and_receive(requests.values(), timeout=job.timeout_s):
+        node = reply.metadata.src_node_id
+        match check(reply, job, state, requests.get(node), shared):
+            case (ArrayRecord() as arrays, Receipt() as receipt):
+                updates.append((node, arrays, receipt))
+            case str() as word:
+                words.append(word)
+                # Declining is about the budget, which never grows; whatever else went wrong may pass.
+                if word == "declined":
+                    declined.add(node)
+    # In the order of the nodes: float addition does not commute with the order in which replies came.
+    updates.sort(key=lambda update: update[0])
+
+    if len(updates) >= job.min_replies:
+        weighted = [(arrays, job.weights(node)) for node, arrays, _ in updates]
+        state.model = job.aggregator.step(state.model, weighted)
+    state.round, state.declined = number, sorted(declined)
+    state.moments, state.updates = job.aggregator.moments, job.aggregator.updates
+    for node, _, receipt in updates:
+        state.witnesses[node] = f"{receipt.seq}:{receipt.head}"
+        state.spent[receipt.account] = receipt.spent
+    due = number % job.evaluate_every == 0 or number == job.plan.rounds
+    line = {
+        "round": number,
+        "rounds": job.plan.rounds,
+        "metrics": evaluate(job, model, state.model) if due else {},
+        "epsilon": max(state.spent.values(), default=None),
+        "budget": job.plan.epsilon,
+        "replies": len(updates),
+        "declined": words.count("declined"),
+        "missing": len(cohort) - len(updates) - words.count("declined"),
+        "left": len(nodes) - len(declined),
+        "thin": len(updates) < job.min_replies,
+        "seconds": time.perf_counter() - began,
+    }
+    write_lines(job.folder / RECEIPTS, [countersign(job.identity, receipt) for *_, receipt in updates])
+    write_lines(job.folder / METRICS, [json.dumps(line)])
+    state.lines[METRICS] = state.lines.get(METRICS, 0) + 1
+    state.lines[RECEIPTS] = state.lines.get(RECEIPTS, 0) + len(updates)
+    return line
+
+
+def ask(job: Job, state: State, number: int, cohort: Sequence[int]) -> Iterator[Message]:
+    """Yields one request per client; the model is written once and shared by all."""
+    arrays = ArrayRecord({name: Array(value) for name, value in state.model.items()})
+    common = {
+        "job": job.id,
+        "round": number,
+        "task": job.task.name,
+        "plan": job.plan.to_json(),
+        "local": job.local.to_json(),
+        "lr": job.local.lr * job.schedule.factor(number, job.plan.rounds, job.warmup),
+    }
+    for node in cohort:
+        config = ConfigRecord(common | {"witness": state.witnesses.get(node, "")})
+        content = RecordDict({"arrays": arrays, "job": config})
+        yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=str(number))
+
+
+def _model_of(requests: Mapping[int, Message]) -> ArrayRecord:
+    """Returns the model that all requests of a round share."""
+    for message in requests.values():
+        arrays = message.content["arrays"]
+        if isinstance(arrays, ArrayRecord):
+            return arrays
+    return ArrayRecord()
+
+
+def check(
+    reply: Message, job: Job, state: State, request: Message | None, model: str
+) -> tuple[ArrayRecord, Receipt] | str:
+    """Reads a reply, trusting none of it.
+
+    Args:
+        reply: What came.
+        job: The job.
+        state: Where it stands; the reply must answer its next round.
+        request: What this node was asked, or None if nothing.
+        model: Digest of the model in the request.
+
+    Returns:
+        The update and its receipt; or the word that was answered; or "missing" for anything else.
+    """
+    if request is None or reply.has_error():
+        return "missing"
+    refusal = reply.content.get("refusal")
+    if isinstance(refusal, ConfigRecord):
+        return str(refusal.get("word", "missing"))[:16]
+    arrays, record = reply.content.get("arrays"), reply.content.get("receipt")
+    if not isinstance(arrays, ArrayRecord) or not isinstance(record, ConfigRecord):
+        return "missing"
+    if list(arrays) != list(state.model) or not all(_sound(arrays[name], value) for name, value in state.model.items()):
+        return "missing"
+    try:
+        receipt = Receipt.from_json(str(record.get("receipt", "")))
+    except LedgerError:
+        return "missing"
+    previous = state.witnesses.get(reply.metadata.src_node_id, "-1:").partition(":")
+    asked = request.content["job"]
+    digest = request_digest(dict(asked), model) if isinstance(asked, ConfigRecord) else ""
+    if (receipt.job, receipt.round, receipt.request) != (job.id, state.round + 1, digest):
+        return "missing"
+    if receipt.seq <= int(previous[0]):
+        return "missing"
+    return arrays, receipt
+
+
+def _sound(array: Array, like: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bool:
+    if array.dtype != "float32" or tuple(array.shape) != like.shape or array.stype != "numpy.ndarray":
+        return False
+    if not like.nbytes <= len(array.data) <= like.nbytes + 256:
+        return False
+    try:
+        value = np.load(io.BytesIO(array.data), allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        return False
+    return value.dtype == np.float32 and value.shape == like.shape and bool(np.isfinite(value).all())
+
+
+def countersign(identity: Identity, receipt: Receipt) -> str:
+    """Returns one line of the receipts file: the holder's receipt with the server's signature over it."""
+    text = receipt.to_json()
+    signature = identity.sign(b"tacit/countersign/1\n" + text.encode())
+    return json.dumps({"receipt": text, "peer": identity.public_key, "countersignature": signature})
+
+
+def require_same(job: Job, state: State, first: Arrays) -> None:
+    """Refuses to resume a checkpoint of another job or another model.
+
+    Raises:
+        RunError: They differ.
+    """
+    if state.job != job.id or {n: v.shape for n, v in state.model.items()} != {n: v.shape for n, v in first.items()}:
+        raise RunError("expected a checkpoint of this job, got one of another; resume it from its own run folder")
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Appends whole lines to a file.
+
+    Raises:
+        RunError: The disk is full or the file cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise RunError(f"expected to write {path}, got {error.strerror}; free some space and resume the run") from None
+
+
+def _cut(path: Path, lines: int) -> None:
+    """Drops what a crash left behind the last checkpoint; the round will write it again."""
+    if not path.exists():
+        return
+    whole = path.read_bytes().splitlines(keepends=True)[:lines]
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(b"".join(whole))
+    temporary.replace(path)
+
+
+def server_app(configure: Callable[[Context], Job], finish: Callable[[Job, Ending], None]) -> ServerApp:
+    """Makes the server application.
+
+    Args:
+        configure: Builds the job that a context asks for.
+        finish: Called with the job and how it ended.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        job = configure(context)
+        require(job.cohort >= 1, f"expected a cohort of at least one client, got {job.cohort}")
+        finish(job, run(job, grid))
+
+    return app

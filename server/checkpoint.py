@@ -1,0 +1,123 @@
+"""Checkpoints of the server: everything needed to send the next round's requests again, byte for byte.
+
+One file per checkpoint, written whole or not at all: a line of JSON, then raw little-endian float32 arrays. Nothing in
+it is ever unpickled. A model is post-processing of releases that were paid for, so a checkpoint is not a new release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from privacy.errors import RunError
+from privacy.plan import canonical
+from server.aggregate import Arrays
+
+_MAGIC: Final = b"tacit/checkpoint/1\n"
+
+
+@dataclasses.dataclass
+class State:
+    """Where a job stands after a round.
+
+    Attributes:
+        job: Job identity.
+        round: Last finished round; 0 before the first.
+        model: Trainable parameters by name.
+        moments: The aggregator's state.
+        updates: Rounds that changed the model.
+        witnesses: Per node, sequence number and hash of its last receipt, as ``"number:hash"``.
+        declined: Nodes that declined for good; they are not asked again.
+        spent: Per account, what its last receipt says.
+        lines: Number of finished lines in the metrics and receipts files.
+    """
+
+    job: str
+    round: int
+    model: Arrays
+    moments: dict[str, Arrays] = dataclasses.field(default_factory=dict)
+    updates: int = 0
+    witnesses: dict[int, str] = dataclasses.field(default_factory=dict)
+    declined: list[int] = dataclasses.field(default_factory=list)
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
+    lines: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def save(state: State, path: Path) -> None:
+    """Writes a checkpoint atomically and durably.
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written; the checkpoint before stays.
+    """
+    groups = {"model": state.model} | {f"moments/{name}": arrays for name, arrays in state.moments.items()}
+    layout = [[group, name, list(value.shape)] for group, arrays in groups.items() for name, value in arrays.items()]
+    body = b"".join(
+        np.ascontiguousarray(value, dtype="<f4").tobytes() for arrays in groups.values() for value in arrays.values()
+    )
+    header = {
+        "job": state.job,
+        "round": state.round,
+        "updates": state.updates,
+        "witnesses": {str(node): witness for node, witness in state.witnesses.items()},
+        "declined": sorted(state.declined),
+        "spent": state.spent,
+        "lines": state.lines,
+        "layout": layout,
+        "sha256": hashlib.sha256(body).hexdigest(),
+    }
+    temporary = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.writelines((_MAGIC, canonical(header), b"\n", body))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"expected to write checkpoint {path}, got {error.strerror}; free some space and resume the run"
+        ) from None
+
+
+def load(path: Path) -> State:
+    """Reads a checkpoint.
+
+    Raises:
+        RunError: There is none, or it is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"expected a checkpoint at {path}, got {error.strerror}; is it a run folder?") from None
+    header, _, body = content.removeprefix(_MAGIC).partition(b"\n")
+    try:
+        fields: dict[str, Any] = json.loads(header)
+        if not content.startswith(_MAGIC) or hashlib.sha256(body).hexdigest() != fields["sha256"]:
+            raise ValueError("bytes do not match their hash")
+        groups: dict[str, Arrays] = {}
+        start = 0
+        for group, name, shape in fields["layout"]:
+            count = int(np.prod(shape, dtype=np.int64))
+            value = np.frombuffer(body, dtype="<f4", count=count, offset=start).reshape(shape)
+            groups.setdefault(group, {})[name] = value.astype(np.float32)
+            start += 4 * count
+        return State(
+            job=fields["job"],
+            round=fields["round"],
+            model=groups["model"],
+            moments={name.removeprefix("moments/"): arrays for name, arrays in groups.items() if name != "model"},
+            updates=fields["updates"],
+            witnesses={int(node): witness for node, witness in fields["witnesses"].items()},
+            declined=fields["declined"],
+            spent=fields["spent"],
+            lines=fields["lines"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"expected a whole checkpoint at {path}, got a damaged one ({error}); restore a backup") from None

@@ -1,0 +1,478 @@
+"""A simulated federation on disk and in memory: who its clients are, and everything they bring.
+
+A `World` is opened from a run folder by every process that needs it (this one, worker processes, Ray actors), and all
+see the same: the partition and the tasks come from the scenario, the plan from ``job.json``, spend from the ledgers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from clients.app import parse_request
+from clients.data import DataError, Source, load_source
+from clients.holder import Holder, Kept, SecureSources, Sources, content_of, noise_name
+from clients.records import faults
+from models.task import Shape, Task, find_task
+from privacy.accounting import Event, Grant, best_order, solve_noise
+from privacy.dpsgd import check_model, choose_mode, probe, supported_modes
+from privacy.errors import LedgerError, PlanError, RunError
+from privacy.ledger import Book, ChargeRequest, Receipt, Word
+from privacy.noise import SECURE_SOURCE
+from privacy.plan import Local, Mode, Optimizer, Plan
+from server.app import joins_of
+from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
+from simulations.scenario import Scenario
+
+JOB_FILE: Final = "job.json"
+# Beyond this many clients, accounts are opened when a client is first asked, and data is checked when first used.
+_EAGER_CLIENTS: Final = 2000
+_TICKET: Final = "tacit.ticket"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What a job has settled before its first round, for all its resumptions: the content of ``job.json``.
+
+    Attributes:
+        id: Random job identity, 32 hex digits.
+        plan: The plan, its noise solved and its mode resolved.
+        local: Learning knobs.
+        order: Renyi order of new grants.
+        device: Resolved device.
+        ledgers: Folder of the ledgers.
+        population: Public words for whose ledgers these are.
+        started: ISO 8601 time.
+        code: SHA-256 of this program's source.
+    """
+
+    id: str
+    plan: Plan
+    local: Local
+    order: float
+    device: str
+    ledgers: str
+    population: str
+    started: str
+    code: str
+
+    def save(self, folder: Path) -> None:
+        """Writes ``job.json``."""
+        fields = dataclasses.asdict(self)
+        (folder / JOB_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads ``job.json``.
+
+        Raises:
+            RunError: It is missing or damaged.
+        """
+        try:
+            fields = json.loads((folder / JOB_FILE).read_text())
+            fields["plan"] = Plan.from_json(json.dumps(fields["plan"]))
+            fields["local"] = Local.from_json(json.dumps(fields["local"]))
+            return cls(**fields)
+        except OSError as error:
+            raise RunError(f"expected a run folder with {JOB_FILE} at {folder}, got {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"expected a whole {JOB_FILE} in {folder}, got a damaged one ({error})") from None
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class World:
+    """One simulated federation.
+
+    Attributes:
+        folder: Run folder.
+        scenario: Resolved scenario.
+        settled: What the job settled.
+        task: What is learned.
+        source: The data set, or None for a virtual population.
+        population: The clients' records.
+        book: Ledgers of all clients.
+        kept: Stored releases.
+        sources: Randomness of releases.
+        commitments: Keyed commitments to each checked client's records, by name.
+    """
+
+    folder: Path
+    scenario: Scenario
+    settled: Settled
+    task: Task
+    source: Source | None
+    population: Population
+    book: Book
+    kept: Kept
+    sources: Sources
+    commitments: dict[str, str] = dataclasses.field(default_factory=dict)
+    _paid: dict[tuple[str, str], Receipt | Word] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def create(cls, scenario: Scenario, folder: Path, sources: Sources | None = None) -> Self:
+        """Settles a job and makes its run folder; on any error nothing is left behind.
+
+        Raises:
+            TacitError: The scenario cannot be run; the message says why.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"expected a new run folder, got {folder} which is in use; choose another or --resume it")
+        sources = sources or SecureSources()
+        task = _task(scenario.task)
+        source, population = populate(scenario, task)
+        published = source.declared_records if source is not None else None
+        scenario = scenario.resolved(published)
+        settled = settle(scenario, task, population.shape)
+        made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            world = cls._assemble(scenario, settled, task, source, population, folder, sources)
+            world._preflight()
+            # Last: a folder with job.json is whole.
+            scenario.save(folder)
+            settled.save(folder)
+        except OSError as error:
+            _forget(folder, made)
+            raise RunError(f"expected to make the run folder {folder}, got {error.strerror}; free some space") from None
+        except BaseException:
+            _forget(folder, made)
+            raise
+        return world
+
+    @classmethod
+    def open(cls, folder: Path, sources: Sources | None = None, scenario: Scenario | None = None) -> Self:
+        """Opens an existing run folder.
+
+        Args:
+            folder: A folder that `create` made.
+            sources: Randomness; the production source by default.
+            scenario: The folder's scenario, where it runs on another machine set-up; read from the folder by default.
+
+        Raises:
+            TacitError: The folder is no run folder, or its ledgers are damaged.
+        """
+        scenario = scenario or Scenario.from_run(folder)
+        settled = Settled.load(folder)
+        task = _task(scenario.task)
+        source, population = populate(scenario, task)
+        world = cls._assemble(scenario, settled, task, source, population, folder, sources or SecureSources())
+        world._preflight()
+        return world
+
+    @classmethod
+    def _assemble(
+        cls,
+        scenario: Scenario,
+        settled: Settled,
+        task: Task,
+        source: Source | None,
+        population: Population,
+        folder: Path,
+        sources: Sources,
+    ) -> Self:
+        return cls(
+            folder=folder,
+            scenario=scenario,
+            settled=settled,
+            task=task,
+            source=source,
+            population=population,
+            book=Book(Path(settled.ledgers) if settled.ledgers else folder / "ledgers"),
+            kept=Kept(folder / "kept", durable=False),
+            sources=sources,
+        )
+
+    # -- clients ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def name_of(index: int) -> str:
+        """Returns the pseudonym of a client, from 0."""
+        return f"client-{index:05d}"
+
+    def _preflight(self) -> None:
+        """Opens accounts and checks every client's records, before any charge; a simulation's faults are errors."""
+        if self.population.clients > _EAGER_CLIENTS:
+            return
+        names = [self.name_of(index) for index in range(self.population.clients)]
+        for index, name in enumerate(names):
+            records = self.population.records_of(index)
+            if found := faults(records, self.population.shape):
+                raise DataError(f"expected sound records at {name}, got {found[0]}; repair the data set")
+            self.commitments[name] = self.book.secret.commitment(name, content_of(records))
+        self._grant(names)
+
+    def _grant(self, names: Sequence[str]) -> None:
+        plan = self.settled.plan
+        grant = Grant(
+            epsilon=plan.epsilon, delta=plan.delta, order=self.settled.order, records_bound=plan.records_bound
+        )
+        self.book.grant({name: grant for name in names}, population=self.settled.population)
+
+    def holder(self, context: Context) -> Holder:
+        """Returns the data holder that a context belongs to."""
+        index = int(str(context.node_config["partition-id"]))
+        if not 0 <= index < self.population.clients:
+            raise RunError(f"expected {self.population.clients} nodes, got one with partition {index}; set clients")
+        name = self.name_of(index)
+
+        def pay(request: ChargeRequest) -> Receipt | Word:
+            paid = self._paid.pop((name, request.request), None) or _ticket(context, request.request)
+            if paid is not None:
+                return paid
+            if name not in self.book.accounts:
+                self._grant([name])
+            return self.book.charge([request])[0]
+
+        return Holder(
+            name=name,
+            task=self.task,
+            shape=self.population.shape,
+            load=lambda: self.population.records_of(index),
+            book=self.book,
+            kept=self.kept,
+            sources=self.sources,
+            pay=pay,
+            commitment=self.commitments.get(name, ""),
+            device=self.settled.device,
+            simulated=True,
+        )
+
+    def charge_cohort(self, pairs: Sequence[tuple[Message, Context]]) -> None:
+        """Gates and charges a whole cohort with one sync, before any of its data is touched (guarantee G8).
+
+        Args:
+            pairs: Each client's message and context; the outcome waits for the client's own `Holder.charge`.
+        """
+        wanted: list[tuple[Context, ChargeRequest]] = []
+        for message, context in pairs:
+            holder, request = self.holder(context), parse_request(message)
+            # What was kept is sent again, and must not be charged again (guarantee G9).
+            if self.kept.get(request.job, holder.account(), request.digest) is None:
+                charge = request.charge_of(
+                    holder.name, noise=noise_name(self.sources), commitment=holder.commitment
+                )
+                wanted.append((context, charge))
+        self._grant([charge.name for _, charge in wanted if charge.name not in self.book.accounts])
+        outcomes = self.book.charge([charge for _, charge in wanted])
+        self._paid.clear()
+        for (context, charge), outcome in zip(wanted, outcomes, strict=True):
+            if self.scenario.workers > 1:
+                text = outcome.to_json() if isinstance(outcome, Receipt) else outcome.value
+                context.state[_TICKET] = ConfigRecord({"request": charge.request, "outcome": text})
+            else:
+                self._paid[charge.name, charge.request] = outcome
+
+    # -- what only a simulation knows -----------------------------------------------------------------------------
+
+    def truth(self) -> dict[str, Any] | None:
+        """Returns exact counts for the report's section "simulation only"; None for a virtual population."""
+        if self.source is None or not isinstance(self.population, SplitPopulation):
+            return None
+        table = label_table(self.population.parts, self.source.train.targets, self.source.shape.classes)
+        return {
+            "label_table": table,
+            "class_names": list(self.source.classes),
+            "sizes": [sum(row) for row in table],
+            "partition": _partition_words(self.scenario),
+            "truth": "Exact counts of every client; a deployment has no such section.",
+        }
+
+
+def _ticket(context: Context, request: str) -> Receipt | Word | None:
+    """Takes the outcome that the engine's process left for a worker process; it serves one request, once."""
+    ticket = context.state.get(_TICKET)
+    if not isinstance(ticket, ConfigRecord):
+        return None
+    del context.state[_TICKET]
+    if ticket["request"] != request:
+        return None
+    text = str(ticket["outcome"])
+    return Receipt.from_json(text) if text.startswith("{") else Word(text)
+
+
+def _forget(folder: Path, made: bool) -> None:
+    """Removes what a failed start wrote into a folder; ledgers that runs share lie elsewhere and stay."""
+    if made:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _task(name: str) -> Task:
+    try:
+        return find_task(name)
+    except LookupError as error:
+        raise PlanError(str(error.args[0] if error.args else error)) from None
+
+
+def populate(scenario: Scenario, task: Task) -> tuple[Source | None, Population]:
+    """Loads the data and splits it among the clients.
+
+    Raises:
+        DataError: The data cannot be read, holds a bad record, or leaves a client empty.
+        PlanError: The partition does not fit the number of clients.
+    """
+    source = load_source(task, data=scenario.data or None)
+    if scenario.partition == "virtual":
+        virtual = VirtualPopulation(
+            task=task,
+            shape=source.shape,
+            clients=scenario.clients,
+            records=scenario.records_per_client or 50,
+            seed=scenario.seed,
+        )
+        return source, virtual
+    parts = split(
+        Split(scenario.partition),
+        source.train.targets,
+        source.keys,
+        clients=scenario.clients,
+        seed=scenario.seed,
+        alpha=scenario.alpha,
+    )
+    return source, SplitPopulation(source, parts)
+
+
+def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
+    """Solves the plan of a resolved scenario, on public values alone.
+
+    Raises:
+        PlanError: The model is refused, no noise is enough, or values contradict each other.
+    """
+    device = _device(scenario.device)
+    joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
+    steps = scenario.steps_per_round * joins
+    if scenario.noise_multiplier:
+        event = Event(
+            sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps
+        )
+        noise, (order, epsilon) = scenario.noise_multiplier, best_order(event, scenario.delta)
+    else:
+        epsilon = scenario.epsilon
+        noise, order = solve_noise(
+            epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scenario.seed)
+        model = task.build(shape)
+    check_model(model)
+    generator = torch.Generator().manual_seed(scenario.seed)
+
+    def make_batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return task.synthetic(shape, count, generator)
+
+    expected = scenario.sample_rate * scenario.records_per_client
+    mode = Mode(scenario.mode)
+    if mode is Mode.AUTO:
+        mode = choose_mode(
+            model,
+            task.loss,
+            make_batch,
+            expected_batch=expected,
+            physical_batch=scenario.physical_batch,
+            views=scenario.views,
+            augment=task.augment,
+            device=device,
+        )
+    elif mode not in supported_modes(model, scenario.views):
+        legal = ", ".join(supported_modes(model, scenario.views))
+        raise PlanError(f"expected a mode that is safe for this model ({legal}), got {mode}; leave mode on auto")
+    probe(
+        model,
+        task.loss,
+        make_batch,
+        mode=mode,
+        l2_clip=scenario.l2_clip,
+        physical_batch=scenario.physical_batch,
+        views=scenario.views,
+        augment=task.augment,
+        device=device,
+    )
+    plan = Plan(
+        sample_rate=scenario.sample_rate,
+        expected_batch=expected,
+        l2_clip=scenario.l2_clip,
+        noise_multiplier=noise,
+        steps=scenario.steps_per_round,
+        rounds=scenario.rounds,
+        joins=joins,
+        epsilon=epsilon,
+        delta=scenario.delta,
+        records_bound=scenario.records_bound,
+        mode=mode,
+        physical_batch=scenario.physical_batch,
+        views=scenario.views,
+    )
+    local = Local(
+        optimizer=Optimizer(scenario.optimizer),
+        lr=scenario.lr,
+        momentum=scenario.momentum,
+        weight_decay=scenario.weight_decay,
+        proximal_mu=scenario.proximal_mu,
+    )
+    return Settled(
+        id=os.urandom(16).hex(),
+        plan=plan,
+        local=local,
+        order=order,
+        device=device,
+        ledgers=str(Path(scenario.ledgers).expanduser().resolve()) if scenario.ledgers else "",
+        population=population_words(scenario, task),
+        started=now(),
+        code=code_hash(),
+    )
+
+
+def population_words(scenario: Scenario, task: Task) -> str:
+    """Returns public words that differ whenever the same records might be split in another way."""
+    data = task.data if isinstance(task.data, str) else task.name
+    place = f" at {Path(scenario.data).expanduser().resolve()}" if scenario.data else ""
+    return f"{data}{place}, {_partition_words(scenario)} over {scenario.clients} clients, seed {scenario.seed}"
+
+
+def _partition_words(scenario: Scenario) -> str:
+    alpha = f" (alpha {scenario.alpha:g})" if scenario.partition in (Split.DIRICHLET, Split.QUANTITY) else ""
+    return f"{scenario.partition}{alpha}"
+
+
+def _device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = wanted.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        raise PlanError(f"expected a device that this machine has, got {wanted}; use auto or cpu")
+    return wanted
+
+
+def now() -> str:
+    """Returns the time as ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def code_hash() -> str:
+    """Returns a SHA-256 over this program's own source files, in hex."""
+    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    for room in ("clients", "models", "privacy", "server", "simulations"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\n{path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def server_context(folder: Path, run_id: int) -> Context:
+    """Returns the server's context for a run folder."""
+    return Context(
+        run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config={"run": str(folder)}
+    )

@@ -1,0 +1,1 @@
+"""quickstart-numpy: a Flower app that needs nothing but NumPy."""
