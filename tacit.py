@@ -296,14 +296,14 @@ def _simulate(arguments: argparse.Namespace) -> int:
                 observer=display,
             )
     except KeyboardInterrupt:
-        return _fail(_how_to_go_on(display.run or (str(arguments.resume) if arguments.resume else "")), 130)
+        return _fail(_how_to_go_on(_short(display.run or str(arguments.resume or ""))), 130)
     stopped = str(summary.get("status")) == "interrupted"
     if arguments.json:
         print(json.dumps(_finite(summary), allow_nan=False))
     else:
         _closing(summary)
     if stopped:
-        return _fail(_how_to_go_on(str(summary.get("run", ""))), 130)
+        return _fail(_how_to_go_on(_short(str(summary.get("run", "")))), 130)
     return 0
 
 
@@ -474,24 +474,31 @@ class _Display(_Silent):
 
     def started(self, info: Mapping[str, object]) -> None:
         super().started(info)
-        scenario = self.scenario
-        if scenario.epsilon:
-            promise = f"epsilon {scenario.epsilon:g}, delta {scenario.delta:g} for each client (add/remove)"
-        else:
-            promise = (
-                f"noise {scenario.noise_multiplier:g} x clip; epsilon follows, at delta {scenario.delta:g}"
-            )
+        scenario, plan = self.scenario, info.get("plan")
+        known: Mapping[str, Any] = plan if isinstance(plan, Mapping) else {}
         cohort = (
             f", {scenario.cohort} asked in a round" if scenario.cohort not in (0, scenario.clients) else ""
         )
-        rows: dict[str, object] = {
+        rows = {
             "task": scenario.task,
-            "clients": f"{scenario.clients} ({scenario.partition} partition){cohort}",
-            "privacy": promise,
-            "each round": f"{scenario.steps_per_round} steps; a record joins one with probability "
-            f"{scenario.sample_rate:g}; its gradient is clipped to {scenario.l2_clip:g}",
+            "clients": f"{scenario.clients}, {scenario.partition} partition{cohort}",
+            "promise": f"epsilon {known.get('epsilon', scenario.epsilon):g} at delta {scenario.delta:g} "
+            "for each client, add or remove one record",
         }
-        rows |= {name.replace("_", " "): value for name, value in info.items() if name not in rows}
+        if known:
+            spare = known["joins"] - known["rounds"]
+            rows["schedule"] = (
+                f"{known['rounds']} rounds of {known['steps']} steps; the noise also covers {spare} "
+                f"spare charge{'' if spare == 1 else 's'} for retries"
+            )
+            rows["each step"] = (
+                f"a record joins with probability {known['sample_rate']:g}, its gradient is clipped to "
+                f"{known['l2_clip']:g}, noise {known['noise_multiplier']:.3g} x clip"
+            )
+        rows["runs on"] = (
+            f"{info.get('engine', scenario.engine)} engine, {info.get('device', scenario.device)}"
+        )
+        rows["run folder"] = _short(self.run)
         _print_rows(self.console, rows)
         self.console.print()
 
@@ -598,6 +605,12 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
 
 
+def _short(path: str) -> str:
+    """Returns a path as seen from here, where that is shorter."""
+    here = os.path.relpath(path) if path else ""
+    return here if len(here) < len(path) else path
+
+
 def _print_rows(console: Console, rows: Mapping[str, object]) -> None:
     """Prints names in bold beside their values; an indented name continues the row above."""
     from rich.text import Text
@@ -625,9 +638,14 @@ def _closing(summary: Mapping[str, object]) -> None:
     )
     if isinstance(seconds, int | float):
         rows["time"] = f"{_clock(float(seconds))}, {summary.get('rounds')} rounds"
-    for name, title in (("run", "run folder"), ("report", "report")):
-        if summary.get(name):
-            rows[title] = summary[name]
+    spent, budget = summary.get("epsilon_spent"), summary.get("budget")
+    if spent is not None and budget is not None:
+        # Two true figures: the filter holds whatever the ledger sees next, the headline for this schedule.
+        rows["ledgers"] = (
+            f"{_epsilon(spent)} of {_epsilon(budget)} spent, counted by the filter that guards the budget"
+        )
+    if summary.get("run"):
+        rows["run folder"] = _short(str(summary["run"]))
     console = _console()
     console.print()
     console.print(

@@ -32,7 +32,7 @@ from clients.records import Records, faults, sanitize
 from clients.tables import SUFFIXES, Schema, Table, encode, parse_schema, read_schema, read_table
 from models.shape import Shape
 from models.task import Task
-from privacy.errors import DataError
+from privacy.errors import DataError, TacitError
 
 __all__ = ["Records", "Source", "SourceName", "data_folder", "faults", "load_source", "sanitize"]
 
@@ -560,7 +560,14 @@ def _from_callable(task: Task, make: Callable[[], Any], strict: bool) -> Source:
         raise DataError(
             f"expected task {task.name!r} to declare the shape of its records; add shape=Shape(...)"
         )
-    pair = make()
+    try:
+        pair = make()
+    except TacitError:
+        raise
+    except Exception as error:  # Somebody else's loader may fail in any way; a person needs one sentence.
+        raise DataError(
+            f"expected the data of task {task.name!r}, its loader failed with {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise DataError(
             f"expected the data of task {task.name!r} to be a pair (train, test), got {type(pair).__name__}"

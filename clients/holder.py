@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol, final
@@ -19,7 +18,8 @@ import numpy as np
 
 from clients.data import Records, faults, sanitize
 from models.task import Shape, Task
-from privacy.errors import DataError, LedgerError, RunError
+from privacy.errors import DataError, LedgerError
+from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.noise import SECURE_SOURCE, Keystream, RandomSource
 
@@ -87,18 +87,7 @@ class Kept:
         path = self._path(release.receipt.job, release.receipt.account)
         body = release.parameters.astype("<f4", copy=False).tobytes()
         header = json.dumps({"receipt": release.receipt.to_json(), "sha256": hashlib.sha256(body).hexdigest()})
-        temporary = path.with_suffix(f".{os.getpid()}.new")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.writelines((self._MAGIC, header.encode(), b"\n", body))
-                if self._durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RunError(f"expected to keep a release in {self._folder}, got {error.strerror}; free some space") from None
+        write_whole(path, self._MAGIC, header.encode(), b"\n", body, durable=self._durable)
 
     def get(self, job: str, account: str, request: str) -> Release | None:
         """Returns the kept release of exactly this request, or None."""

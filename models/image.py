@@ -18,35 +18,38 @@ def cnn(
     shape: Shape,
     *,
     widths: tuple[int, ...] = (16, 32),
-    hidden: int = 32,
+    hidden: tuple[int, ...] = (32,),
     activation: Activation = Activation.TANH,
+    standardise: bool = False,
 ) -> nn.Sequential:
     """Returns a small convolutional network for images from 8x8 up.
 
-    Each block is a 3x3 convolution, GroupNorm over groups of about four channels, the activation and a 2x2
-    average pooling. Whatever is left at the end is averaged to at most 4x4, so the head stays small for large
-    images.
+    Each block is a 3x3 convolution, GroupNorm over groups of four channels, the activation and a 2x2 average
+    pooling. What is left at the end is averaged to at most 4x4, so the head stays small for large images.
 
     Args:
         shape: Records of shape ``(channels, height, width)``.
         widths: Channels of each block, each a multiple of 4.
-        hidden: Width of the linear layer before the classes.
-        activation: Non-linearity after each normalisation and in the head.
+        hidden: Widths of the linear layers between the blocks and the classes.
+        activation: Non-linearity after each normalisation and hidden layer.
+        standardise: Whether each image is first brought to mean 0 and variance 1, by itself.
 
     Raises:
-        ValueError: The records are not images, or are too small to be halved by every block.
+        ValueError: The records are not images, or too small to be halved by every block.
     """
     if len(shape.inputs) != 3:
         raise ValueError(
             f"expected images of shape (channels, height, width), got records of shape {shape.inputs}"
         )
     channels, height, width = shape.inputs
-    if min(height, width) < 2 ** len(widths):
+    least = 2 ** len(widths)
+    if min(height, width) < least:
         raise ValueError(
-            f"expected images of at least {2 ** len(widths)} pixels a side for {len(widths)} blocks, "
+            f"expected images of at least {least} pixels a side for {len(widths)} blocks, "
             f"got {height}x{width}; use fewer blocks"
         )
-    layers: list[nn.Module] = []
+    # One group without parameters is a fixed function of one image: nothing about it is learned or shared.
+    layers: list[nn.Module] = [nn.GroupNorm(1, channels, affine=False)] if standardise else []
     for filters in widths:
         layers += [
             nn.Conv2d(channels, filters, 3, padding=1),  # (B, filters, H, W)
@@ -58,13 +61,12 @@ def cnn(
     if max(height, width) > 4:
         height, width = min(height, 4), min(width, 4)
         layers.append(nn.AdaptiveAvgPool2d((height, width)))
-    return nn.Sequential(
-        *layers,
-        nn.Flatten(),
-        nn.Linear(channels * height * width, hidden),
-        activation.layer(),
-        nn.Linear(hidden, shape.classes),
-    )
+    layers.append(nn.Flatten())
+    features = channels * height * width
+    for units in hidden:
+        layers += [nn.Linear(features, units), activation.layer()]
+        features = units
+    return nn.Sequential(*layers, nn.Linear(features, shape.classes))
 
 
 def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:

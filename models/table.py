@@ -91,7 +91,8 @@ def roc_auc(score: Tensor, positive: Tensor) -> float:
     ranks = (last - (counts.double() - 1) / 2)[inverse]
     positives = int(positive.sum())
     negatives = len(positive) - positives
-    return (ranks[positive].sum().item() - positives * (positives + 1) / 2) / (positives * negatives)
+    above: float = ranks[positive].sum().item() - positives * (positives + 1) / 2
+    return above / (positives * negatives)
 
 
 def table_metrics(output: Tensor, target: Tensor) -> dict[str, float]:

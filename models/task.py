@@ -88,8 +88,25 @@ class Task:
         object.__setattr__(self, "defaults", dict(self.defaults))
 
 
-_LARGE: dict[str, float | int | str] = {}
-_TABLE: dict[str, float | int | str] = {}
+# The defaults of the digits and breast cancer tasks were found by a search on random splits of the same
+# public data: best accuracy at epsilon 3 for ten clients. Calibration fits the noise to whatever they become.
+
+# For data sets of which a client holds thousands of records: a few hundred in each batch.
+_LARGE: dict[str, float | int | str] = {
+    "rounds": 30,
+    "steps-per-round": 10,
+    "sample-rate": 0.05,
+    "l2-clip": 1.0,
+    "lr": 1.0,
+}
+# For a table nobody has seen yet: large batches, few steps, which forgive a learning rate that is not tuned.
+_TABLE: dict[str, float | int | str] = {
+    "rounds": 20,
+    "steps-per-round": 1,
+    "sample-rate": 0.5,
+    "l2-clip": 1.0,
+    "lr": 1.0,
+}
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -100,23 +117,23 @@ TASKS: dict[str, Task] = {
             record="one handwritten digit, 8x8 pixels",
             data="digits",
             build=functools.partial(softmax_regression, standardise=True),
-            defaults={},
+            defaults={"rounds": 20, "steps-per-round": 2, "sample-rate": 0.5, "l2-clip": 1.0, "lr": 1.5},
         ),
         Task(
             name="digits-mlp",
             summary="multilayer perceptron on scikit-learn's handwritten digits; no download",
             record="one handwritten digit, 8x8 pixels",
             data="digits",
-            build=functools.partial(mlp, hidden=(32,), standardise=True),
-            defaults={},
+            build=functools.partial(mlp, standardise=True),
+            defaults={"rounds": 30, "steps-per-round": 1, "sample-rate": 0.5, "l2-clip": 1.0, "lr": 1.7},
         ),
         Task(
             name="digits-cnn",
             summary="convolutional network with GroupNorm on scikit-learn's handwritten digits; no download",
             record="one handwritten digit, 8x8 pixels",
             data="digits",
-            build=functools.partial(cnn, standardise=True),
-            defaults={},
+            build=functools.partial(cnn, widths=(16,), hidden=(), standardise=True),
+            defaults={"rounds": 20, "steps-per-round": 2, "sample-rate": 0.5, "l2-clip": 2.0, "lr": 0.4},
         ),
         Task(
             name="breast-cancer",
@@ -125,7 +142,7 @@ TASKS: dict[str, Task] = {
             data="breast-cancer",
             build=softmax_regression,
             metrics=table_metrics,
-            defaults={},
+            defaults={"rounds": 20, "steps-per-round": 1, "sample-rate": 0.5, "l2-clip": 2.0, "lr": 0.9},
         ),
         Task(
             name="breast-cancer-mlp",
@@ -134,7 +151,7 @@ TASKS: dict[str, Task] = {
             data="breast-cancer",
             build=functools.partial(mlp, hidden=(16,)),
             metrics=table_metrics,
-            defaults={},
+            defaults={"rounds": 20, "steps-per-round": 1, "sample-rate": 0.5, "l2-clip": 2.0, "lr": 0.9},
         ),
         Task(
             name="mnist-cnn",
@@ -157,7 +174,7 @@ TASKS: dict[str, Task] = {
             summary="convolutional network on CIFAR-10 (downloaded by torchvision), with flips and shifts",
             record="one colour photograph, 32x32 pixels",
             data="cifar10",
-            build=functools.partial(cnn, widths=(32, 64, 64), hidden=128),
+            build=functools.partial(cnn, widths=(32, 64, 64), hidden=(128,)),
             augment=flip_and_shift,
             defaults=_LARGE,
         ),

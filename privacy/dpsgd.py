@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Final, Protocol, TypeAlias, final
 
 import torch
@@ -276,12 +276,17 @@ class _Part(Protocol):
 def _squares(rows: Tensor) -> Tensor:
     """Returns squared L2 norms of rows ``(B, n)`` in float64, shape ``(B,)``."""
     # In float32 squares overflow from 2e19 and a long sum loses more than SHRINK.
-    width = max(1, _SLICE // max(1, rows.shape[0])) if rows.device.type == "cpu" else rows.shape[1]
-    pieces = torch.split(rows, max(1, width), 1)
-    return sum(
-        (torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square() for piece in pieces[1:]),
-        torch.linalg.vector_norm(pieces[0], dim=1, dtype=torch.float64).square(),
-    )
+    count, length = rows.shape
+    if rows.numel() <= _SLICE or rows.device.type != "cpu":
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return norm.square()
+    # In slices, or the float64 copy of all gradients would fall out of the cache.
+    total = torch.zeros(count, dtype=torch.float64)
+    width = max(1, _SLICE // count)
+    for start in range(0, length, width):
+        piece = rows[:, start : start + width]
+        total += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square()
+    return total
 
 
 @final
@@ -356,26 +361,18 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
     if getattr(module, "inplace", False):
         # Computing in place would overwrite the layer output whose gradient is asked for.
         module = copy.copy(module)
-        module.inplace = False
+        vars(module)["inplace"] = False
     yield module
 
 
-def _check_dimensions(layer: nn.Module, inputs: Tensor) -> None:
-    """Refuses an input that the layer would read as one unbatched example.
-
-    The shapes are public, so that this raises for every record or for none.
-    """
+def _dimensions(layer: nn.Module) -> tuple[int, float]:
+    """Returns the least and the most dimensions that a layer reads as a batch and not as one example."""
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
-        least = most = len(layer.normalized_shape) + 1
-        most = inputs.dim()
-    else:
-        exact = _DIMENSIONS.get(type(layer).__name__[-2:])
-        least, most = (exact, exact) if exact else (1 if isinstance(layer, nn.Embedding) else 2, inputs.dim())
-    if not least <= inputs.dim() <= most:
-        raise PlanError(
-            f"expected a batch with at least {least} dimensions before {type(layer).__name__}, got {inputs.dim()}; "
-            "put nn.Unflatten(1, ...) before it, or give records the shape that it needs"
-        )
+        return len(layer.normalized_shape) + 1, math.inf
+    if isinstance(layer, nn.Embedding):
+        return 1, math.inf
+    exact = _DIMENSIONS.get(type(layer).__name__[-2:])
+    return (exact, exact) if exact else (2, math.inf)
 
 
 def _is_cross_entropy(loss: LossFn) -> bool:
@@ -465,9 +462,14 @@ class _Clipper:
         """Finds each layer's sampler; Opacus is imported only where it is used, for it takes seconds."""
         from opacus.grad_sample import GradSampleModule
 
-        self._layers = list(_leaves(self.model))
+        self._layers = [
+            (layer, [p for p in layer.parameters() if p.requires_grad], *_dimensions(layer))
+            for layer in _leaves(self.model)
+        ]
         self._sampler = GradSampleModule.GRAD_SAMPLERS
-        self._draws_randomness = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in self._layers)
+        self._draws_randomness = any(
+            isinstance(layer, nn.Dropout) and layer.p > 0 for layer, *_ in self._layers
+        )
         self._loss_is_known = _is_cross_entropy(self._loss)
         self._loss_gradient = torch.func.vmap(
             torch.func.grad(lambda output, target: _losses(self._loss, output[None], target[None])[0]),
@@ -475,27 +477,28 @@ class _Clipper:
         )
 
     def _record_loss(self, parameters: Mapping[str, Tensor], views: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of one record, averaged over its views ``(K, ...)``: its gradient is the views' mean."""
+        """Returns the loss of one record, averaged over its views ``(K, ...)``."""
         outputs = torch.func.functional_call(self.model, dict(parameters), (views,))
         return _losses(self._loss, outputs, target.expand(views.shape[0], *target.shape)).mean()
 
     def _batched(self, inputs: Tensor, targets: Tensor) -> list[_Part]:
         """Runs one forward and one backward pass and turns each layer's record of it into gradients."""
-        trace: list[tuple[nn.Module, Tensor]] = []
+        trace: list[tuple[nn.Module, list[nn.Parameter], Tensor]] = []
         outputs: list[Tensor] = []
-        for layer in self._layers:
-            _check_dimensions(layer, inputs)
-            if not any(p.requires_grad for p in layer._parameters.values() if p is not None):
-                with torch.set_grad_enabled(bool(outputs)):
-                    inputs = layer(inputs)
-                continue
-            trace.append((layer, inputs.detach()))
-            # Nothing before the first trainable layer needs a gradient, nor does any weight: only layer
-            # outputs do.
+        for layer, trainable, least, most in self._layers:
+            if not least <= inputs.dim() <= most:
+                # Shapes are public: this raises for every record or for none.
+                raise PlanError(
+                    f"expected a batch of {least} or more dimensions before {type(layer).__name__}, got "
+                    f"{inputs.dim()}, which it would read as one example; put nn.Unflatten before it"
+                )
+            if trainable:
+                trace.append((layer, trainable, inputs.detach()))
+            # Nothing before the first trainable layer needs a gradient, nor does any weight.
             with torch.set_grad_enabled(bool(outputs)):
                 inputs = layer(inputs)
-            outputs.append(inputs if outputs else inputs.requires_grad_())
-            inputs = outputs[-1]
+            if trainable:
+                outputs.append(inputs if outputs else inputs.requires_grad_())
         if self._loss_is_known:
             with torch.enable_grad():
                 signals = torch.autograd.grad(_losses(self._loss, inputs, targets).sum(), outputs)
@@ -503,13 +506,13 @@ class _Clipper:
             # An unknown loss could average over the batch; alone with one output and one target it cannot.
             signals = torch.autograd.grad(inputs, outputs, self._loss_gradient(inputs.detach(), targets))
         parts: list[_Part] = []
-        for (layer, activations), signal in zip(trace, signals, strict=True):
+        for (layer, trainable, activations), signal in zip(trace, signals, strict=True):
             if self._mode is Mode.GHOST and isinstance(layer, nn.Linear) and activations.dim() == 2:
                 parts.append(_Factored(layer, activations, signal))
                 continue
             # Opacus' strided unfold reads memory as if it were contiguous.
             gradients = self._sampler[type(layer)](layer, [activations.contiguous()], signal.contiguous())
-            parts += [_Dense(gradients[p]) for p in layer.parameters() if p.requires_grad]
+            parts += [_Dense(gradients[p]) for p in trainable]
         return parts
 
     def parts(self, inputs: Tensor, targets: Tensor, seed: int) -> list[_Part]:
@@ -547,13 +550,17 @@ class _Clipper:
         counted = valid & torch.isfinite(norm) & (factor >= _LEAST_FACTOR)
         factor = torch.where(counted, factor, 0.0)
         total = torch.empty_like(self.flat)
-        for part, out in zip(parts, torch.split(total, [part.width for part in parts]), strict=True):
-            part.blank(~counted)
-            part.weighted_sum(factor, out)
+        finite = bool(torch.isfinite(norm).all())
+        start = 0
+        for part in parts:
+            if not finite:
+                part.blank(~counted)
+            part.weighted_sum(factor, total[start : start + part.width])
+            start += part.width
         return total
 
     def sum(self, inputs: Tensor, targets: Tensor, valid: Tensor, chosen: Tensor, seed: int) -> Tensor:
-        """Returns the clipped sum over the rows ``chosen`` in physical batches, float64 ``(P,)`` on the CPU."""
+        """Returns the clipped sum over the rows ``chosen`` in physical batches, float64 ``(P,)``, CPU."""
         total = torch.zeros(self.flat.shape[0], dtype=torch.float64)
         if not len(chosen):
             return total
@@ -697,6 +704,7 @@ class PrivateTrainer:
 
         Args:
             inputs: Records, shape ``(B, ...)``, float32 or integer tokens; B = 0 is legal and gives zeros.
+                A valid row's tokens must be ones that the model knows.
             targets: Shape ``(B, ...)``; a valid row's class must be one that the loss accepts.
             valid: Usable rows, bool ``(B,)``.
             seed: Seed of augmentation and dropout, in [0, 2**63).
@@ -781,10 +789,16 @@ _REPEATS: Final = 5
 _PROBED: Final = 8
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> float:
+    """Returns the memory that gradients may use, infinity where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    # Allocating more than this succeeds on Linux and gets the process killed later.
+    return next((1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")), math.inf)
 
 
 @torch.no_grad()
@@ -912,8 +926,8 @@ def probe(
         _probe_sensitivity(clipper, inputs, targets, others, l2_clip)
     except (RuntimeError, IndexError, TypeError) as error:
         raise PlanError(
-            f"expected the model to run on synthetic records in mode {mode.value}, got {error}; check the record's "
-            "shape, and that the model changes no buffer and branches on no value"
+            f"expected the model to run on synthetic records in mode {mode.value}, got {error}; check the "
+            "records' shape, and that the model changes no buffer and branches on no value"
         ) from error
 
 
@@ -929,6 +943,9 @@ def _probe_examples(
 
     buffers = {name: buffer.clone() for name, buffer in clipper.model.named_buffers()}
     before = rows(inputs, targets)
+    rows(*others)
+    for old, new in zip(before, rows(inputs, targets), strict=True):
+        _expect_equal(old, new, "gradients must not depend on the examples seen before")
     for changed in (0, _PROBED // 2, _PROBED - 1):
         kept = torch.arange(_PROBED) != changed
         replacements = [others[0][changed], inputs[changed] * 0]
@@ -941,8 +958,6 @@ def _probe_examples(
                 _expect_equal(
                     old[kept], new[kept], "changing one example must not move another one's gradient"
                 )
-    for old, new in zip(before, rows(inputs, targets), strict=True):
-        _expect_equal(old, new, "gradients must not depend on the examples seen before")
     for name, buffer in clipper.model.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise PlanError(f"expected the buffer {name} to stay as it is in training, it changed; remove it")
@@ -955,8 +970,8 @@ def _expect_equal(old: Tensor, new: Tensor, rule: str) -> None:
     moved = (old - new).abs().max().item()
     if not moved <= allowed:
         raise PlanError(
-            f"{rule}; expected a difference of at most {allowed:.1e}, got {moved:.1e}; use layers that treat every "
-            "example alone, such as GroupNorm"
+            f"{rule}; expected a difference of at most {allowed:.1e}, got {moved:.1e}; use layers "
+            "that treat every example alone, such as GroupNorm"
         )
 
 
@@ -984,6 +999,6 @@ def _probe_sensitivity(
         norm = torch.linalg.vector_norm(difference).item()
         if not norm <= bounds * l2_clip + rounding:
             raise PlanError(
-                f"expected one record to move the clipped sum by at most {bounds * l2_clip:g}, it moved by {norm:.4g}; "
-                "use layers and a loss that treat every example alone"
+                f"expected one record to move the clipped sum by at most {bounds * l2_clip:g}, it moved by "
+                f"{norm:.4g}; use layers and a loss that treat every example alone"
             )

@@ -6,17 +6,22 @@ from one; they never print, log or pickle. Encryption and enrolment of separate 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
+import re
 from pathlib import Path
-from typing import NoReturn, final
+from typing import Final, NoReturn, final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from privacy.errors import LedgerError
+
+_KEY: Final = re.compile(r"[0-9a-f]{64}")
+_SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
 
 
 @final
@@ -39,21 +44,23 @@ class Secret:
         Raises:
             LedgerError: The file can be read by others, or does not hold 32 bytes.
         """
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            mode = path.stat().st_mode & 0o777
-            if mode & 0o077:
-                raise LedgerError(
-                    f"expected key file {path.name} to be private (0600), got {mode:04o}; chmod 600 it"
-                ) from None
-            return cls(path.read_bytes())
-        with os.fdopen(descriptor, "wb") as file:
-            seed = os.urandom(32)
-            file.write(seed)
-            file.flush()
-            os.fsync(file.fileno())
-        return cls(seed)
+        if not path.exists():
+            # Whole or not at all: a crash or a second process must never meet a key file that is still empty.
+            draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(os.urandom(32))
+                    file.flush()
+                    os.fsync(file.fileno())
+                with contextlib.suppress(FileExistsError):
+                    os.link(draft, path)
+            finally:
+                draft.unlink()
+        mode = path.stat().st_mode & 0o777
+        if mode & 0o077:
+            raise LedgerError(f"expected key file {path.name} to be private (0600), got {mode:04o}; chmod 600 it")
+        return cls(path.read_bytes())
 
     def derive(self, purpose: str) -> bytes:
         """Returns 32 bytes that depend on the secret and a purpose (HMAC-SHA-256)."""
@@ -107,6 +114,9 @@ def verify(public_key: str, message: bytes, signature: str) -> None:
     Raises:
         LedgerError: The signature does not belong to this key and message, or either is malformed.
     """
+    # One text per signature: upper case or spaces would let a copy of a receipt pass for another one.
+    if not (_KEY.fullmatch(public_key) and _SIGNATURE.fullmatch(signature)):
+        raise LedgerError("expected a public key and a signature in lower-case hex, got something else")
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(bytes.fromhex(signature), message)
     except (InvalidSignature, ValueError, TypeError):

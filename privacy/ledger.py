@@ -24,8 +24,10 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self
@@ -90,13 +92,16 @@ class Receipt:
 
     def signed_bytes(self) -> bytes:
         """Returns the bytes that the signature covers."""
-        fields = dataclasses.asdict(self)
+        fields = self._fields()
         del fields["signature"]
         return b"tacit/receipt/1\n" + canonical(fields)
 
+    def _fields(self) -> dict[str, Any]:
+        return vars(self) | {"event": self.event.to_dict()}
+
     def to_json(self) -> str:
         """Returns the canonical JSON text."""
-        return canonical(dataclasses.asdict(self)).decode()
+        return canonical(self._fields()).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -106,13 +111,16 @@ class Receipt:
             LedgerError: It is not a receipt, or its signature does not match its own key.
         """
         try:
-            fields = json.loads(text) if len(text) <= _LINE_BYTES else {}
+            fields = _loads(text) if len(text) <= _LINE_BYTES else {}
             fields["event"] = Event.from_dict(fields["event"])
             for name, kind in _RECEIPT_TYPES.items():
                 if type(fields[name]) is not kind:
                     raise TypeError(f"{name} is not a {kind.__name__}")
             receipt = cls(**fields)
             signed = receipt.signed_bytes()
+            # A second text for the same receipt (a repeated key, other spacing) may be read differently elsewhere.
+            if receipt.to_json() != text:
+                raise ValueError("not the canonical text")
         except (ValueError, TypeError, KeyError) as error:
             raise LedgerError(f"expected a receipt, got something else ({type(error).__name__})") from None
         verify(receipt.public_key, signed, receipt.signature)
@@ -212,19 +220,23 @@ class Book:
             raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
         self._path = folder / "ledger.jsonl"
         self._intent = folder / "ledger.intent"
-        self.secret = Secret.load_or_create(folder / "ledger.key")
         self._accounts: dict[str, Account] = {}
         self._by_name: dict[str, Account] = {}
         self._size = 0
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        self._process = os.getpid()
+        self._threads = threading.RLock()
+        try:
+            self.secret = Secret.load_or_create(folder / "ledger.key")
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            # A synced file whose name is not on disk yet could be lost with all its spend.
+            _sync_folder(folder)
+        except OSError as error:
+            raise LedgerError(f"expected ledgers that can be read and written in {folder}, got {error.strerror}") from None
+        self._file = descriptor
+        self.close = weakref.finalize(self, os.close, descriptor)
         with self._locked():
             self._finish_torn_append()
             self._catch_up()
-
-    def close(self) -> None:
-        """Closes the file; a closed book charges nothing."""
-        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -247,11 +259,16 @@ class Book:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+        # A forked child shares its parent's file lock, and a closed book's descriptor may already be another file's.
+        if os.getpid() != self._process or not self.close.alive:
+            raise LedgerError(f"expected {self._path} to be open in this process, got a closed book or a copy; open it")
+        # Threads share the file lock too.
+        with self._threads:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _damaged(self, line: int, why: str) -> LedgerError:
         return LedgerError(
@@ -264,51 +281,65 @@ class Book:
             return
         head, _, batch = self._intent.read_bytes().partition(b"\n")
         try:
-            base, digest = json.loads(head)
-        except ValueError:
+            base, digest = _loads(head)
+            if type(base) is not int or base < 0:
+                raise ValueError("not a position in a file")
+        except (ValueError, TypeError):
             raise LedgerError(f"expected an intent written by this program in {self._intent}, got other bytes") from None
         if hashlib.sha256(batch).hexdigest() != digest:
             raise LedgerError(f"expected an unbroken intent in {self._intent}, got changed bytes; restore a backup")
-        size = os.fstat(self._file.fileno()).st_size
+        size = os.fstat(self._file).st_size
         if size < base:
             raise LedgerError(
                 f"expected at least {base} bytes in {self._path}, got {size}: it was cut; restore it from a backup"
             )
-        tail = os.pread(self._file.fileno(), len(batch), base)
+        tail = os.pread(self._file, len(batch), base)
+        if not batch.startswith(tail):
+            raise LedgerError(f"expected {self._path} to hold its intent, got other bytes; restore a backup")
         if len(tail) < len(batch):
-            if not batch.startswith(tail):
-                raise LedgerError(f"expected {self._path} to end in its intent, got other bytes; restore a backup")
             # The crash may have come after the caller was promised nothing; finishing it over-counts at worst.
-            os.write(self._file.fileno(), batch[len(tail) :])
-            os.fsync(self._file.fileno())
+            try:
+                os.write(self._file, batch[len(tail) :])
+                os.fsync(self._file)
+            except OSError as error:
+                raise LedgerError(
+                    f"expected to finish a torn charge in {self._path}, got {error.strerror}; free some space"
+                ) from None
 
     def _catch_up(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+        size = os.fstat(self._file).st_size
         if size < self._size:
             raise LedgerError(f"expected {self._path} to grow only, got {size} bytes after {self._size}; it was cut")
         if size == self._size:
             return
-        added = os.pread(self._file.fileno(), size - self._size, self._size)
+        added = os.pread(self._file, size - self._size, self._size)
+        if not added.endswith(b"\n"):
+            # Whoever wrote it is dead, for the lock is ours.
+            self._finish_torn_append()
+            added = os.pread(self._file, os.fstat(self._file).st_size - self._size, self._size)
         if not added.endswith(b"\n"):
             raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
-        for number, line in enumerate(added.splitlines(), start=1):
+        for number, line in enumerate(added[:-1].split(b"\n"), start=1):
             self._apply(line, number)
-        self._size = size
+        self._size += len(added)
 
     def _apply(self, line: bytes, number: int) -> None:
         """Checks one line against its chain and adds it to its account."""
         if len(line) > _LINE_BYTES:
             raise self._damaged(number, "an overlong line")
         try:
-            entry = json.loads(line)
+            entry = _loads(line)
             stated = entry.pop("hash")
             version, identity, seq, prev = entry["v"], entry["account"], entry["seq"], entry["prev"]
             kind, body = entry["kind"], entry["body"]
+            if (type(version), type(identity), type(seq)) != (int, str, int):
+                raise TypeError("another type")
+            unchanged = canonical(entry | {"hash": stated}) == line and _digest(entry) == stated
         except (ValueError, TypeError, KeyError, AttributeError):
             raise self._damaged(number, "a line that is not an entry") from None
         if version != _VERSION:
             raise self._damaged(number, f"an entry of version {version!r} (this program knows {_VERSION})")
-        if canonical(entry | {"hash": stated}) != line or _digest(entry) != stated:
+        if not unchanged:
             raise self._damaged(number, "an entry whose hash does not match it")
         account = self._accounts.get(identity)
         expected = (len(account.heads), account.heads[-1]) if account else (0, _GENESIS)
@@ -334,6 +365,8 @@ class Book:
             )
             if body["name"] in self._by_name:
                 raise ValueError(f"a second account named {body['name']!r}")
+            if body["key"] != self.secret.identity(identity).public_key:
+                raise ValueError("it belongs to another ledger.key")
             account = Account(identity=identity, name=body["name"], grant=grant, population=body["population"])
             self._accounts[identity] = self._by_name[account.name] = account
         elif kind == "commit":
@@ -379,7 +412,8 @@ class Book:
             for name, grant in grants.items():
                 if name not in self._by_name:
                     identity = os.urandom(16).hex()
-                    body = dataclasses.asdict(grant) | {"name": name, "population": population}
+                    key = self.secret.identity(identity).public_key
+                    body = dataclasses.asdict(grant) | {"name": name, "population": population, "key": key}
                     lines += _entry(identity, 0, _GENESIS, "grant", body)[0]
             self._append(lines)
 
@@ -401,6 +435,8 @@ class Book:
         Raises:
             LedgerError: An account does not exist, the disk is full, or the book is damaged.
         """
+        if len({request.name for request in requests}) < len(requests):
+            raise LedgerError("expected at most one request per account, got two for one; charge them one by one")
         with self._locked():
             self._catch_up()
             lines, answers = [], []
@@ -429,8 +465,8 @@ class Book:
             request=request.request,
             event=Event.of_round(request.plan),
             spent=account.spent,
-            granted=account.grant.epsilon,
-            delta=account.grant.delta,
+            granted=float(account.grant.epsilon),
+            delta=float(account.grant.delta),
             charges=account.charges,
             test=account.test,
             public_key=identity.public_key,
@@ -440,48 +476,55 @@ class Book:
     def _append(self, lines: bytes) -> None:
         if not lines:
             return
-        temporary = self._intent.with_suffix(".new")
+        temporary, announced = self._intent.with_suffix(".new"), False
         try:
-            temporary.write_bytes(canonical([self._size, hashlib.sha256(lines).hexdigest()]) + b"\n" + lines)
+            # Synced before it takes its name: after a power cut an empty intent would lock a sound ledger for ever.
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(canonical([self._size, hashlib.sha256(lines).hexdigest()]) + b"\n" + lines)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, self._intent)
-            written = os.write(self._file.fileno(), lines)
+            announced = True
+            written = os.write(self._file, lines)
             if written != len(lines):
                 raise OSError(28, "No space left on device")
-            os.fsync(self._file.fileno())
+            os.fsync(self._file)
         except OSError as error:
             # Nothing was promised yet, so nothing was touched: take the half-written lines back and refuse.
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), self._size)
+                os.ftruncate(self._file, self._size)
                 temporary.unlink(missing_ok=True)
-                self._intent.unlink(missing_ok=True)
+                # An older intent still guards the end of the file against a cut.
+                if announced:
+                    self._intent.unlink(missing_ok=True)
             raise LedgerError(
                 f"expected to write a charge to {self._path}, got {error.strerror}; free some space, nothing was spent"
             ) from None
         self._catch_up()
 
 
-def model_digest(arrays: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:
-    """Returns the SHA-256 of a model, in hex.
+def _loads(text: str | bytes) -> Any:
+    """Reads JSON.
 
-    Args:
-        arrays: Name, type, shape and bytes of each array, in order.
+    Raises:
+        ValueError: It is not JSON, names a number that is none, or nests too deep.
     """
-    digest = hashlib.sha256()
-    for name, kind, shape, data in arrays:
-        digest.update(canonical([name, kind, list(shape), len(data)]))
-        digest.update(data)
-    return digest.hexdigest()
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
-def request_digest(fields: Mapping[str, str | int | float], model: str) -> str:
-    """Returns the SHA-256 of a whole request, in hex: what a charge and its kept release are bound to (G9).
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is not a number")
 
-    Args:
-        fields: Every field of the request besides the model.
-        model: `model_digest` of the model in it.
-    """
-    exact = {key: value.hex() if isinstance(value, float) else value for key, value in fields.items()}
-    return hashlib.sha256(b"tacit/request/1\n" + canonical([exact, model])).hexdigest()
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
@@ -500,7 +543,11 @@ def _entry(identity: str, seq: int, prev: str, kind: str, body: Mapping[str, Any
         "body": body,
     }
     digest = _digest(entry)
-    return canonical(entry | {"hash": digest}) + b"\n", digest
+    line = canonical(entry | {"hash": digest}) + b"\n"
+    # What could not be read back must not be written: it would lock the ledger for ever.
+    if len(line) > _LINE_BYTES:
+        raise LedgerError(f"expected an entry of at most {_LINE_BYTES} bytes, got {len(line)}; use shorter names")
+    return line, digest
 
 
 def _gate(account: Account, request: ChargeRequest) -> Word | None:

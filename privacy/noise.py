@@ -62,11 +62,15 @@ class Keystream:
     name: Final = SECURE_SOURCE
 
     def __init__(self) -> None:
+        self.__process = os.getpid()
         # The counter starts at zero: the key is used once, so no (key, counter) pair can repeat.
         self.__stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
 
     def _words(self, n: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """Returns ``n`` uniform 64-bit words, uint64 of shape ``(n,)``."""
+        # A forked child holds the same key at the same counter: both would add the same noise.
+        if os.getpid() != self.__process:
+            raise RuntimeError("expected a keystream made in this process, got a forked copy; make a new one")
         return np.frombuffer(self.__stream.update(bytes(8 * n)), dtype="<u8")
 
     def coins(self, n: int, rate: float) -> torch.Tensor:

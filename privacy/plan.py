@@ -8,11 +8,12 @@ knobs without a bearing on privacy live in `Local`, so that nobody has to wonder
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from privacy.errors import PlanError
 
@@ -48,6 +49,10 @@ class Optimizer(StrEnum):
     ADAMW = "adamw"
 
 
+# More steps, rounds or records than any job has; beyond it, products with a float would overflow or lose digits.
+MOST: Final = 10**12
+
+
 def canonical(value: Any) -> bytes:
     """Returns the one JSON text of a value, as bytes: sorted keys, no spaces, no NaN.
 
@@ -63,21 +68,29 @@ def require(condition: bool, message: str) -> None:
         raise PlanError(message)
 
 
+def is_number(value: object) -> bool:
+    """Says whether a value is a finite float, or a whole number that fits one; true and false are not numbers."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return False
+
+
 def _positive(name: str, value: float) -> None:
-    require(math.isfinite(value) and value > 0, f"expected a finite {name} > 0, got {value}; choose a positive number")
+    require(is_number(value) and value > 0, f"expected a finite {name} > 0, got {value!r:.40}; choose a positive number")
 
 
 def _count(name: str, value: int, least: int = 1) -> None:
     require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        f"expected {name} to be a whole number >= {least}, got {value!r}",
+        type(value) is int and least <= value <= MOST,
+        f"expected {name} to be a whole number from {least} to {MOST}, got {value!r:.40}",
     )
 
 
 def _parse(cls: type, kind: str, text: str | bytes) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"expected a {kind} as JSON, got text that does not parse ({error})") from None
     names = {field.name for field in dataclasses.fields(cls)}
     require(isinstance(fields, dict), f"expected a {kind} as a JSON object, got {type(fields).__name__}")
@@ -140,8 +153,8 @@ class Plan:
             f"expected adjacency 'add-remove', got {self.adjacency!r}; replace-one is printed beside it",
         )
         require(
-            math.isfinite(self.sample_rate) and 0 < self.sample_rate <= 1,
-            f"expected 0 < sample_rate <= 1, got {self.sample_rate}",
+            is_number(self.sample_rate) and 0 < self.sample_rate <= 1,
+            f"expected 0 < sample_rate <= 1, got {self.sample_rate!r:.40}",
         )
         for name in ("expected_batch", "l2_clip", "noise_multiplier", "epsilon"):
             _positive(name, getattr(self, name))
@@ -151,7 +164,15 @@ class Plan:
 
     def to_json(self) -> str:
         """Returns the canonical JSON text; ``Plan.from_json`` reads it back to an equal plan."""
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
         return canonical(dataclasses.asdict(self)).decode()
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._text.encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -177,7 +198,7 @@ class Plan:
 
     def digest(self) -> str:
         """Returns the SHA-256 of the canonical JSON, in hex: the name under which a ledger commits to this plan."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return self._digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,13 +224,20 @@ class Local:
 
     def __post_init__(self) -> None:
         _positive("lr", self.lr)
-        require(0 <= self.momentum < 1, f"expected 0 <= momentum < 1, got {self.momentum}")
+        require(
+            is_number(self.momentum) and 0 <= self.momentum < 1,
+            f"expected 0 <= momentum < 1, got {self.momentum!r:.40}",
+        )
         for name in ("weight_decay", "proximal_mu"):
             value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"expected a finite {name} >= 0, got {value}")
+            require(is_number(value) and value >= 0, f"expected a finite {name} >= 0, got {value!r:.40}")
 
     def to_json(self) -> str:
         """Returns the canonical JSON text."""
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
         return canonical(dataclasses.asdict(self)).decode()
 
     @classmethod
@@ -238,7 +266,8 @@ def check_delta(delta: float, records_bound: int) -> None:
     Raises:
         PlanError: ``delta`` is not in (0, 1), or is at least ``1 / records_bound``.
     """
-    require(math.isfinite(delta) and 0 < delta < 1, f"expected 0 < delta < 1, got {delta}; 1e-5 is customary")
+    require(is_number(delta) and 0 < delta < 1, f"expected 0 < delta < 1, got {delta!r:.40}; 1e-5 is customary")
+    _count("records_bound", records_bound)
     require(
         delta < 1 / records_bound,
         f"expected delta < 1/records_bound = {1 / records_bound:.3g}, got {delta:g}; "

@@ -1,17 +1,19 @@
 """The report of a run: what it cost the data holders' privacy, for a reader who need not trust the operator.
 
-`build` turns plain values into a JSON-able report (schema ``tacit-report/1``), `privacy.report_page.render` turns
-that report, and nothing else, into one self-contained page, and `write` stores both. No record, count or draw of a
-data holder enters: the only exact counts live under ``simulation_only``, a key that a deployment never has (G12).
+`build` turns plain values into a JSON-able report (schema ``tacit-report/1``), `privacy.report_page.render`
+turns that report, and nothing else, into one self-contained page, and `write` stores both. No record, count
+or draw of a data holder enters: the only exact counts live under ``simulation_only``, a key that a
+deployment never has (G12).
 
 Which epsilon is the headline (G1, G3, G4, G6):
 
 1. Infinity, where a client used a test noise source: the assumption is known to be false.
 2. Unknown, where any client's spend is not proven by its receipts, or a rule of the chain was not kept.
-3. One committed schedule in each ledger: the price of the *whole* schedule, by PLD where the second accountant
-   agrees with it, by the RDP filter otherwise. Stopping early refunds nothing.
-4. Several runs in one ledger, or a holder's delta below the plan's: the RDP filter's figure, the largest over clients.
-5. Where one person may be in several data sets: the figure composed over that many clients, in place of 3 or 4.
+3. One committed schedule in each ledger: the price of the *whole* schedule, by PLD where the second
+   accountant agrees with it, by the RDP filter otherwise. Stopping early refunds nothing.
+4. Several runs in one ledger, or a holder's delta below the plan's: the RDP filter's figure, the largest
+   over clients.
+5. Where one person may be in several data sets: the figure composed over that many clients, not 3 or 4.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -46,7 +49,7 @@ __all__ = [
     "write",
 ]
 
-# PRV adds its own error of 0.01 to every figure, so two sound accountants may differ by that much and a little more.
+# PRV adds its own error of 0.01 to every figure: two sound accountants differ by that and a little more.
 _AGREEMENT: Final = 0.05
 
 # At most this many reasons are spelled out; the rest is in the per-client list.
@@ -119,7 +122,7 @@ class ClientSpend:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prices:
-    """What the committed schedule costs one client that joins as often as the plan allows, by several accountants.
+    """What the committed schedule costs a client that joins as often as it may, by several accountants.
 
     Attributes:
         schedule: In words, such as "Poisson q=0.1, sigma=1.2, 600 steps".
@@ -154,7 +157,7 @@ class Prices:
         if self.pld is None or self.prv is None:
             return None
         slack = _AGREEMENT + 0.02 * self.pld
-        # RDP is an upper bound on what PLD computes exactly; PLD above it would mean that one of them is wrong.
+        # RDP bounds from above what PLD computes exactly: PLD above RDP means that one of them is wrong.
         return abs(self.prv - self.pld) <= slack and self.rdp >= self.pld - slack
 
 
@@ -173,13 +176,13 @@ class RunFacts:
         config: The resolved scenario, public.
         plan: The plan that every client ran.
         local: The learning knobs.
-        rounds: One mapping per round: round, metrics, replies, declined, missing, epsilon (largest over clients,
-            None where unknown), seconds. Metrics are those of the server's public test set.
+        rounds: One mapping per round: round, metrics, replies, declined, missing, epsilon (largest over
+            clients, None where unknown), seconds. Metrics are those of the server's public test set.
         clients: One entry per ledger.
         prices: What the committed schedule costs.
         multiplicity: In how many clients' data sets one person may be; 1 where the holders declare "in one".
-        multiplicity_epsilon: Epsilon at the plan's delta composed over that many clients and all their runs, for
-            one record of the person in each; None where it is unknown. Not used where ``multiplicity`` is 1.
+        multiplicity_epsilon: Epsilon at the plan's delta composed over that many clients and all their runs,
+            one record of the person in each; None where it is unknown. Not used with ``multiplicity`` 1.
         noise_source: Name of the source of coins and noise.
         versions: Package names and versions.
         code_hash: Hash of the code that ran.
@@ -236,11 +239,12 @@ def build(facts: RunFacts) -> dict[str, Any]:
     """Builds the report of a run.
 
     Guarantees:
-        Strict: the result holds only JSON types; infinities are the word "infinity", missing or NaN figures the
-            word "unknown".
-        Unknown is not small: no finite headline where any client's spend is unproven or any rule was not kept (G6).
-        Separate: nothing of ``facts.simulation`` is outside the key ``simulation_only``, which is absent without it.
-        Repeatable: equal facts give equal reports; ``report_id`` is the SHA-256 of all the rest.
+        Strict: the result holds only JSON types; infinities are the word "infinity", missing or NaN figures
+            the word "unknown".
+        Unknown is not small: no finite headline where any client's spend is unproven or any rule was not
+        kept (G6). Separate: nothing of ``facts.simulation`` is outside the key ``simulation_only``, which is
+        absent without it. Repeatable: equal facts give equal reports; ``report_id`` is the SHA-256 of all
+        the rest.
     """
     reasons = _reasons(facts)
     report = {
@@ -290,7 +294,7 @@ def build(facts: RunFacts) -> dict[str, Any]:
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """Returns the report as JSON text with one client, round or rule per line; it never holds NaN or infinity.
+    """Returns the report as JSON text, one client, round or rule per line, without NaN or infinity.
 
     Raises:
         ValueError: A number is NaN or infinite.
@@ -337,24 +341,26 @@ def _replace(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(
-            f"expected to write {path}, got {error.strerror or error}; make room there and ask for the report again"
+            f"expected to write {path}, got {error.strerror or error}; make room there and ask again"
         ) from error
 
 
 def _plain(value: Any) -> Any:
     """Returns a value made of JSON types only, with words in place of numbers that JSON does not have."""
-    if isinstance(value, float):
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        # NumPy's numbers are numbers too, with a text of their own.
+        value = float(value)
         if math.isnan(value):
             return UNKNOWN
         if math.isinf(value):
             return INFINITY if value > 0 else f"-{INFINITY}"
-        return float(value)  # A NumPy float is a float too, with a text of its own.
-    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, StrEnum):
-        return value.value
-    if isinstance(value, str | int):
-        return value
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Iterable):
@@ -388,13 +394,22 @@ def _reasons(facts: RunFacts) -> list[str]:
             reasons.append(f"{client.name}: its receipts do not prove what it spent.")
         elif client.figure() is None:
             reasons.append(f"{client.name}: what it spent is unknown.")
+        elif _overspent(client):
+            reasons.append(f"{client.name}: more was spent than granted, so its ledger's gate did not hold.")
     if overrun := _overrun(facts):
         reasons.append(f"{_some(overrun)}: more charges than the {facts.plan.joins} that the plan allows.")
     if len(reasons) > _REASONS:
         reasons = [*reasons[: _REASONS - 1], f"And {len(reasons) - _REASONS + 1:,} more clients like these."]
     if facts.multiplicity > 1 and (fault := _multiplicity_fault(facts)):
         reasons.append(fault)
+    if math.isnan(_record_level(facts)[0]):
+        reasons.append("The price of the committed schedule is unknown.")
     return reasons
+
+
+def _overspent(client: ClientSpend) -> bool:
+    """Whether a client's proven spend is above its budget by more than rounding."""
+    return not client.test_noise and (client.figure() or 0.0) > client.granted_epsilon * (1 + 1e-9)
 
 
 def _overrun(facts: RunFacts) -> list[str]:
@@ -414,7 +429,7 @@ def _multiplicity_fault(facts: RunFacts) -> str:
 
 
 def _one_schedule(facts: RunFacts) -> bool:
-    """Whether every ledger holds this committed schedule and nothing else, priced at no less than the plan's delta."""
+    """Whether every ledger holds this schedule and nothing else, at the plan's delta or a larger one."""
     return all(client.runs <= 1 and client.delta >= facts.plan.delta for client in facts.clients)
 
 
@@ -426,16 +441,17 @@ def _pld_holds(prices: Prices) -> bool:
 def _record_level(facts: RunFacts) -> tuple[float, float, str]:
     """Returns epsilon, delta and the words for how they were found, for one record in one data set.
 
-    Only called where there is no reason against a finite figure.
+    It may only be quoted where there is no reason against it.
     """
     prices = facts.prices
     if _one_schedule(facts):
         if prices.pld is not None and _pld_holds(prices):
-            return prices.pld, facts.plan.delta, "the whole committed schedule, priced by PLD; no refund for stopping"
-        words = "the whole committed schedule, priced by the RDP filter; no refund for stopping"
-        return prices.gate, facts.plan.delta, words
-    spent = [client.figure() or 0.0 for client in facts.clients]
-    return max(spent), max(client.delta for client in facts.clients), "the ledgers' RDP filter over all their runs"
+            basis = "the whole committed schedule, priced by PLD; no refund for stopping"
+            return prices.pld, facts.plan.delta, basis
+        basis = "the whole committed schedule, priced by the RDP filter; no refund for stopping"
+        return prices.gate, facts.plan.delta, basis
+    spent = max(client.figure() or 0.0 for client in facts.clients)
+    return spent, max(client.delta for client in facts.clients), "the ledgers' RDP filter over all their runs"
 
 
 def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
@@ -452,19 +468,23 @@ def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
         if facts.multiplicity > 1 and facts.multiplicity_epsilon is not None:
             epsilon = facts.multiplicity_epsilon
             basis = f"composed over the {facts.multiplicity} data sets in which one person may be"
-        # Removing a record and adding another is two steps, so group privacy always gives a bound, at a larger delta.
+        # Removing and adding is two steps, so group privacy gives a bound, at a larger delta.
         swap, swap_delta = 2 * epsilon, delta * (1 + _odds(epsilon))
         swap_basis = "group privacy: twice epsilon at delta (1 + e^epsilon)"
+        if math.isinf(epsilon):
+            swap_delta, swap_basis = delta, basis
+        elif swap_delta >= 1:
+            swap, swap_delta, swap_basis = None, delta, "group privacy gives no bound at this epsilon"
         tpr = [(fpr, _tpr_bound(fpr, epsilon, delta)) for fpr in (0.001, 0.01)]
         if facts.multiplicity == 1 and _one_schedule(facts) and _pld_holds(facts.prices):
             tpr = list(facts.prices.tpr) or tpr
             if facts.prices.pld_replace_one is not None:
-                swap, swap_delta, swap_basis = facts.prices.pld_replace_one, delta, "the same schedule, priced by PLD"
-        if swap_delta >= 1:
-            swap, swap_delta, swap_basis = None, delta, "group privacy gives no bound at this epsilon"
+                swap, swap_delta = facts.prices.pld_replace_one, delta
+                swap_basis = "the same schedule, priced by PLD"
     odds = None if epsilon is None else _odds(epsilon)
     return {
-        "sentence": _sentence(epsilon, delta, odds, reasons),
+        "sentence": _sentence(epsilon, delta, _protects(facts), reasons),
+        "protects": _protects(facts),
         "person": _person(facts, epsilon),
         "unit": facts.plan.unit,
         "adjacency": facts.plan.adjacency,
@@ -497,17 +517,24 @@ def _tpr_bound(fpr: float, epsilon: float, delta: float) -> float:
     return min(1.0, odds * fpr + delta, max(0.0, 1 - (1 - delta - fpr) / odds))
 
 
-def _sentence(epsilon: float | None, delta: float, odds: float | None, reasons: list[str]) -> str:
+def _protects(facts: RunFacts) -> str:
+    """Returns whose presence the headline hides."""
+    if facts.multiplicity == 1:
+        return "one record"
+    return f"one person (one record in each of up to {facts.multiplicity} data sets)"
+
+
+def _sentence(epsilon: float | None, delta: float, protects: str, reasons: list[str]) -> str:
     """Returns the headline in plain words."""
-    if epsilon is None or odds is None:
+    if epsilon is None:
         return f"What this cost in privacy is unknown, so no figure may be quoted. {reasons[0]}"
     if math.isinf(epsilon):
         return f"There is no privacy guarantee here: epsilon is infinity. {' '.join(reasons)}".strip()
-    factor = figure_words(_plain(odds))
+    factor = figure_words(_plain(_odds(epsilon)))
     return (
-        "Whether any one record was used or left out changes the odds of any conclusion that anyone can draw from "
-        f"everything released by at most a factor of {factor}, up to a slack of one in {1 / delta:,.0f} "
-        f"(epsilon {figure_words(epsilon)} at delta {figure_words(delta)}, add/remove of one record)."
+        f"Adding or removing {protects} changes the odds of any conclusion that anyone can draw from what "
+        f"was released by at most a factor of {factor}, up to a slack of one in {1 / delta:,.0f} (epsilon "
+        f"{figure_words(epsilon)} at delta {figure_words(delta)})."
     )
 
 
@@ -520,14 +547,16 @@ def _person(facts: RunFacts, epsilon: float | None) -> list[dict[str, Any]]:
         {
             "who": "A person with several records in a data set",
             "epsilon": "none possible",
-            "note": "nothing bounds how many records one person has there, so the record-level figure does not carry",
+            "note": "nothing bounds how many records one person has, so no figure carries over",
         },
     ]
 
 
 def _setting(facts: RunFacts) -> str:
     """Returns who adds the noise and who is trusted."""
-    words = "Each client clips and adds noise itself before anything leaves it; the server is trusted with no record."
+    words = (
+        "Each client clips and adds noise before anything leaves it; the server is trusted with no record."
+    )
     if facts.simulation is None:
         return words
     return words + " This was a simulation: one machine held all data sets and played every part."
@@ -538,22 +567,16 @@ def _warnings(facts: RunFacts) -> list[str]:
     warnings = []
     if facts.simulation is not None:
         warnings.append(
-            "A simulation: it shows what a deployment with this plan would cost; the machine that ran it saw all data."
+            "A simulation: it shows what this plan would cost deployed; the machine that ran it saw all data."
         )
     agree = facts.prices.accountants_agree()
     if agree is False:
         warnings.append(
-            "The accountants disagree by more than their error: the looser RDP filter's figure is quoted instead."
+            "The accountants disagree by more than their error: the looser RDP filter's figure is quoted."
         )
     if agree is None:
         note = facts.prices.prv_note.strip().rstrip(".") or "a second figure is missing"
         warnings.append(f"No cross-check of the accountants: {note}.")
-    if over := [
-        client.name
-        for client in facts.clients
-        if not client.test_noise and (client.figure() or 0.0) > client.granted_epsilon * (1 + 1e-9)
-    ]:
-        warnings.append(f"More was spent than granted by {_some(over)}: the ledger's gate did not hold.")
     return warnings
 
 
@@ -573,7 +596,7 @@ def _budget(facts: RunFacts) -> dict[str, Any]:
         "charges": sum(client.charges for client in facts.clients),
         "declined": sum(client.declined for client in facts.clients),
         "filter": "RDP filter at orders fixed when the budget was granted, over all runs in the ledger",
-        "at_exhaustion": "the client answers with a fixed word that does not depend on data, and stays in the federation",
+        "at_exhaustion": "the client answers with a fixed word, whatever its data, and stays in the job",
     }
 
 
@@ -607,7 +630,7 @@ def _client(client: ClientSpend) -> dict[str, Any]:
 
 
 def _rounds(facts: RunFacts) -> list[dict[str, Any]]:
-    """Returns the rounds with the fields that may be told; their epsilon is never better known than the clients'."""
+    """Returns the rounds with the fields that may be told; no epsilon where a client's is unproven."""
     unproven = any(client.figure() is None for client in facts.clients)
     rounds = []
     for record in facts.rounds:
@@ -618,7 +641,7 @@ def _rounds(facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def _prices(facts: RunFacts) -> dict[str, Any]:
-    """Returns the price of the committed schedule by every accountant; infinity for all under test noise."""
+    """Returns the price of the schedule by every accountant; infinity for all under test noise."""
     prices = facts.prices
 
     def price(value: float | None) -> float | str:
@@ -639,22 +662,26 @@ def _prices(facts: RunFacts) -> dict[str, Any]:
         "at_deltas": [{"delta": delta, "epsilon": price(epsilon)} for delta, epsilon in prices.at_deltas],
         "tpr": [{"fpr": fpr, "tpr": 1.0 if facts.test_noise else _figure(rate)} for fpr, rate in prices.tpr],
         "accountant": prices.accountant,
-        "meaning": "what one client pays that joins as often as the plan allows; for all of it, even if stopped early",
+        "meaning": "what a client pays that joins as often as it may; for all of it, even if stopped early",
     }
 
 
 def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
-    """Returns the guarantee chain in its order, then what the figures rest on, each with who answers for it."""
+    """Returns the guarantee chain in order, then what the figures rest on, and who answers for each."""
     plan = facts.plan
     enforced, declared, broken = Standing.ENFORCED, Standing.DECLARED, Standing.BROKEN
     unproven = not facts.clients or any(client.figure() is None for client in facts.clients)
     fault = facts.multiplicity > 1 and bool(_multiplicity_fault(facts))
     rows: list[tuple[str, str, Standing]] = [
-        ("gate", "No charge passes that would exceed the holder's budget, over all runs in its ledger.", enforced),
+        (
+            "gate",
+            "No charge passes that would exceed the holder's budget, over all runs in its ledger.",
+            broken if any(map(_overspent, facts.clients)) else enforced,
+        ),
         ("charge", "The charge is signed, hash-chained and on disk before any record is touched.", enforced),
         (
             "sample",
-            f"Each record enters each step by a secret coin of its own, at the public rate {plan.sample_rate:g}.",
+            f"Each record enters each step by its own secret coin, at the public rate {plan.sample_rate:g}.",
             enforced,
         ),
         (
@@ -673,8 +700,16 @@ def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
             enforced,
         ),
         ("keep", "The finished release is stored before it leaves; a retry sends the same bytes.", enforced),
-        ("send", "Only trainable parameters leave; no loss, no accuracy, no count of a client's data.", enforced),
-        ("examples alone", "No record's gradient depends on another record: modules on a list, and a probe.", enforced),
+        (
+            "send",
+            "Only trainable parameters leave; no loss, no accuracy, no count of a client's data.",
+            enforced,
+        ),
+        (
+            "examples alone",
+            "No record's gradient depends on another record: modules on a list, and a probe.",
+            enforced,
+        ),
         (
             "schedule",
             f"At most {plan.joins} charges of {plan.steps} steps per client, fixed before the first round.",
@@ -699,7 +734,7 @@ def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
             "overlap",
             "No person is in two data sets."
             if facts.multiplicity == 1
-            else f"No person is in more than {facts.multiplicity} data sets; the figure is composed over these.",
+            else f"No person is in more than {facts.multiplicity} data sets; the figure composes them.",
             broken if fault else declared,
         ),
         ("this code", "The holder ran this code, unchanged. No receipt can prove that.", declared),
@@ -725,20 +760,23 @@ def _covered(facts: RunFacts) -> list[str]:
 def _not_covered(facts: RunFacts) -> list[str]:
     """Returns what the figures do not protect."""
     gaps = [
-        "Hyper-parameter search: choosing settings by earlier runs on this data is paid only if those runs share this "
-        "run's ledgers.",
+        "Hyper-parameter search: settings chosen by earlier runs on this data are paid for only where "
+        "those runs share this run's ledgers.",
         "Side channels: timing, memory and power of a client's machine, and whether and when it answered.",
-        "Floating point: noise made of floats is not exactly Gaussian; no bound is claimed for what its lowest bits "
-        "may show.",
+        "Floating point: noise made of floats is not exactly Gaussian; no bound is claimed for its lowest "
+        "bits.",
         "A holder that lies about its data, its bounds or its code, and a client that poisons the model.",
         "The data holder's own machine: whoever controls it sees the records.",
-        "What is true of many people: a model may still reveal facts about a group, with or without any one record.",
-        "What is public by design: number of clients, who joined when, class names, schema, bounds, every number in "
-        "the plan.",
-        "The accuracy shown: it is measured on the server's public test set, which these figures do not protect.",
+        "What is true of many people: a model may reveal facts about a group, with or without any one "
+        "record.",
+        "What is public by design: number of clients, who joined when, class names, schema, bounds, and "
+        "every number in the plan.",
+        "The accuracy shown: it is measured on the server's public test set, which no figure here protects.",
     ]
     if facts.covers.strip().lower() == "this run only":
-        gaps.insert(0, "Other runs on the same data: these ledgers live in the run folder and cover this run only.")
+        gaps.insert(
+            0, "Other runs on the same data: these ledgers live in the run folder and cover this run only."
+        )
     return gaps
 
 
@@ -751,7 +789,9 @@ def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
         else "messages, sealed by TLS only where the deployment switches it on"
     )
     machine = (
-        "the machine that ran this simulation" if facts.simulation is not None else "the client's own machine and user"
+        "the machine that ran this simulation"
+        if facts.simulation is not None
+        else "the client's own machine and user"
     )
     rows = [
         ("the network", travel, f"{same}; no sealing of messages in this version"),
@@ -761,14 +801,26 @@ def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
             "each client's released update, who answered and when",
             f"{same}; no discount for not being in every cohort, since it sees who was",
         ),
-        ("other clients", "the model of every round", "the headline figure, composed over every round and run"),
-        ("the public, users of the model", "the final model, at most every model", "the headline figure, or better"),
+        (
+            "other clients",
+            "the model of every round",
+            "the headline figure, composed over every round and run",
+        ),
+        (
+            "the public, users of the model",
+            "the final model, at most every model",
+            "the headline figure, or better",
+        ),
         (
             "a thief of a disk",
             "ledgers, kept releases, models; at a holder, its records",
-            "the headline figure for what was released; nothing for records, since this version does not encrypt them",
+            "the headline figure for what was released; nothing for records: they are not encrypted yet",
         ),
-        ("an operator who changes the code", "whatever that code reads", "nothing: the guarantee is that of this code"),
+        (
+            "an operator who changes the code",
+            "whatever that code reads",
+            "nothing: the guarantee is that of this code",
+        ),
         (machine, "all records it holds", "nothing"),
     ]
     return [{"who": who, "sees": sees, "protected_by": protection} for who, sees, protection in rows]
@@ -777,11 +829,13 @@ def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
 def _witness(facts: RunFacts) -> dict[str, str]:
     """Returns what the receipts prove and what they cannot."""
     if facts.witness.strip():
-        rollback = "Detectable: a ledger that was rolled back, forked or signed again contradicts a receipt held elsewhere."
+        rollback = (
+            "Detectable: a ledger rolled back, forked or signed again contradicts a receipt held elsewhere."
+        )
     else:
         rollback = (
-            "Not detectable without a witness: nobody else countersigned these receipts, so whoever holds the ledgers "
-            "could have rolled them back, forked them or signed them again."
+            "Not detectable without a witness: nobody else countersigned these receipts, so whoever holds "
+            "the ledgers could have rolled them back, forked them or signed them again."
         )
     return {
         "countersigned_by": facts.witness.strip() or "nobody",
@@ -793,15 +847,19 @@ def _witness(facts: RunFacts) -> dict[str, str]:
 def _mechanism(facts: RunFacts) -> dict[str, Any]:
     """Returns how noise was made and added."""
     plan = facts.plan
-    views = f"{plan.views} augmented views of a record, averaged before clipping" if plan.views > 1 else "none"
+    views = (
+        f"{plan.views} augmented views of a record, averaged before clipping" if plan.views > 1 else "none"
+    )
     return {
-        "mechanism": "DP-SGD at each client: clip each record's gradient, sum, add Gaussian noise, divide by a constant",
-        "clipping": f"flat, L2 norm at most {plan.l2_clip:g} per record; per-example gradients by {plan.mode}",
-        "noise": f"standard deviation {plan.noise_multiplier:g} x {plan.l2_clip:g} on the sum, fresh in every step",
+        "mechanism": "DP-SGD at each client: clip gradients, sum, add Gaussian noise, divide by a constant",
+        "clipping": f"flat, L2 norm at most {plan.l2_clip:g} per record; gradients by {plan.mode}",
+        "noise": f"standard deviation {plan.noise_multiplier:g} x {plan.l2_clip:g} on the sum, each step",
         "noise_source": facts.noise_source + (" (test source: no protection)" if facts.test_noise else ""),
-        "floating_point": "The noise is floating point, not exactly Gaussian: somebody who sees the lowest bits of a "
-        "noised sum could in principle use that (Mironov 2012; Jin et al. 2022). Releases are rounded to float32; "
-        "no bound is claimed for what remains.",
+        "floating_point": (
+            "The noise is floating point, not exactly Gaussian: somebody who sees the lowest bits of a "
+            "noised sum could in principle use that (Mironov 2012; Jin et al. 2022). Releases are rounded "
+            "to float32; no bound is claimed for what remains."
+        ),
         "augmentation": views,
         "setting": _setting(facts),
     }
@@ -814,7 +872,8 @@ def _sampling(facts: RunFacts) -> list[dict[str, str]]:
         (
             "batches",
             f"Poisson: each record with probability {plan.sample_rate:g} per step, independently",
-            "a coin per record and step from the noise source; coins are never stored, fixed-size batches do not exist",
+            "a coin per record and step from the noise source; coins are never stored, fixed-size batches "
+            "do not exist",
         ),
         ("empty batches", "allowed", "a step without records still adds noise and still counts"),
         (
@@ -827,6 +886,10 @@ def _sampling(facts: RunFacts) -> list[dict[str, str]]:
             f"{facts.prices.steps:,} per client at most",
             f"{plan.steps} per round joined, at most {plan.joins} charges, counted by the ledger",
         ),
-        ("choice of clients", "no discount claimed", "the server sees who takes part, so chance there protects nobody"),
+        (
+            "choice of clients",
+            "no discount claimed",
+            "the server sees who takes part, so chance there protects nobody",
+        ),
     ]
     return [{"what": what, "assumed": assumed, "actual": actual} for what, assumed, actual in rows]

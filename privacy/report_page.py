@@ -1,9 +1,9 @@
 """The page of a report: one HTML file that needs nothing else, and the pictures in it.
 
-The page is made from the report's own JSON and from nothing else, so whoever holds ``report.json`` can make it again.
-It loads nothing, runs nothing (a content security policy in the page says so to the browser), prints on paper, and
-follows the reader's choice of light or dark. Pictures are SVG: their attributes make them right on their own, on
-white; the page's style sheet recolours them.
+The page is made from the report's own JSON and from nothing else, so whoever holds ``report.json`` can make
+it again. It loads nothing, runs nothing (a content security policy in the page says so to the browser),
+prints on paper, and follows the reader's choice of light or dark. Pictures are SVG: their attributes make
+them right on their own, on white; the page's style sheet recolours them.
 
 Every bound is rounded up and every remainder down, so the page never shows less than what was spent.
 """
@@ -35,7 +35,8 @@ _BARS: Final = 80
 
 # Paul Tol's "muted" scheme: ten colours that colour-blind readers can tell apart.
 _TEN: Final = (
-    "#332288", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#44aa99", "#aa4499", "#999933", "#882255", "#bbbbbb",
+    "#332288", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#44aa99", "#aa4499", "#999933", "#882255",
+    "#bbbbbb",
 )  # fmt: skip
 # Beyond ten classes colours follow the order of the classes, along the "cividis" scale.
 _SCALE: Final = ((0, 34, 78), (66, 78, 108), (124, 123, 120), (187, 175, 113), (254, 232, 56))
@@ -62,7 +63,10 @@ def _round(value: float, towards: Callable[[float], int]) -> float:
         return value
     places = 2 - math.floor(math.log10(abs(value)))
     # Ten digits first: 3 computed as 3.0000000000000004 is still 3.00, not 3.01.
-    return towards(float(f"{value:.10g}") * 10.0**places - (1e-9 if towards is math.ceil else -1e-9)) / 10.0**places
+    return (
+        towards(float(f"{value:.10g}") * 10.0**places - (1e-9 if towards is math.ceil else -1e-9))
+        / 10.0**places
+    )
 
 
 def _digits(value: float) -> str:
@@ -86,7 +90,7 @@ def _trim(digits: str) -> str:
 
 
 def _safe(value: object) -> str:
-    """Returns text that is only ever text: markup escaped, characters that hide or reorder others replaced."""
+    """Returns text that stays text: markup escaped, characters that hide or reorder others replaced."""
     text = "".join(
         "\ufffd" if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Cn"} and char not in "\n\t" else char
         for char in str(value)
@@ -100,7 +104,7 @@ def _power(words: str) -> str:
     if not found or not exponent.lstrip("-").isdigit():
         return _safe(words)
     factor = "" if mantissa == "1" else f"{_safe(mantissa)}&#8239;&times;&#8239;"
-    return f'{factor}10<sup>{exponent.replace("-", "&minus;")}</sup>'
+    return f"{factor}10<sup>{exponent.replace('-', '&minus;')}</sup>"
 
 
 def _bound(value: float | str) -> str:
@@ -108,7 +112,8 @@ def _bound(value: float | str) -> str:
     return _power(figure_words(value))
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------
+# pictures
 
 
 def _ticks(low: float, high: float, most: int = 6, least: float = 0.0) -> list[float]:
@@ -127,7 +132,7 @@ class _Frame:
     """Axes of a small chart: 480 by 300 units, so that its type stays readable on a phone and on paper."""
 
     width, height = 480, 300
-    left, right, top, bottom = 58, 58, 36, 46
+    left, right, top, bottom = 62, 56, 36, 46
 
     def __init__(self, xs: tuple[float, float], ys: tuple[float, float], whole: bool = False) -> None:
         self.x_ticks = [tick for tick in _ticks(*xs, most=7, least=1) if xs[0] <= tick <= xs[1]]
@@ -152,22 +157,23 @@ class _Frame:
         for tick in self.y_ticks:
             y = self.y(tick)
             parts.append(f'<path class="grid" d="M{self.left} {y}H{end}" stroke="#e3e1da"/>')
-            parts.append(_text(self.left - 8, y + 4, f"{tick:g}", anchor="end"))
+            parts.append(_text(self.left - 8, y + 4, f"{tick:,g}", anchor="end"))
         for tick in self.x_ticks:
             parts.append(f'<path class="axis" d="M{self.x(tick)} {base}v5" stroke="#6b7280"/>')
             parts.append(_text(self.x(tick), base + 19, f"{tick:,.0f}", anchor="middle"))
         parts.append(f'<path class="axis" d="M{self.left} {base}H{end}" stroke="#6b7280"/>')
         parts.append(_text((self.left + end) / 2, self.height - 6, labels[0], anchor="middle"))
         middle = (self.top + base) / 2
-        turn = f' transform="rotate(-90 15 {middle:g})"'
-        parts.append(_text(15, middle, labels[1], anchor="middle", more=turn))
+        turn = f' transform="rotate(-90 13 {middle:g})"'
+        parts.append(_text(13, middle, labels[1], anchor="middle", more=turn))
         return _svg(name, title, desc, self.width, self.height, "".join(parts) + body + keys)
 
 
 def _svg(name: str, title: str, desc: str, width: float, height: float, body: str) -> str:
     """Returns a picture with a title and a description for readers who do not see it."""
     return (
-        f'<svg class="picture" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'<svg class="picture" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+        f'role="img" '
         f'aria-labelledby="{name}-title {name}-desc" font-family="system-ui, sans-serif" font-size="13">'
         f'<title id="{name}-title">{_safe(title)}</title><desc id="{name}-desc">{_safe(desc)}</desc>'
         f'<rect class="paper" width="100%" height="100%" fill="#ffffff"/>{body}</svg>'
@@ -228,7 +234,8 @@ def _accuracy_picture(rounds: Sequence[Mapping[str, Any]]) -> str:
     body = _line("s1", path, "#0072b2", 2.5, ' stroke-linejoin="round"')
     if len(points) <= 40:
         body += "".join(
-            f'<circle class="d1" cx="{frame.x(x)}" cy="{frame.y(y)}" r="3" fill="#0072b2"/>' for x, y in points
+            f'<circle class="d1" cx="{frame.x(x)}" cy="{frame.y(y)}" r="3" fill="#0072b2"/>'
+            for x, y in points
         )
     x, y = points[-1]
     last = f"{y:.1f} %" if share else f"{y:.4g}"
@@ -238,8 +245,10 @@ def _accuracy_picture(rounds: Sequence[Mapping[str, Any]]) -> str:
     return frame.draw("metric", f"{words} by round", desc, ("round", f"{words}{unit}"), body, keys)
 
 
-def _steps(history: Sequence[tuple[float, float]], start: float | None, end: float) -> list[tuple[float, float]]:
-    """Returns a client's spend as corners of a step line from round 0 (where its start is known) to the end."""
+def _steps(
+    history: Sequence[tuple[float, float]], start: float | None, end: float
+) -> list[tuple[float, float]]:
+    """Returns a client's spend as steps, from round 0 where its start is known, to the end."""
     points = list(history) if start is None else [(0.0, start), *history]
     return points if not points or points[-1][0] >= end else [*points, (end, points[-1][1])]
 
@@ -264,7 +273,9 @@ def _epsilon_picture(clients: Sequence[Mapping[str, Any]]) -> str:
     curves = [(client, _steps(history, start, end)) for client, history, start in drawable]
     most, highest = max(curves, key=lambda curve: (curve[1][-1][1], len(curve[1])))
     peak = max(y for _, y in highest)
-    budgets = [client["granted_epsilon"] for client, _ in curves if not isinstance(client["granted_epsilon"], str)]
+    budgets = [
+        client["granted_epsilon"] for client, _ in curves if not isinstance(client["granted_epsilon"], str)
+    ]
     budget = min(budgets, default=math.inf)
     shown = budget <= 2.5 * peak
     frame = _Frame((0, end), (0, max(peak, budget) if shown else peak))
@@ -286,16 +297,20 @@ def _epsilon_picture(clients: Sequence[Mapping[str, Any]]) -> str:
     entries.append(("s2", "#d55e00", "", "most spent"))
     if shown:
         y = frame.y(budget)
-        body += _line("s3", f"M{frame.left} {y}H{frame.width - frame.right}", "#374151", 1.5, ' stroke-dasharray="6 4"')
+        body += _line(
+            "s3", f"M{frame.left} {y}H{frame.width - frame.right}", "#374151", 1.5, ' stroke-dasharray="6 4"'
+        )
         entries.append(("s3", "#374151", "6 4", "budget" if len(set(budgets)) == 1 else "least budget"))
     x, y = highest[-1]
     body += _label(frame.x(x), frame.y(y), figure_words(y))
     desc = (
-        f"Epsilon spent by {len(curves):,} clients over {math.floor(end)} rounds, a step per charge; the most is "
-        f"{figure_words(peak)}" + (f", the least budget is {budget:g}." if budgets else ".")
+        f"Epsilon spent by {len(curves):,} clients over {math.floor(end)} rounds, a step per charge; "
+        f"the most is {figure_words(peak)}" + (f", the least budget is {budget:g}." if budgets else ".")
     )
     label = "\u03b5 spent (add/remove, RDP filter)"
-    return frame.draw("epsilon", "Epsilon by client and round", desc, ("round", label), body, _keys(entries, 36))
+    return frame.draw(
+        "epsilon", "Epsilon by client and round", desc, ("round", label), body, _keys(entries, 36)
+    )
 
 
 def _stairs(frame: _Frame, points: Sequence[tuple[float, float]]) -> str:
@@ -358,18 +373,23 @@ def _replies_picture(rounds: Sequence[Mapping[str, Any]]) -> str:
             if part:
                 top, foot = frame.y(base + part), frame.y(base)
                 body += (
-                    f'<rect class="{kind}" x="{frame.x(moment) - width / 2:.1f}" y="{top}" width="{width:.1f}" '
+                    f'<rect class="{kind}" x="{frame.x(moment) - width / 2:.1f}" y="{top}" '
+                    f'width="{width:.1f}" '
                     f'height="{foot - top:.1f}" fill="{color}"/>'
                 )
             base += part
-    keys = [("s1", "#0072b2", "", "answered"), ("k2", "#e69f00", "", "declined"), ("k3", "#9ca3af", "", "missing")]
+    keys = [
+        ("s1", "#0072b2", "", "answered"),
+        ("k2", "#e69f00", "", "declined"),
+        ("k3", "#9ca3af", "", "missing"),
+    ]
     declined, missing = (int(sum(row[index] for row in counts)) for index in (2, 3))
     desc = f"Over all rounds {declined:,} refusals and {missing:,} missing replies."
     return frame.draw("replies", "Answers by round", desc, ("round", "clients asked"), body, _keys(keys))
 
 
 def partition_picture(label_table: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
-    """Returns an SVG of how a simulation split its records: each client's mix of labels, and its number of records.
+    """Returns an SVG of how a simulation split its records: each client's mix of labels and its size.
 
     It shows exact counts, so it exists for simulations only (G12).
 
@@ -378,7 +398,11 @@ def partition_picture(label_table: Sequence[Sequence[int]], class_names: Sequenc
         class_names: Names of the classes, in the order of the columns.
     """
     total = len(label_table)
-    chosen = range(total) if total <= _BARS else sorted({round(i * (total - 1) / (_BARS - 1)) for i in range(_BARS)})
+    chosen = (
+        range(total)
+        if total <= _BARS
+        else sorted({round(i * (total - 1) / (_BARS - 1)) for i in range(_BARS)})
+    )
     names = [str(name) for name in class_names]
     colors = _colors(len(names))
     row = 20 if len(chosen) <= 25 else 12 if len(chosen) <= 40 else 8
@@ -387,7 +411,8 @@ def partition_picture(label_table: Sequence[Sequence[int]], class_names: Sequenc
     largest = max((sum(label_table[index]) for index in chosen), default=0) or 1
     every = 1 if row >= 12 else 5
     parts = [legend, _text(left, top - 9, "labels (% of the client's records)")]
-    parts.append(_text(left + mix + gap, top - 9, "records (number)"))
+    scale = "records (number)" if row >= 12 else f"records (longest {largest:,})"
+    parts.append(_text(left + mix + gap, top - 9, scale))
     for place, index in enumerate(chosen):
         y, counts = top + place * row, label_table[index]
         size, x = sum(counts), float(left)
@@ -400,7 +425,8 @@ def partition_picture(label_table: Sequence[Sequence[int]], class_names: Sequenc
             width = mix * count / size
             tip = f"client {index + 1}, {name}: {count:,} of {size:,}"
             parts.append(
-                f'<rect class="cell" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{row - 2}" fill="{color}" '
+                f'<rect class="cell" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{row - 2}" '
+                f'fill="{color}" '
                 f'stroke="#ffffff" stroke-width="0.6"><title>{_safe(tip)}</title></rect>'
             )
             if row >= 20 and width > 9 + 7 * len(name):
@@ -409,10 +435,13 @@ def partition_picture(label_table: Sequence[Sequence[int]], class_names: Sequenc
             x += width
         width = (room - 46) * size / largest
         parts.append(
-            f'<rect class="f1" x="{left + mix + gap}" y="{y}" width="{width:.1f}" height="{row - 2}" fill="#0072b2"/>'
+            f'<rect class="f1" x="{left + mix + gap}" y="{y}" width="{width:.1f}" height="{row - 2}" '
+            f'fill="#0072b2"/>'
         )
-        if place % every == 0:
-            parts.append(_text(left + mix + gap + width + 6, y + row / 2 + 4, f"{size:,}", more=' font-size="11"'))
+        if row >= 12:
+            parts.append(
+                _text(left + mix + gap + width + 6, y + row / 2 + 4, f"{size:,}", more=' font-size="11"')
+            )
     height = top + len(chosen) * row + 8
     title = "Simulation only: labels and number of records of each client"
     desc = f"{total:,} clients, {len(names)} classes, {sum(map(sum, label_table)):,} records."
@@ -447,7 +476,8 @@ def _colors(classes: int) -> list[str]:
         place = index / (classes - 1) * (len(_SCALE) - 1)
         lower = min(int(place), len(_SCALE) - 2)
         mixed = (
-            round(a + (b - a) * (place - lower)) for a, b in zip(_SCALE[lower], _SCALE[lower + 1], strict=True)
+            round(a + (b - a) * (place - lower))
+            for a, b in zip(_SCALE[lower], _SCALE[lower + 1], strict=True)
         )
         colors.append("#" + "".join(f"{part:02x}" for part in mixed))
     return colors
@@ -459,7 +489,8 @@ def _ink(color: str) -> str:
     return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 135 else "#ffffff"
 
 
-# -------------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------------------
+# page
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -473,41 +504,49 @@ def render(report: Mapping[str, Any]) -> str:
         report: What `privacy.report.build` made, or the same read back from ``report.json``.
 
     Raises:
-        RunError: The report is of another schema.
+        RunError: The report is of another schema, or not whole.
     """
     if report.get("schema") != SCHEMA:
         raise RunError(
-            f"expected a report of schema {SCHEMA}, got {report.get('schema')!r}; make it again with this version"
+            f"expected a report of schema {SCHEMA}, got {report.get('schema')!r}; make it with this version"
         )
-    run = report["run"]
-    sections = [
-        _top(report),
-        _headline(report),
-        _curves(report),
-        _clients(report),
-        _cost(report),
-        _chain(report),
-        _coverage(report),
-        _section("Who sees what, and what protects from them", _adversary_table(report), "adversaries"),
-        _witness(report),
-        _how(report),
-        _simulation(report),
-        _software(report),
-    ]
+    parts = (
+        _top,
+        _headline,
+        _curves,
+        _clients,
+        _cost,
+        _chain,
+        _coverage,
+        _adversaries,
+        _witness,
+        _how,
+        _simulation,
+        _software,
+    )
+    try:
+        title = f"Privacy report: {_safe(report['run']['task'])}, {_safe(report['run']['job'])}"
+        body = "\n".join(text for part in parts if (text := part(report)))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(
+            f"expected a whole report of schema {SCHEMA}, got one that breaks it ({error}); make it again"
+        ) from error
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
-        f"<title>Privacy report: {_safe(run['task'])}, {_safe(run['job'])}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{chr(10).join(part for part in sections if part)}\n</main>\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
 def _section(title: str, body: str, name: str, lead: str = "") -> str:
     """Returns a section with a heading, and a leading sentence where there is one."""
     first = f'<p class="lead">{lead}</p>' if lead else ""
-    return f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{_safe(title)}</h2>{first}{body}</section>'
+    head = f'<h2 id="{name}-h">{_safe(title)}</h2>'
+    return f'<section id="{name}" aria-labelledby="{name}-h">{head}{first}{body}</section>'
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "", caption: str = "") -> str:
@@ -518,17 +557,21 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "
     lines = []
     for row in rows:
         first, *rest = (f"{m}>{cell}" for cell, m in zip(row, mark, strict=True))
-        lines.append(f'<tr><th scope="row"{first}</th>' + "".join(f"<td{cell}</td>" for cell in rest) + "</tr>")
+        lines.append(
+            f'<tr><th scope="row"{first}</th>' + "".join(f"<td{cell}</td>" for cell in rest) + "</tr>"
+        )
     note = f"<caption>{caption}</caption>" if caption else ""
     return (
-        f'<div class="scroll" tabindex="0" role="group"><table class="{kind}">{note}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="group"><table class="{kind}">{note}'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
 def _pairs(entries: Iterable[tuple[str, str]], kind: str = "pairs") -> str:
     """Returns a list of names and what they stand for; both are safe HTML."""
-    return f'<dl class="{kind}">' + "".join(f"<div><dt>{a}</dt><dd>{b}</dd></div>" for a, b in entries) + "</dl>"
+    return (
+        f'<dl class="{kind}">' + "".join(f"<div><dt>{a}</dt><dd>{b}</dd></div>" for a, b in entries) + "</dl>"
+    )
 
 
 def _name(key: str) -> str:
@@ -561,15 +604,17 @@ def _top(report: Mapping[str, Any]) -> str:
         ("Covers", f"<strong>{_safe(run['covers'])}</strong>"),
     ]
     return (
-        '<header><p class="mark"><b>tacit</b> <i>understood without being said</i></p>'
-        f'<h1>Privacy report</h1><p class="about">{_safe(run["summary"])}</p>{_pairs(facts, "facts")}</header>'
+        '<header><p class="mark"><b>tacit</b> <i>understood without being said</i></p><h1>Privacy report</h1>'
+        f'<p class="about">{_safe(run["summary"])}</p>{_pairs(facts, "facts")}</header>'
     )
 
 
 def _moment(text: str) -> str:
     """Returns an ISO time in a form that people read; anything else as it is."""
     day, found, time = str(text).partition("T")
-    return _safe(f"{day} {time[:8]}{' UTC' if time.endswith(('Z', '+00:00')) else time[8:]}" if found else text)
+    return _safe(
+        f"{day} {time[:8]}{' UTC' if time.endswith(('Z', '+00:00')) else time[8:]}" if found else text
+    )
 
 
 def _headline(report: Mapping[str, Any]) -> str:
@@ -585,14 +630,19 @@ def _headline(report: Mapping[str, Any]) -> str:
     swap = headline["replace_one"]
     delta = f"at {_DELTA} = {_bound(headline['delta'])}"
     tiles = [
-        (_bound(epsilon), f"{_EPSILON}, add or remove one record", delta, " main"),
+        (_bound(epsilon), f"{_EPSILON}, add or remove {_safe(headline['protects'])}", delta, " main"),
         (
             _bound(swap["epsilon"]),
-            f"{_EPSILON}, replace one record",
+            f"{_EPSILON}, replace {_safe(headline['protects'])}",
             f"at {_DELTA} = {_bound(swap['delta'])}",
             " main",
         ),
-        (_bound(headline["odds_factor"]), "largest change of odds", f"e<sup>{_EPSILON}</sup>, add/remove", ""),
+        (
+            _bound(headline["odds_factor"]),
+            "largest change of odds",
+            f"e<sup>{_EPSILON}</sup>, add/remove",
+            "",
+        ),
     ] + [
         (
             _safe(_percent(entry["tpr"])),
@@ -618,9 +668,10 @@ def _headline(report: Mapping[str, Any]) -> str:
         else f"<b>Found by:</b> {_safe(headline['basis'])}; replace-one by {_safe(swap['basis'])}. "
     )
     notes = (
-        f'<p class="note"><b>Whole federation:</b> {_epsilon(federation["epsilon"])}, {_safe(federation["rule"])}.{alone} '
-        f"{found}<b>Scale:</b> no threshold holds for every use; a common reading calls {_EPSILON} up to 1 strong and up to "
-        "10 reasonable (Ponomareva et al., 2023).</p>"
+        f'<p class="note"><b>Whole federation:</b> {_epsilon(federation["epsilon"])}, '
+        f"{_safe(federation['rule'])}.{alone} "
+        f"{found}<b>Scale:</b> no threshold holds for every use; a common reading calls {_EPSILON} up to 1 "
+        "strong and up to 10 reasonable (Ponomareva et al., 2023).</p>"
     )
     reasons = "".join(f"<li>{_safe(reason)}</li>" for reason in headline["reasons"])
     # A single reason is in the sentence already.
@@ -630,7 +681,8 @@ def _headline(report: Mapping[str, Any]) -> str:
     notice = f'<ul class="warnings">{warnings}</ul>' if warnings else ""
     return (
         f'<section id="headline" class="headline {state}" aria-label="Headline">'
-        f'<p class="person"><b>For a person.</b> {person}</p><p class="sentence">{_safe(headline["sentence"])}</p>'
+        f'<p class="person"><b>For a person.</b> {person}</p>'
+        f'<p class="sentence">{_safe(headline["sentence"])}</p>'
         f'{why}<div class="tiles">{boxes}</div>{notes}</section>{notice}'
     )
 
@@ -650,15 +702,22 @@ def _curves(report: Mapping[str, Any]) -> str:
     if picture := _accuracy_picture(rounds):
         pictures.append(f"<figure>{picture}<figcaption>What the model learned.</figcaption></figure>")
     if picture := _epsilon_picture(clients):
-        note = f" Not drawn, since unknown or infinite: {hidden:,} of {len(clients):,} clients." if hidden else ""
+        note = (
+            f" Not drawn, since unknown or infinite: {hidden:,} of {len(clients):,} clients."
+            if hidden
+            else ""
+        )
         words = f"What it cost, as each client's ledger counted it.{note}"
         pictures.append(f"<figure>{picture}<figcaption>{words}</figcaption></figure>")
     elif clients:
-        pictures.append('<p class="empty">Epsilon by round is not drawn: it is unknown, infinite or zero.</p>')
+        pictures.append(
+            '<p class="empty">Epsilon by round is not drawn: it is unknown, infinite or zero.</p>'
+        )
     if picture := _replies_picture(rounds):
         words = (
-            "Who answered. A client that declines says one of a few fixed words that do not depend on data, most "
-            "often because its budget is spent. A missing reply counts as no reply; the round goes on without it."
+            "Who answered. A client that declines says one of a few fixed words that do not depend on "
+            "data, most often because its budget is spent. A missing reply counts as no reply; the round "
+            "goes on without it."
         )
         pictures.append(f'<figure class="row">{picture}<figcaption>{words}</figcaption></figure>')
     return _section(
@@ -671,7 +730,9 @@ def _round_table(rounds: Sequence[Mapping[str, Any]]) -> str:
     if not rounds:
         return "<p>No round was finished.</p>"
     last = len(rounds) - 1
-    chosen = sorted({round(index * last / 11) for index in range(12)}) if last >= 12 else list(range(last + 1))
+    chosen = (
+        sorted({round(index * last / 11) for index in range(12)}) if last >= 12 else list(range(last + 1))
+    )
     metrics = list(dict.fromkeys(name for record in rounds for name in record.get("metrics") or {}))[:3]
     heads = ["Round", *(f"#{_name(name)}" for name in metrics), f"#{_EPSILON}, most over clients"]
     heads += ["#answered", "#declined", "#missing", "#seconds"]
@@ -681,20 +742,24 @@ def _round_table(rounds: Sequence[Mapping[str, Any]]) -> str:
         cells = [_metric(told.get(name)) for name in metrics] + [_bound(record["epsilon"])]
         cells += [_value(record.get(name)) for name in ("replies", "declined", "missing")]
         rows.append([_value(record.get("round")), *cells, _metric(record.get("seconds"))])
-    caption = f"{len(chosen)} of {len(rounds):,} rounds; all of them are in report.json" if len(chosen) <= last else ""
+    caption = (
+        f"{len(chosen)} of {len(rounds):,} rounds; all of them are in report.json"
+        if len(chosen) <= last
+        else ""
+    )
     return _table(heads, rows, caption=caption)
 
 
 def _metric(value: Any) -> str:
     """Returns safe HTML for a measured number."""
-    return _value(float(f"{value:.3g}")) if isinstance(value, float) else _value(value)
+    return _power(_digits(float(f"{value:.3g}"))) if isinstance(value, float) else _value(value)
 
 
 def _clients(report: Mapping[str, Any]) -> str:
     """Returns the budget and one line per client; of very many clients those that matter most."""
     clients, budget = report["clients"], report["budget"]
     granted = budget["granted"]
-    words = _bound(granted[0]) if len(granted) == 1 else f"{_bound(granted[0])} to {_bound(granted[-1])}"
+    words = " to ".join(dict.fromkeys(_bound(value) for value in (*granted[:1], *granted[-1:])))
     summary = [
         ("Clients", f"{budget['clients']:,}"),
         ("Budget of each", f"{_EPSILON} {words}" if granted else "&ndash;"),
@@ -707,18 +772,22 @@ def _clients(report: Mapping[str, Any]) -> str:
     shown, caption = _extremes(clients), ""
     if len(shown) < len(clients):
         caption = (
-            f"{len(shown)} of {len(clients):,} clients: any with an open question, then the most and the least spent. "
-            "All of them are in report.json."
+            f"{len(shown)} of {len(clients):,} clients: any with an open question, then the most and the "
+            "least spent. All of them are in report.json."
         )
     heads = [
-        "Client", f"#{_EPSILON} spent", f"#{_EPSILON} granted", f"#{_EPSILON} left", f"#{_DELTA}", "#rounds joined",
-        "#charges", "#declined", "#runs", "#receipts missing", "Receipts", "Ledger head",
+        "Client", f"#{_EPSILON} spent", f"#{_EPSILON} granted", f"#{_EPSILON} left", f"#{_DELTA}",
+        "#rounds joined", "#charges", "#declined", "#runs", "#receipts missing", "Receipts", "Ledger head",
     ]  # fmt: skip
     lead = (
-        f"Each holder sets its own budget, for the lifetime of its data set. Its ledger refuses what would exceed it: "
-        f"{_safe(budget['filter'])}. When a budget ends, {_safe(budget['at_exhaustion'])}."
+        "Each holder sets its own budget, for the lifetime of its data set. Its ledger refuses what would "
+        f"exceed it: {_safe(budget['filter'])}. When a budget ends, {_safe(budget['at_exhaustion'])}."
     )
-    table = _table(heads, [_client_row(client) for client in shown], kind="clients", caption=caption) if shown else ""
+    table = (
+        _table(heads, [_client_row(client) for client in shown], kind="clients", caption=caption)
+        if shown
+        else ""
+    )
     return _section("Budgets, client by client", _pairs(summary, "facts") + table, "clients", lead)
 
 
@@ -754,7 +823,10 @@ def _client_row(client: Mapping[str, Any]) -> list[str]:
         _bound(granted),
         _power(_floor_words(client["remaining_epsilon"])),
         _bound(client["delta"]),
-        *(f"{client[name]:,}" for name in ("rounds_joined", "charges", "declined", "runs", "receipts_missing")),
+        *(
+            f"{client[name]:,}"
+            for name in ("rounds_joined", "charges", "declined", "runs", "receipts_missing")
+        ),
         f'<span class="chip {state}">{_safe(receipts)}</span>',
         f'<code title="{_safe(client["ledger_head"])}">{_safe(str(client["ledger_head"])[:12])}</code>',
     ]
@@ -766,26 +838,44 @@ def _cost(report: Mapping[str, Any]) -> str:
     swap = report["headline"]["replace_one"]
     order = prices["gate_order"]
     rows = [
-        ("PLD", "add/remove", _bound(prices["pld"]), "tight; for a schedule that was fixed before its first round"),
+        (
+            "PLD",
+            "add/remove",
+            _bound(prices["pld"]),
+            "tight; for a schedule that was fixed before its first round",
+        ),
         ("PLD", "replace one", _bound(prices["pld_replace_one"]), "the same schedule, one record exchanged"),
-        ("PRV", "add/remove", _bound(prices["prv"]), _safe(prices["prv_note"]) or "cross-check, other method"),
+        (
+            "PRV",
+            "add/remove",
+            _bound(prices["prv"]),
+            _safe(prices["prv_note"]) or "cross-check, other method",
+        ),
         ("RDP", "add/remove", _bound(prices["rdp"]), "always valid, looser"),
-        ("RDP filter", "add/remove", _bound(prices["gate"]), f"what the ledgers count by, at order {_value(order)}"),
+        (
+            "RDP filter",
+            "add/remove",
+            _bound(prices["gate"]),
+            f"what the ledgers count by, at order {_value(order)}",
+        ),
     ]
     agree = {True: "agree within their error", False: "disagree", None: "could not be compared"}
     at = [[_bound(entry["delta"]), _bound(entry["epsilon"])] for entry in prices["at_deltas"]]
     other = _table([f"{_DELTA}", f"#{_EPSILON} (PLD, add/remove)"], at, kind="narrow") if at else ""
     lead = (
         f"<b>{_safe(prices['schedule'])}.</b> This is the price of the plan: {_safe(prices['meaning'])}. "
-        "What a client has really spent is counted by the RDP filter, which stays valid when plans change on the way "
-        "and covers every run in its ledger; for the same schedule it is the larger number."
+        "What a client has really spent is counted by the RDP filter, which stays valid when plans change "
+        "on the way and covers every run in its ledger; for the same schedule it is the larger number."
     )
     foot = (
-        f'<p class="note"><b>Accountants:</b> {_safe(prices["accountant"])}. They {agree[prices["accountants_agree"]]}. '
+        f'<p class="note"><b>Accountants:</b> {_safe(prices["accountant"])}. '
+        f"They {agree[prices['accountants_agree']]}. "
         f"<b>Replace-one in the headline:</b> {_epsilon(swap['epsilon'])}, {_safe(swap['basis'])}.</p>"
     )
     heads = ["Accountant", "Neighbouring data sets", f"#{_EPSILON} at {_DELTA} = {_bound(delta)}", "Use"]
-    return _section("What the plan costs", f'<div class="pair">{_table(heads, rows)}{other}</div>{foot}', "cost", lead)
+    return _section(
+        "What the plan costs", f'<div class="pair">{_table(heads, rows)}{other}</div>{foot}', "cost", lead
+    )
 
 
 def _chain(report: Mapping[str, Any]) -> str:
@@ -800,25 +890,35 @@ def _chain(report: Mapping[str, Any]) -> str:
         for row in report["assumptions"]
     ]
     lead = (
-        "The order in which a client handles every release, then what the figures rest on. Where one of these is not "
-        "enforced, no finite figure is printed."
+        "The order in which a client handles every release, then what the figures rest on. Where one of "
+        "these is not enforced, no finite figure is printed."
     )
-    return _section("What the figures rest on", _table(["Rule", "In words", "Who answers for it"], rows), "chain", lead)
+    return _section(
+        "What the figures rest on",
+        _table(["Rule", "In words", "Who answers for it"], rows, kind="words"),
+        "chain",
+        lead,
+    )
 
 
 def _coverage(report: Mapping[str, Any]) -> str:
     """Returns what is covered beside what is not."""
-    lists = [
-        f'<div class="{kind}"><h3>{title}</h3><ul>{"".join(f"<li>{_safe(text)}</li>" for text in report[name])}</ul></div>'
-        for name, title, kind in (("covered", "Covered", "yes"), ("not_covered", "Not covered", "no"))
-    ]
-    return _section("What is covered and what is not", f'<div class="columns">{"".join(lists)}</div>', "coverage")
+    boxes = []
+    for name, title, kind in (("covered", "Covered", "yes"), ("not_covered", "Not covered", "no")):
+        items = "".join(f"<li>{_safe(text)}</li>" for text in report[name])
+        boxes.append(f'<div class="{kind}"><h3>{title}</h3><ul>{items}</ul></div>')
+    return _section(
+        "What is covered and what is not", f'<div class="columns">{"".join(boxes)}</div>', "coverage"
+    )
 
 
-def _adversary_table(report: Mapping[str, Any]) -> str:
+def _adversaries(report: Mapping[str, Any]) -> str:
     """Returns who sees what."""
-    rows = [[_safe(row["who"]), _safe(row["sees"]), _safe(row["protected_by"])] for row in report["adversaries"]]
-    return _table(["Who", "Sees", "What protects the data holder"], rows)
+    rows = [
+        [_safe(row["who"]), _safe(row["sees"]), _safe(row["protected_by"])] for row in report["adversaries"]
+    ]
+    table = _table(["Who", "Sees", "What protects the data holder"], rows, kind="words")
+    return _section("Who sees what, and what protects from them", table, "adversaries")
 
 
 def _witness(report: Mapping[str, Any]) -> str:
@@ -832,7 +932,7 @@ def _how(report: Mapping[str, Any]) -> str:
     """Returns how noise and batches were made."""
     entries = [(_name(key).capitalize(), _safe(text)) for key, text in report["mechanism"].items()]
     rows = [[_safe(row["what"]), _safe(row["assumed"]), _safe(row["actual"])] for row in report["sampling"]]
-    table = _table(["Sampling", "Assumed by the accountants", "What the code does"], rows)
+    table = _table(["Sampling", "Assumed by the accountants", "What the code does"], rows, kind="words")
     return _section("How it was done", _pairs(entries) + table, "how")
 
 
@@ -842,8 +942,8 @@ def _simulation(report: Mapping[str, Any]) -> str:
     if facts is None:
         return ""
     lead = (
-        "This section exists because one machine simulated all clients and could look at their data. It is not covered "
-        "by any figure above, and a deployment never has it."
+        "This section exists because one machine simulated all clients and could look at their data. It is "
+        "not covered by any figure above, and a deployment never has it."
     )
     body = f"<p>{_safe(facts['partition'])}</p>" if facts.get("partition") else ""
     table = facts.get("label_table")
@@ -859,15 +959,17 @@ def _simulation(report: Mapping[str, Any]) -> str:
         entries = [
             ("Records in all", f"{sum(sizes):,}"),
             ("Smallest client", f"{sizes[0]:,}"),
-            ("Median client", f"{statistics.median(sizes):,g}"),
+            ("Median client", f"{statistics.median(sizes):,.1f}".removesuffix(".0")),
             ("Largest client", f"{sizes[-1]:,}"),
         ]
         body += _pairs(entries, "facts")
     if facts.get("truth"):
         truth = facts["truth"]
-        entries = [(_name(key).capitalize(), _value(item)) for key, item in truth.items()] if isinstance(
-            truth, Mapping
-        ) else [("Truth", _value(truth))]
+        entries = (
+            [(_name(key).capitalize(), _value(item)) for key, item in truth.items()]
+            if isinstance(truth, Mapping)
+            else [("Truth", _value(truth))]
+        )
         body += _pairs(entries)
     return _section("Simulation only", body, "simulation", lead)
 
@@ -881,26 +983,34 @@ def _software(report: Mapping[str, Any]) -> str:
         if key != "versions"
     ]
     plain.insert(0, ("Report id", f"<code>{_safe(report['report_id'])}</code>"))
-    groups = [("Versions", software["versions"]), ("Plan", report["plan"]), ("Local optimiser", report["local"])]
+    groups = [
+        ("Versions", software["versions"]),
+        ("Plan", report["plan"]),
+        ("Local optimiser", report["local"]),
+    ]
     groups.append(("Scenario", report["config"]))
-    tables = "".join(
-        f"<div><h3>{title}</h3>{_pairs([(_name(key), _value(item)) for key, item in group.items()], 'small')}</div>"
-        for title, group in groups
-        if group
+    tables = ""
+    for title, group in groups:
+        if group:
+            entries = [(_name(key), _value(item)) for key, item in group.items()]
+            tables += f"<div><h3>{title}</h3>{_pairs(entries, 'small')}</div>"
+    return _section(
+        "Versions, hashes and settings", f'{_pairs(plain)}<div class="groups">{tables}</div>', "software"
     )
-    return _section("Versions, hashes and settings", f'{_pairs(plain)}<div class="groups">{tables}</div>', "software")
 
 
 _STYLE: Final = """
 :root{--paper:#fbfaf7;--card:#fff;--ink:#1b2430;--soft:#55606e;--rule:#e3e1da;--blue:#0072b2;--orange:#d55e00;
 --amber:#e69f00;--grey:#9ca3af;--teal:#0b6e6e;--good:#0b6e4f;--good-bg:#e2f2ea;--bad:#a32b00;--bad-bg:#fde8dd;
 --word:#5b4a00;--word-bg:#faf0cf;--dash:#374151}
-@media (prefers-color-scheme:dark){:root{--paper:#11161d;--card:#181f28;--ink:#e6e9ee;--soft:#a3adba;--rule:#2c3541;
+@media (prefers-color-scheme:dark){:root{--paper:#11161d;--card:#181f28;--ink:#e6e9ee;--soft:#a3adba;
+--rule:#2c3541;
 --blue:#56b4e9;--orange:#ff8c42;--amber:#f0b93a;--grey:#7b8794;--teal:#5cc5c0;--good:#7fdcb4;--good-bg:#123527;
 --bad:#ffb08a;--bad-bg:#432012;--word:#f0d887;--word-bg:#3a3110;--dash:#c4ccd6}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
+body{margin:0;background:var(--paper);color:var(--ink);font:1rem/1.55 system-ui,-apple-system,"Segoe UI",
+Roboto,
 "Noto Sans","DejaVu Sans",sans-serif}
 main{max-width:66rem;margin:0 auto;padding:2.2rem 1.4rem 4rem}
 h1,h2,h3,p,ul,dl,figure{margin:0}
@@ -908,7 +1018,8 @@ h1{font:600 2.3rem/1.15 Georgia,"Times New Roman","DejaVu Serif",serif;letter-sp
 h2{font:600 1.45rem/1.25 Georgia,"Times New Roman","DejaVu Serif",serif;margin-bottom:.6rem}
 h3{font-size:1rem;margin-bottom:.35rem}
 section{margin-top:2.8rem}
-code{font:.86em ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
+code{font:.86em ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+overflow-wrap:anywhere}
 sup{line-height:0}
 .mark{color:var(--teal);margin-bottom:1.1rem}
 .mark b{font:italic 600 1.35rem Georgia,"DejaVu Serif",serif}
@@ -918,7 +1029,8 @@ sup{line-height:0}
 border-bottom:1px solid var(--rule);margin-bottom:1.2rem}
 dt{color:var(--soft);font-size:.8rem}
 dd{margin:0;overflow-wrap:anywhere}
-.headline{background:var(--card);border:1px solid var(--rule);border-left:.45rem solid var(--teal);border-radius:.6rem;
+.headline{background:var(--card);border:1px solid var(--rule);border-left:.45rem solid var(--teal);
+border-radius:.6rem;
 padding:1.4rem 1.5rem;margin-top:1.6rem}
 .headline.open{border-left-color:var(--amber)}
 .headline.none{border-left-color:var(--orange)}
@@ -970,6 +1082,7 @@ tbody th{font-weight:600;overflow-wrap:anywhere;min-width:6.4rem}
 thead .n{white-space:normal}
 .clients{font-size:.86rem}
 .clients th,.clients td{padding-right:.8rem}
+.clients code{white-space:nowrap}
 .bar{display:inline-block;width:3.4rem;height:.5rem;border-radius:.25rem;background:var(--rule);margin-right:.5rem;
 overflow:hidden;vertical-align:middle}
 .bar i{display:block;height:100%;background:var(--blue)}
@@ -994,27 +1107,30 @@ border-bottom:1px solid var(--rule)}
 .groups{columns:3 15rem;column-gap:2.2rem}
 .groups>div{margin-bottom:1.2rem}
 .small{font-size:.82rem}
-.small>div{display:flex;justify-content:space-between;gap:1rem;border-bottom:1px solid var(--rule);padding:.14rem 0;
+.small>div{display:flex;justify-content:space-between;gap:1rem;border-bottom:1px solid var(--rule);
+padding:.14rem 0;
 break-inside:avoid}
 .small dd{text-align:right}
-@media (max-width:56rem){.tiles{grid-template-columns:repeat(6,1fr)}.tile{grid-column:span 2}
+@media screen and (max-width:56rem){.tiles{grid-template-columns:repeat(6,1fr)}.tile{grid-column:span 2}
 .tile.main{grid-column:span 3}.pair,.columns{grid-template-columns:minmax(0,1fr)}}
-@media (max-width:42rem){main{padding:1.3rem .9rem 3rem}h1{font-size:1.8rem}.sentence{font-size:1.12rem}
-.headline{padding:1.1rem 1rem}.figures,figure.row{grid-template-columns:minmax(0,1fr)}.tile.main b{font-size:1.65rem}
-.tile{grid-column:span 3;padding:.6rem .65rem}.tile b{font-size:1.35rem}.pairs>div{grid-template-columns:1fr;gap:0}
-section{margin-top:2.1rem}.facts{gap:.6rem 1.5rem}}
+@media screen and (max-width:42rem){main{padding:1.3rem .9rem 3rem}h1{font-size:1.8rem}
+.sentence{font-size:1.12rem}
+.headline{padding:1.1rem 1rem}.figures,figure.row{grid-template-columns:minmax(0,1fr)}
+.tile.main b{font-size:1.65rem}
+.tile{grid-column:span 3;padding:.6rem .65rem}.tile b{font-size:1.35rem}.pairs>div{grid-template-columns:1fr;
+gap:0}
+section{margin-top:2.1rem}.facts{gap:.6rem 1.5rem}.tile:last-child{grid-column:span 6}
+.scroll table:not(.words,.narrow){min-width:34rem}.words thead{display:none}.words tr{display:block;
+padding:.5rem 0;
+border-bottom:1px solid var(--rule)}.words th,.words td{display:block;border:0;padding:.1rem 0}}
 @media print{@page{size:A4;margin:14mm 13mm}
 :root{--paper:#fff;--card:#fff;--ink:#111;--soft:#4a5360;--rule:#d9d7d0;--blue:#0072b2;--orange:#d55e00;--amber:#e69f00;
 --grey:#9ca3af;--teal:#0b6e6e;--good:#0b6e4f;--good-bg:#e2f2ea;--bad:#a32b00;--bad-bg:#fde8dd;--word:#5b4a00;
 --word-bg:#faf0cf;--dash:#374151;color-scheme:light}
-html{-webkit-print-color-adjust:exact;print-color-adjust:exact}
-body{font-size:10pt;line-height:1.45}main{max-width:none;padding:0}section{margin-top:1.5rem}
-h1{font-size:20pt}h2{font-size:13.5pt}.sentence{font-size:12.5pt}
-h2,h3,.lead,thead{break-after:avoid}tr,figure,.tile,.headline,.columns>div,.warnings,.pairs>div{break-inside:avoid}
+html{font-size:11.5px;-webkit-print-color-adjust:exact;print-color-adjust:exact}
+main{max-width:none;padding:0}section{margin-top:2rem}
+h2,h3,.lead,thead{break-after:avoid}tr,figure,.tile,.headline,.columns>div,.warnings,.pairs>div,.facts{break-inside:avoid}
 thead{display:table-header-group}.scroll{overflow:visible}
-.tiles{grid-template-columns:1.2fr 1.2fr 1fr 1fr 1fr;gap:.45rem}.tile,.tile.main{grid-column:auto;padding:.5rem .55rem}
-.tile b{font-size:13pt}.tile.main b{font-size:17pt}.figures,figure.row{grid-template-columns:repeat(2,minmax(0,1fr))}
-.columns{grid-template-columns:1fr 1.25fr}.pair{grid-template-columns:minmax(0,1fr) auto}
-.clients{font-size:7.4pt}.clients th,.clients td{padding-right:.35rem}.bar{width:1.6rem;margin-right:.25rem}
-.chip{font-size:7.5pt;padding:0 .35rem}}
+.clients{font-size:9px}.clients th,.clients td{padding-right:.5rem}.clients .bar{width:2rem}
+.clients tbody th{min-width:0}}
 """

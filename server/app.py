@@ -16,7 +16,6 @@ clients are left that have not declined, the job ends there and keeps its model.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import random
@@ -32,10 +31,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.serverapp import Grid, ServerApp
 
 from models.task import Shape, Task
-from privacy.errors import LedgerError, RunError
+from privacy.errors import LedgerError, PlanError, RunError
+from privacy.files import write_whole
 from privacy.identity import Identity
-from privacy.ledger import Receipt, model_digest, request_digest
+from privacy.ledger import Receipt
 from privacy.plan import Local, Plan, require
+from privacy.wire import model_digest, read_float32, request_digest
 from server.aggregate import Aggregator, Arrays
 from server.checkpoint import State, load, save
 
@@ -328,7 +329,7 @@ def check(
     arrays, record = reply.content.get("arrays"), reply.content.get("receipt")
     if not isinstance(arrays, ArrayRecord) or not isinstance(record, ConfigRecord):
         return "missing"
-    if list(arrays) != list(state.model) or not all(_sound(arrays[name], value) for name, value in state.model.items()):
+    if list(arrays) != list(state.model) or not all(_sound(arrays[n], v, n) for n, v in state.model.items()):
         return "missing"
     try:
         receipt = Receipt.from_json(str(record.get("receipt", "")))
@@ -344,16 +345,14 @@ def check(
     return arrays, receipt
 
 
-def _sound(array: Array, like: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bool:
-    if array.dtype != "float32" or tuple(array.shape) != like.shape or array.stype != "numpy.ndarray":
-        return False
-    if not like.nbytes <= len(array.data) <= like.nbytes + 256:
+def _sound(array: Array, like: np.ndarray[tuple[int, ...], np.dtype[np.float32]], name: str) -> bool:
+    if array.dtype != "float32" or array.stype != "numpy.ndarray" or tuple(array.shape) != like.shape:
         return False
     try:
-        value = np.load(io.BytesIO(array.data), allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+        read_float32(array.data, like.shape, name)
+    except PlanError:
         return False
-    return value.dtype == np.float32 and value.shape == like.shape and bool(np.isfinite(value).all())
+    return True
 
 
 def countersign(identity: Identity, receipt: Receipt) -> str:
@@ -391,9 +390,7 @@ def _cut(path: Path, lines: int) -> None:
     if not path.exists():
         return
     whole = path.read_bytes().splitlines(keepends=True)[:lines]
-    temporary = path.with_suffix(".new")
-    temporary.write_bytes(b"".join(whole))
-    temporary.replace(path)
+    write_whole(path, *whole)
 
 
 def server_app(configure: Callable[[Context], Job], finish: Callable[[Job, Ending], None]) -> ServerApp:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from privacy.errors import RunError
+from privacy.files import write_whole
 from privacy.plan import canonical
 from server.aggregate import Arrays
 
@@ -71,19 +71,7 @@ def save(state: State, path: Path) -> None:
         "layout": layout,
         "sha256": hashlib.sha256(body).hexdigest(),
     }
-    temporary = path.with_suffix(".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.writelines((_MAGIC, canonical(header), b"\n", body))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"expected to write checkpoint {path}, got {error.strerror}; free some space and resume the run"
-        ) from None
+    write_whole(path, _MAGIC, canonical(header), b"\n", body)
 
 
 def load(path: Path) -> State:

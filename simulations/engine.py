@@ -1,8 +1,9 @@
 """The local engine: many clients on one machine, behind Flower's own `Grid` interface.
 
-A `ServerApp` and a `ClientApp` written for Flower's Message API run here unchanged. With one worker the engine
-calls the `ClientApp` directly in this process: nothing is serialised and nothing waits for anything. With
-several, worker processes take shares of each cohort; what a client computes does not depend on their number.
+A `ServerApp` and a `ClientApp` written for Flower's Message API run here unchanged. With one worker the
+engine calls the `ClientApp` directly in this process: nothing is serialised and nothing waits for anything.
+With several, worker processes take shares of each cohort; what a client computes does not depend on their
+number.
 
 Here live the grid, its worker processes and the loading of an app from its folder. Flower's Ray engine has
 `simulations.ray_engine`; partitions and scenarios have modules of their own.
@@ -48,7 +49,6 @@ from flwr.app import (
     UserConfigValue,
 )
 from flwr.clientapp import ClientApp
-
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
@@ -57,9 +57,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from privacy.errors import RunError
 
-# What Flower does not promise: `flwr.common`, `flwr.proto` and `flwr.supercore` above, and this block. `Run` and
-# `NodeInfo` stand in the public Grid's signatures. A message can be built only by a process that says which task
-# it is, and ids are given to messages by whoever carries them.
+# What Flower does not promise: `flwr.common`, `flwr.proto` and `flwr.supercore` above, and this block. `Run`
+# and `NodeInfo` stand in the public Grid's signatures. A message can be built only by a process that says
+# which task it is, and ids are given to messages by whoever carries them.
 
 _CLIENT_RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 _CLIENT_CRASHED = ErrorCode.CLIENT_APP_CRASHED
@@ -129,8 +129,8 @@ class LocalGrid(Grid):
 
     Guarantees:
         Order: replies come in the order of the messages, whatever the number of workers.
-        Isolation: what a client does to its message or its reply is seen by no other client, although all share
-            the same arrays.
+        Isolation: what a client does to its message or its reply is seen by no other client, although all
+            share the same arrays.
         Same result: a deterministic `ClientApp` gives byte-equal replies for any number of workers.
         Preparation: ``prepare`` has returned before any client of the cohort runs.
 
@@ -142,10 +142,10 @@ class LocalGrid(Grid):
             default Flower's ``partition-id`` (the index) and ``num-partitions``.
         workers: Processes that run clients; 1 means this process.
         threads: PyTorch threads of a client while it runs, for equal rounding in every worker.
-        devices: Accelerators dealt to the workers in turn (``0``, ``cuda:1`` or a UUID), each of which then sees
-            only its own; with one worker the app chooses for itself.
-        prepare: Called in this process with all (message, context) pairs of a push, before any client runs; it
-            may put records into ``context.state``.
+        devices: Accelerators dealt to the workers in turn (``0``, ``cuda:1`` or a UUID), each of which then
+            sees only its own; with one worker the app chooses for itself.
+        prepare: Called in this process with all (message, context) pairs of a push, before any client runs;
+            it may put records into ``context.state``.
         app_dir: Folder that the app's module is imported from, where it is not installed.
         on_reply: Called in this process with each reply as it comes.
 
@@ -175,7 +175,7 @@ class LocalGrid(Grid):
                 f"expected the ClientApp as 'module:attribute' for {workers} workers, got an object; "
                 "name the module that a worker process can import, or use one worker"
             )
-        # Loaded here for several workers too: a broken app is then one sentence and not a crash of each worker.
+        # Loaded here for several workers too: a broken app is then one sentence, not a crash of each worker.
         self._app = load_app(client_app, ClientApp, app_dir) if isinstance(client_app, str) else client_app
         self._node_ids = range(1, nodes + 1)
         self._run_config = dict(run_config)
@@ -464,7 +464,8 @@ def load_app(reference: str, kind: type[App], app_dir: Path | None = None) -> Ap
             ) from error
     if not isinstance(found, kind):
         raise RunError(
-            f"expected {reference!r} to be a {kind.__name__}, got a {type(found).__name__}; name the app object"
+            f"expected {reference!r} to be a {kind.__name__}, got a {type(found).__name__}; "
+            "name the app object"
         )
     return found
 

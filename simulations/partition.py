@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -211,16 +212,16 @@ def _natural(keys: Tensor | None, clients: int) -> list[Tensor]:
     return _parts(owner, clients)
 
 
-def _apportion(shares: np.ndarray, total: int) -> np.ndarray:
+def _apportion(shares: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.int64]:
     """Whole numbers proportional to shares that sum to total, by largest remainder."""
     exact = shares / shares.sum() * total
-    sizes = np.floor(exact).astype(np.int64)
+    sizes: npt.NDArray[np.int64] = np.floor(exact).astype(np.int64)
     rest = total - int(sizes.sum())
     sizes[np.argsort(sizes - exact, kind="stable")[:rest]] += 1
     return sizes
 
 
-def _fill_empty(owner: np.ndarray, clients: int) -> None:
+def _fill_empty(owner: npt.NDArray[np.int64], clients: int) -> None:
     """Moves one record from the largest client to each client that has none."""
     sizes = np.bincount(owner, minlength=clients)
     for client in np.flatnonzero(sizes == 0):
@@ -230,7 +231,7 @@ def _fill_empty(owner: np.ndarray, clients: int) -> None:
         sizes[client] = 1
 
 
-def _parts(owner: np.ndarray, clients: int) -> list[Tensor]:
+def _parts(owner: npt.NDArray[np.int64], clients: int) -> list[Tensor]:
     """Each client's record indices in increasing order, in one pass over the records."""
     order = np.argsort(owner, kind="stable")
     edges = np.cumsum(np.bincount(owner, minlength=clients))[:-1]

@@ -1,14 +1,15 @@
 """The Ray engine: the same apps under Flower's own simulation, for a machine or a cluster with Ray.
 
-Flower's front doors are a deprecated function that cannot pass a run config and a command that wants an app folder,
-and both run the `ServerApp` in a thread, where Ctrl-C and a crash of Ray leave it waiting for ever. This module
-starts the same parts (link state, in-memory grid, virtual client engine on Ray) the other way round: the `ServerApp`
-here, the engine in a thread.
+Flower's front doors are a deprecated function that cannot pass a run config and a command that wants an app
+folder; both run the `ServerApp` in a thread, where Ctrl-C and a crash of Ray leave it waiting for ever. This
+module starts the same parts (link state, in-memory grid, virtual client engine on Ray) the other way round:
+the `ServerApp` here, the engine in a thread. Flower promises few of those parts; they are used here only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -17,12 +18,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.fleet.vce import vce_api
+from flwr.server.superlink.fleet.vce.backend.backend import Backend
 from flwr.server.superlink.fleet.vce.metrics import VceMetrics
 from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
@@ -37,8 +40,8 @@ from flwr.superlink.grid import InMemoryGrid
 from privacy.errors import RunError
 from simulations.engine import load_app
 
-# Read by Ray and Flower in this process and in the processes Ray starts: no usage reports to anyone, no automatic
-# environments, no advice about accelerators nobody asked for.
+# Read by Ray and Flower in this process and in the processes Ray starts: no usage reports to anyone, no
+# automatic environments, no advice about accelerators nobody asked for.
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -57,7 +60,7 @@ def run_on_ray(
     gpus_per_client: float = 0.0,
     app_dir: Path | None = None,
 ) -> None:
-    """Runs a `ServerApp` and its clients under Flower's simulation on Ray, and returns when the server is done.
+    """Runs a `ServerApp` and its clients under Flower's simulation on Ray; returns when the server is done.
 
     A Ray cluster named by the environment variable ``RAY_ADDRESS`` is used, otherwise one is started here.
 
@@ -71,8 +74,8 @@ def run_on_ray(
         app_dir: Folder the apps are imported from, where they are not installed.
 
     Raises:
-        RunError: Ray is not installed, does not start, cannot give a client its resources, or breaks down. What the
-            `ServerApp` raises is not changed.
+        RunError: Ray is not installed, does not start, cannot give a client its resources, or breaks down.
+            What the `ServerApp` raises is not changed.
     """
     if nodes < 1 or cpus_per_client <= 0 or gpus_per_client < 0:
         raise RunError(
@@ -86,8 +89,11 @@ def run_on_ray(
         load_app(client_app, ClientApp, app_dir)
     with _quiet():
         _start_ray(cpus_per_client, gpus_per_client)
-        client = _Configured(client_app, app_dir, dict(run_config))
-        _serve(server, client, nodes, run_config, {"num_cpus": cpus_per_client, "num_gpus": gpus_per_client})
+        try:
+            client = _Configured(client_app, app_dir, dict(run_config))
+            _serve(server, client, nodes, run_config, cpus_per_client, gpus_per_client)
+        finally:
+            _stop_ray()
 
 
 class _Configured(ClientApp):
@@ -129,12 +135,12 @@ class _Grid(InMemoryGrid):
     def _check(self) -> None:
         if self.breakdown is not None:
             raise RunError(
-                f"expected Flower's Ray engine to run, got {self.breakdown!r}; see its message, or use engine=local"
+                f"expected Flower's Ray engine to run, got {self.breakdown!r}; use engine=local"
             ) from self.breakdown
 
 
 def _serve(
-    server: ServerApp, client: ClientApp, nodes: int, run_config: UserConfig, resources: dict[str, float]
+    server: ServerApp, client: ClientApp, nodes: int, run_config: UserConfig, cpus: float, gpus: float
 ) -> None:
     """Runs the server here and the virtual clients in a thread; both have ended when this returns."""
     run = Run.create_empty(secrets.randbits(63))
@@ -160,7 +166,7 @@ def _serve(
         try:
             vce_api.run_api(
                 app_fn=lambda: client,
-                backend_fn=lambda: _backend(resources),
+                backend_fn=lambda: _backend(cpus, gpus),
                 nodes_mapping=partitions,
                 state_factory=states,
                 node_info_stores=vce_api._register_node_info_stores(partitions, run),
@@ -168,7 +174,8 @@ def _serve(
                 metrics=VceMetrics(),
             )
         except BaseException as error:
-            grid.breakdown = error
+            # Flower wraps what happened into a RuntimeError that does not say it.
+            grid.breakdown = error.__cause__ or error
 
     engine = threading.Thread(target=simulate, name="tacit-ray")
     engine.start()
@@ -188,17 +195,16 @@ def _serve(
         engine.join()
 
 
-def _backend(resources: dict[str, float]) -> vce_api.Backend:
+def _backend(cpus: float, gpus: float) -> Backend:
     """Flower's pool of Ray actors; imported late, because it imports Ray."""
     from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
 
-    return RayBackend({"client_resources": resources, "actor": {"tensorflow": 0}})
+    return RayBackend({"client_resources": {"num_cpus": cpus, "num_gpus": gpus}})
 
 
 def _start_ray(cpus: float, gpus: float) -> None:
     """Connects to Ray or starts it, and makes sure that it can run a client at all."""
-    import ray
-
+    ray: Any = importlib.import_module("ray")
     if not ray.is_initialized():
         # Ray's processes find modules by the environment, not by this process's sys.path.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -215,11 +221,18 @@ def _start_ray(cpus: float, gpus: float) -> None:
             ) from error
     room = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in room):
-        ray.shutdown()
+        _stop_ray()
+        got = [f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in room]
         raise RunError(
-            f"expected a Ray node with {cpus:g} CPUs and {gpus:g} GPUs for one client, got "
-            f"{[{kind: node.get(kind, 0) for kind in ('CPU', 'GPU')} for node in room]}; ask for less per client"
+            f"expected a Ray node with {cpus:g} CPUs and {gpus:g} GPUs for one client, "
+            f"got nodes with {', '.join(got)}; ask for less per client"
         )
+
+
+def _stop_ray() -> None:
+    """Ends Ray in this process; the second time nothing happens."""
+    ray: Any = importlib.import_module("ray")
+    ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -272,14 +272,14 @@ class Scenario:
         least=0,
     )
     round_timeout: float = _key(
-        0.0, SERVER, "longest wait for a cohort's replies; 0 = no limit", unit="s", least=0.0
+        0.0, SERVER, "longest wait for a cohort's replies; 0 = no limit", unit="seconds", least=0.0
     )
 
     partition: str = _key(
         "iid",
         DATA,
-        "iid, by skewed labels, by skewed sizes, or by the data's own key",
-        choices=("iid", "dirichlet", "quantity", "natural"),
+        "iid, by skewed labels, by skewed sizes, by the data's own key, or virtual: synthetic records",
+        choices=("iid", "dirichlet", "quantity", "natural", "virtual"),
     )
     alpha: float = _key(
         0.5, DATA, "evenness of a dirichlet or quantity partition: small is skewed", least=0.0, exclusive=True
@@ -355,10 +355,12 @@ class Scenario:
         Raises:
             PlanError: The task is unknown, or the layers make no scenario.
         """
+        file = read_toml(path) if path is not None else {}
+        given = file | _known(flags, "the command line")
+        # Only now: a mistyped flag is refused at once, not after PyTorch has loaded.
         from models.task import find_task
 
-        file = read_toml(path) if path is not None else {}
-        name = BY_NAME["task"].read(flags.get("task", file.get("task", BY_NAME["task"].default)))
+        name = given.get("task", BY_NAME["task"].default)
         try:
             task = find_task(str(name))
         except LookupError as error:

@@ -20,19 +20,19 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from clients.app import parse_request
-from clients.data import DataError, Source, load_source
+from clients.data import Source, load_source
 from clients.holder import Holder, Kept, SecureSources, Sources, content_of, noise_name
 from clients.records import faults
 from models.task import Shape, Task, find_task
 from privacy.accounting import Event, Grant, best_order, solve_noise
 from privacy.dpsgd import check_model, choose_mode, probe, supported_modes
-from privacy.errors import LedgerError, PlanError, RunError
+from privacy.errors import DataError, PlanError, RunError
+from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
-from privacy.noise import SECURE_SOURCE
 from privacy.plan import Local, Mode, Optimizer, Plan
 from server.app import joins_of
 from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
-from simulations.scenario import Scenario
+from simulations.scenario import CONFIG_FILE, Scenario
 
 JOB_FILE: Final = "job.json"
 # Beyond this many clients, accounts are opened when a client is first asked, and data is checked when first used.
@@ -68,8 +68,7 @@ class Settled:
 
     def save(self, folder: Path) -> None:
         """Writes ``job.json``."""
-        fields = dataclasses.asdict(self)
-        (folder / JOB_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        write_whole(folder / JOB_FILE, json.dumps(dataclasses.asdict(self), indent=2).encode())
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -125,7 +124,7 @@ class World:
         Raises:
             TacitError: The scenario cannot be run; the message says why.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _unsettled(folder):
             raise RunError(f"expected a new run folder, got {folder} which is in use; choose another or --resume it")
         sources = sources or SecureSources()
         task = _task(scenario.task)
@@ -136,15 +135,15 @@ class World:
         made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # First the scenario, last the job: a start that was killed in between can be resumed from the scenario.
+            scenario.save(folder)
             world = cls._assemble(scenario, settled, task, source, population, folder, sources)
             world._preflight()
-            # Last: a folder with job.json is whole.
-            scenario.save(folder)
             settled.save(folder)
         except OSError as error:
             _forget(folder, made)
             raise RunError(f"expected to make the run folder {folder}, got {error.strerror}; free some space") from None
-        except BaseException:
+        except Exception:
             _forget(folder, made)
             raise
         return world
@@ -162,6 +161,9 @@ class World:
             TacitError: The folder is no run folder, or its ledgers are damaged.
         """
         scenario = scenario or Scenario.from_run(folder)
+        if _unsettled(folder):
+            # Killed while it started, before anything could be charged.
+            return cls.create(scenario, folder, sources)
         settled = Settled.load(folder)
         task = _task(scenario.task)
         source, population = populate(scenario, task)
@@ -300,6 +302,11 @@ def _ticket(context: Context, request: str) -> Receipt | Word | None:
     return Receipt.from_json(text) if text.startswith("{") else Word(text)
 
 
+def _unsettled(folder: Path) -> bool:
+    """Says whether a start was killed here after its scenario was written and before its job was settled."""
+    return (folder / CONFIG_FILE).exists() and not (folder / JOB_FILE).exists()
+
+
 def _forget(folder: Path, made: bool) -> None:
     """Removes what a failed start wrote into a folder; ledgers that runs share lie elsewhere and stay."""
     if made:
@@ -325,11 +332,13 @@ def populate(scenario: Scenario, task: Task) -> tuple[Source | None, Population]
     """
     source = load_source(task, data=scenario.data or None)
     if scenario.partition == "virtual":
+        if not scenario.records_per_client:
+            raise PlanError("expected records-per-client with partition virtual, it is missing; 50 is a good start")
         virtual = VirtualPopulation(
             task=task,
             shape=source.shape,
             clients=scenario.clients,
-            records=scenario.records_per_client or 50,
+            records=scenario.records_per_client,
             seed=scenario.seed,
         )
         return source, virtual

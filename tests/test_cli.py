@@ -30,6 +30,15 @@ SUMMARY: dict[str, object] = {
     "run": "runs/example",
     "report": "runs/example/report.html",
 }
+PLAN = {
+    "epsilon": 3.0,
+    "rounds": 2,
+    "steps": 4,
+    "joins": 3,
+    "sample_rate": 0.2,
+    "l2_clip": 1.0,
+    "noise_multiplier": 1.23456,
+}
 
 
 def line(number: int, **changes: object) -> dict[str, object]:
@@ -57,9 +66,11 @@ class Job:
         self.lines = [line(1), line(2)]
         self.summary = dict(SUMMARY)
 
-    def simulate(self, scenario: Scenario, *, out: Path | None, resume: Path | None, observer: Any) -> Mapping[str, object]:
+    def simulate(
+        self, scenario: Scenario, *, out: Path | None, resume: Path | None, observer: Any
+    ) -> Mapping[str, object]:
         self.asked = {"scenario": scenario, "out": out, "resume": resume}
-        observer.started({"noise": 1.2345678, "run": "runs/example"})
+        observer.started({"plan": PLAN, "run": "runs/example", "engine": "local", "device": "cpu"})
         observer.round(self.lines[0])
         observer.note("client 3 [was] late")
         if self.failure is not None:
@@ -107,7 +118,9 @@ def test_help_opens_in_under_a_second_without_the_heavy_libraries() -> None:
     seconds = []
     for _ in range(3):  # The fastest of three: other processes can only slow it down.
         started = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         seconds.append(time.monotonic() - started)
     assert done.stdout.splitlines()[-1] == "[] [0, 0, 0]"
     assert min(seconds) < 1.0
@@ -178,7 +191,11 @@ def test_flags_and_a_file_say_the_same_things(job: Job, says, tmp_path: Path) ->
 
 
 def test_every_key_of_a_scenario_is_a_flag(job: Job, says) -> None:
-    arguments = [f"--{key.name}={key.default}" for key in KEYS if key.name in ("clients", "rounds", "device", "out", "mode")]
+    arguments = [
+        f"--{key.name}={key.default}"
+        for key in KEYS
+        if key.name in ("clients", "rounds", "device", "out", "mode")
+    ]
     assert says("simulate", *arguments, "--quiet")[0] == 0
     for key in KEYS:
         code, _, err = says("simulate", f"--{key.name}=?", "--app", "x")
@@ -207,16 +224,24 @@ def test_the_out_folder_reaches_the_simulation(job: Job, says, tmp_path: Path) -
         (["simulate", "--cohort", "11"], "expected cohort <= clients"),
         (["simulate", "--task", "digitz"], "did you mean 'digits'"),
         (["simulate", "absent.toml"], "expected a scenario file"),
-        (["simulate", "--epsilon", "3", "--noise-multiplier", "1"], "expected epsilon or noise-multiplier, got both"),
+        (
+            ["simulate", "--epsilon", "3", "--noise-multiplier", "1"],
+            "expected epsilon or noise-multiplier, got both",
+        ),
         (["simulate", "--app-config", "a=1"], "expected --app-config only with --app"),
-        (["simulate", "--app", "x", "--epsilon", "3"], "expected --app with --clients, --workers and --threads only"),
+        (
+            ["simulate", "--app", "x", "--epsilon", "3"],
+            "expected --app with --clients, --workers and --threads only",
+        ),
         (["simulate", "--app", "x", "--app-config", "lr"], "expected --app-config KEY=VALUE"),
         (["simulate", "--app", "x", "--resume", "y"], "expected --app without resume"),
         (["report"], "the following arguments are required: RUN"),
         (["tasks", "--jsn"], "did you mean '--json'"),
     ],
 )
-def test_what_cannot_be_meant_is_one_sentence_and_exit_code_2(job: Job, says, arguments: list[str], sentence: str) -> None:
+def test_what_cannot_be_meant_is_one_sentence_and_exit_code_2(
+    job: Job, says, arguments: list[str], sentence: str
+) -> None:
     code, out, err = says(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("tacit: ")
@@ -241,7 +266,9 @@ def test_what_cannot_be_meant_is_one_sentence_and_exit_code_2(job: Job, says, ar
     ],
 )
 @pytest.mark.parametrize("flag", ["--json", "--quiet", "--clients=10"])
-def test_a_failure_is_one_sentence_with_its_own_exit_code(job: Job, says, failure, code: int, flag: str) -> None:
+def test_a_failure_is_one_sentence_with_its_own_exit_code(
+    job: Job, says, failure, code: int, flag: str
+) -> None:
     job.failure = failure
     got, out, err = says("simulate", flag)
     assert got == code
@@ -300,7 +327,9 @@ def test_resume_takes_the_scenario_from_the_run_folder(job: Job, says, tmp_path:
     assert job.asked["out"] is None
 
 
-def test_resume_accepts_what_agrees_and_where_it_runs_and_refuses_the_rest(job: Job, says, tmp_path: Path) -> None:
+def test_resume_accepts_what_agrees_and_where_it_runs_and_refuses_the_rest(
+    job: Job, says, tmp_path: Path
+) -> None:
     folder = saved(tmp_path, rounds=9)
     assert says("simulate", "--resume", str(folder), "--rounds", "9", "--workers", "2", "--quiet")[0] == 0
     assert job.asked["scenario"] == Scenario(rounds=9, workers=2)
@@ -327,7 +356,9 @@ def test_elsewhere_than_on_a_terminal_a_round_is_a_line(job: Job, says) -> None:
     assert "\x1b" not in out
     assert all(text == text.rstrip() for text in lines)
     assert lines[0].split() == ["task", "digits"]
-    assert "noise       1.235" in lines
+    assert any(text.startswith("promise     epsilon 3 at delta 1e-05 for each client") for text in lines)
+    assert "schedule    2 rounds of 4 steps; the noise also covers 1 spare charge for retries" in lines
+    assert any(text.endswith("noise 1.23 x clip") for text in lines)
 
 
 def test_the_closing_summary_gives_both_adjacencies_and_the_report(job: Job, says) -> None:
@@ -338,17 +369,27 @@ def test_the_closing_summary_gives_both_adjacencies_and_the_report(job: Job, say
     assert "5.61 at delta 1e-05 for each client, replace one record" in out
     assert (Path.cwd() / "runs/example/report.html").as_uri() in out
     assert "round 1/2" not in out
+    job.summary |= {"epsilon_spent": 2.99, "budget": 3.0}
+    assert "ledgers     2.99 of 3.00 spent" in says("simulate", "--quiet")[1]
 
 
 def test_json_is_one_object_and_nothing_else(job: Job, says) -> None:
     assert json.loads(says("simulate", "--json")[1]) == SUMMARY
     job.summary |= {"epsilon": math.inf, "epsilon_replace_one": math.nan, "run": Path("runs/example")}
     parsed = json.loads(says("simulate", "--json")[1])
-    assert (parsed["epsilon"], parsed["epsilon_replace_one"], parsed["run"]) == ("infinity", "unknown", "runs/example")
+    assert (parsed["epsilon"], parsed["epsilon_replace_one"], parsed["run"]) == (
+        "infinity",
+        "unknown",
+        "runs/example",
+    )
 
 
-@pytest.mark.parametrize(("epsilon", "words"), [(None, "unknown"), (math.inf, "infinite"), (math.nan, "unknown")])
-def test_an_epsilon_that_is_not_known_is_never_shown_as_a_number(job: Job, says, epsilon: Any, words: str) -> None:
+@pytest.mark.parametrize(
+    ("epsilon", "words"), [(None, "unknown"), (math.inf, "infinite"), (math.nan, "unknown")]
+)
+def test_an_epsilon_that_is_not_known_is_never_shown_as_a_number(
+    job: Job, says, epsilon: Any, words: str
+) -> None:
     job.lines = [line(1, epsilon=epsilon), line(2, epsilon=epsilon)]
     job.summary |= {"epsilon": epsilon, "epsilon_replace_one": epsilon}
     out = says("simulate")[1]
@@ -375,7 +416,9 @@ def test_on_a_terminal_the_live_block_shows_round_accuracy_epsilon_and_time_left
     from rich.console import Console
 
     display = tacit._Display(Scenario())
-    display.console = Console(file=io.StringIO(), force_terminal=True, width=100, highlight=False, color_system=None)
+    display.console = Console(
+        file=io.StringIO(), force_terminal=True, width=100, highlight=False, color_system=None
+    )
     with display.console.capture() as early:
         display.console.print(display)
     assert "preparing" in early.get()
@@ -406,7 +449,8 @@ def test_a_sparkline_goes_from_the_smallest_to_the_largest_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.9, "60 s"), (75, "1:15 min"), (3725, "1:02:05 h")]
+    ("seconds", "words"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.9, "60 s"), (75, "1:15 min"), (3725, "1:02:05 h")],
 )
 def test_times_read_as_people_say_them(seconds: float, words: str) -> None:
     assert tacit._clock(seconds) == words

@@ -1,0 +1,33 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from privacy.errors import RunError
+
+
+def write_whole(path: Path, *parts: bytes, durable: bool = True) -> None:
+    """Writes a file so that a reader, or a crash at any moment, sees the old one or the new one, never a part.
+
+    Args:
+        path: Where; its folder is made if it is missing.
+        parts: The content, in order; not joined, so a large array is not copied.
+        durable: Whether to sync it to disk, so that a power cut cannot undo it either.
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"expected to write {path}, got: {error.strerror}; free some space and resume the run") from None

@@ -1,0 +1,1 @@
+"""Where sums meet: the server application, its cohorts, aggregation and checkpoints."""

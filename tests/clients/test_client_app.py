@@ -1,0 +1,336 @@
+"""The guarantee chain at a client: its order (G8), its retries (G9), and what leaves it (G12)."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients import app as clients_app
+from clients.app import client_app, decode, encode
+from clients.holder import Holder, Kept, SecureSources, noise_name
+from clients.records import Records
+from models.shape import Shape
+from models.task import TASKS
+from privacy.accounting import Event, Grant, rdp, solve_noise
+from privacy.dpsgd import PrivateTrainer
+from privacy.errors import DataError, PlanError
+from privacy.ledger import Book, Receipt, Word
+from privacy.noise import SECURE_SOURCE, Keystream
+from privacy.plan import Local, Mode, Plan
+from tests.apps.seeded import SeededSources
+
+SHAPE = Shape(inputs=(1, 8, 8), classes=10)
+TASK = TASKS["digits"]
+NOISE, ORDER = solve_noise(epsilon=3.0, delta=1e-5, sample_rate=0.2, steps=2 * 5)
+PLAN = Plan(
+    sample_rate=0.2,
+    expected_batch=7.0,
+    l2_clip=1.0,
+    noise_multiplier=NOISE,
+    steps=2,
+    rounds=4,
+    joins=5,
+    epsilon=3.0,
+    delta=1e-5,
+    records_bound=1000,
+    mode=Mode.HOOKS,
+)
+JOB = "0123456789abcdef" * 2
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+
+
+def records(n=40, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return Records(
+        torch.rand(n, *SHAPE.inputs, generator=generator),
+        torch.randint(0, 10, (n,), generator=generator),
+        torch.ones(n, dtype=torch.bool),
+    )
+
+
+def holder(folder, *, load=records, simulated=False, epsilon=3.0, sources=None):
+    book = Book(folder / "ledgers")
+    grant = Grant(epsilon=epsilon, delta=1e-5, order=ORDER, records_bound=1000)
+    book.grant({"mine": grant}, population="mine")
+    return Holder(
+        name="mine",
+        task=TASK,
+        shape=SHAPE,
+        load=load,
+        book=book,
+        kept=Kept(folder / "kept", durable=True),
+        sources=sources or SecureSources(),
+        simulated=simulated,
+    )
+
+
+def request(round=1, *, plan=PLAN, lr=0.5, scale=0.0, witness="", job=JOB, task="digits", **extra):
+    torch.manual_seed(1)
+    model = TASK.build(SHAPE)
+    arrays = ArrayRecord({n: Array(p.detach().numpy() + np.float32(scale)) for n, p in model.named_parameters()})
+    config = {
+        "job": job,
+        "round": round,
+        "task": task,
+        "plan": plan.to_json(),
+        "local": Local(lr=0.5).to_json(),
+        "lr": lr,
+        "witness": witness,
+    } | extra
+    return Message(RecordDict({"arrays": arrays, "job": ConfigRecord(config)}), dst_node_id=2, message_type="train")
+
+
+def send(holder, message):
+    context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
+    return client_app(lambda _: holder)(message, context)
+
+
+def word_of(reply):
+    return reply.content["refusal"]["word"]
+
+
+def spent(holder):
+    return holder.book.accounts["mine"].spent_rdp
+
+
+def test_a_request_is_answered_with_parameters_and_a_receipt_and_nothing_else(tmp_path):
+    mine = holder(tmp_path)
+    reply = send(mine, request())
+    assert set(reply.content) == {"arrays", "receipt"}
+    assert set(reply.content["receipt"]) == {"receipt"}
+    assert not reply.content.metric_records
+    receipt = Receipt.from_json(reply.content["receipt"]["receipt"])
+    assert (receipt.job, receipt.round, receipt.charges, receipt.test) == (JOB, 1, 1, False)
+    assert list(reply.content["arrays"]) == list(request().content["arrays"])
+
+
+def test_g8_the_charge_is_on_disk_before_any_record_is_read_and_the_release_is_kept_before_it_leaves(tmp_path):
+    seen = []
+
+    def load():
+        # The file itself, not the book's memory: the charge must have reached the disk.
+        seen.append(("load", (tmp_path / "ledgers/ledger.jsonl").read_text().count('"kind":"charge"')))
+        return records()
+
+    mine = holder(tmp_path, load=load)
+    put = mine.kept.put
+    mine.kept.put = lambda release: (seen.append(("keep", release.receipt.round)), put(release))
+    send(mine, request())
+    assert seen == [("load", 1), ("keep", 1)]
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_g8_planted_bug_loading_before_the_charge_is_caught(tmp_path, monkeypatch):
+    charges_when_loaded = []
+
+    def load():
+        charges_when_loaded.append((tmp_path / "ledgers/ledger.jsonl").read_text().count('"kind":"charge"'))
+        return records()
+
+    mine = holder(tmp_path, load=load)
+    charge = Holder.charge
+    monkeypatch.setattr(Holder, "charge", lambda self, asked: (self.load(), charge(self, asked))[1])
+    send(mine, request())
+    assert charges_when_loaded[0] == 0
+
+
+def test_g9_the_same_request_again_gets_the_same_bytes_and_costs_nothing(tmp_path):
+    mine = holder(tmp_path)
+    first = send(mine, request())
+    cost = spent(mine)
+    again = send(mine, request())
+    assert spent(mine) == cost
+    for name, array in first.content["arrays"].items():
+        assert again.content["arrays"][name].data == array.data
+    assert again.content["receipt"] == first.content["receipt"]
+
+
+def test_g9_a_kept_release_survives_a_restart(tmp_path):
+    first = send(holder(tmp_path), request())
+    again = send(holder(tmp_path), request())
+    assert [a.data for a in again.content["arrays"].values()] == [a.data for a in first.content["arrays"].values()]
+
+
+@pytest.mark.parametrize("other", [{"scale": 0.5}, {"lr": 0.25}, {"plan": dataclasses.replace(PLAN, l2_clip=2.0)}])
+def test_g9_the_same_round_with_another_model_or_plan_is_refused_and_costs_nothing(tmp_path, other):
+    mine = holder(tmp_path)
+    send(mine, request())
+    cost = spent(mine)
+    assert word_of(send(mine, request(**other))) == "conflict"
+    assert spent(mine) == cost
+
+
+def test_g9_killed_between_charge_and_keep_a_retry_is_charged_anew_with_fresh_noise(tmp_path):
+    mine = holder(tmp_path)
+    first = send(mine, request())
+    for path in (tmp_path / "kept").iterdir():
+        path.unlink()
+    again = send(mine, request())
+    once = rdp(Event.of_round(PLAN), ORDER)
+    assert spent(mine) == pytest.approx(2 * once, rel=1e-12)
+    assert [a.data for a in again.content["arrays"].values()] != [a.data for a in first.content["arrays"].values()]
+
+
+def test_a_damaged_kept_release_is_never_sent(tmp_path):
+    mine = holder(tmp_path)
+    send(mine, request())
+    (path,) = (tmp_path / "kept").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    send(mine, request())
+    assert mine.book.accounts["mine"].charges == 2
+
+
+def test_an_exhausted_budget_is_answered_with_a_fixed_word_and_reads_no_data(tmp_path):
+    def never():
+        raise AssertionError("data was read without a charge")
+
+    mine = holder(tmp_path, epsilon=1.95, load=never)
+    assert word_of(send(mine, request())) == "declined"
+
+
+def test_a_job_cannot_join_more_rounds_than_its_plan_committed(tmp_path):
+    mine = holder(tmp_path, epsilon=30.0)
+    answers = [send(mine, request(round)) for round in range(1, PLAN.joins + 2)]
+    assert all("arrays" in reply.content for reply in answers[:-1])
+    assert word_of(answers[-1]) == "declined"
+
+
+def test_g14_a_ledger_behind_the_last_receipt_refuses_to_train(tmp_path):
+    mine = holder(tmp_path)
+    assert word_of(send(mine, request(witness=f"5:{'a' * 64}"))) == "behind"
+    receipt = Receipt.from_json(send(mine, request()).content["receipt"]["receipt"])
+    assert "arrays" in send(mine, request(2, witness=f"{receipt.seq}:{receipt.head}")).content
+
+
+HOSTILE = {
+    "clean": records,
+    "empty": lambda: records(0),
+    "one record": lambda: records(1),
+    "NaN": lambda: _spoil(math.nan),
+    "infinity": lambda: _spoil(math.inf),
+    "huge": lambda: _spoil(3e38),
+    "label out of range": lambda: dataclasses.replace(records(), targets=torch.full((40,), 99)),
+}
+
+
+def _spoil(value):
+    spoilt = records()
+    spoilt.inputs[7] = value
+    return spoilt
+
+
+def _wire(reply):
+    """Everything that a watcher of the wire sees, lengths included, besides the numbers and digests themselves."""
+    shape = {name: (type(record).__name__, sorted(record)) for name, record in reply.content.items()}
+    sizes = {name: len(array.data) for name, array in reply.content["arrays"].items()}
+    return shape, sizes, len(reply.content["receipt"]["receipt"]) // 16
+
+
+def test_g12_at_a_real_holder_hostile_data_looks_on_the_wire_like_any_other(tmp_path):
+    seen = {}
+    for number, (kind, load) in enumerate(HOSTILE.items()):
+        mine = holder(tmp_path / str(number), load=load)
+        reply = send(mine, request())
+        seen[kind] = _wire(reply)
+        for array in reply.content["arrays"].values():
+            assert np.isfinite(array.numpy()).all(), kind
+    assert all(wire == seen["clean"] for wire in seen.values()), seen
+
+
+def test_g12_a_crash_at_a_real_holder_leaves_as_a_fixed_word_without_its_text(tmp_path, monkeypatch, caplog):
+    mine = holder(tmp_path)
+
+    def crash(*args, **kwargs):
+        raise RuntimeError("patient 4711")
+
+    monkeypatch.setattr(PrivateTrainer, "train", crash)
+    reply = send(mine, request())
+    assert word_of(reply) == "unavailable"
+    assert "4711" not in repr(reply.content)
+    assert "4711" in caplog.text
+
+
+def test_g12_planted_bug_a_raised_fault_is_visible_on_the_wire(tmp_path):
+    # The simulated holder does what a real one must not: it tells. The same check must see the difference.
+    mine = holder(tmp_path, load=HOSTILE["NaN"], simulated=True)
+    with pytest.raises(DataError, match="mine"):
+        send(mine, request())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: m.content["job"].__setitem__("round", 0),
+        lambda m: m.content["job"].__setitem__("round", 1.0),
+        lambda m: m.content["job"].__setitem__("lr", math.nan),
+        lambda m: m.content["job"].__setitem__("job", "../../etc"),
+        lambda m: m.content["job"].__setitem__("plan", "{}"),
+        lambda m: m.content["job"].__setitem__("plan", "x" * 10_000),
+        lambda m: m.content["job"].__setitem__("witness", "1:zz"),
+        lambda m: m.content["job"].__setitem__("more", 1),
+        lambda m: m.content["job"].__delitem__("lr"),
+        lambda m: m.content.__delitem__("arrays"),
+        lambda m: m.content["arrays"].__delitem__(next(iter(m.content["arrays"]))),
+        lambda m: m.content["arrays"].__setitem__(next(iter(m.content["arrays"])), Array(np.zeros((3, 3), np.float32))),
+        lambda m: m.content["arrays"].__setitem__(
+            next(iter(m.content["arrays"])), Array(np.full(request().content["arrays"][next(iter(m.content["arrays"]))].shape, np.nan, np.float32))
+        ),
+    ],
+)
+def test_malformed_requests_are_answered_with_a_fixed_word_before_any_charge(tmp_path, spoil):
+    mine, message = holder(tmp_path), request()
+    spoil(message)
+    assert word_of(send(mine, message)) == "malformed"
+    assert spent(mine) == 0
+
+
+def test_another_task_than_the_holders_is_refused(tmp_path):
+    mine = holder(tmp_path)
+    assert word_of(send(mine, request(task="digits-mlp"))) == "conflict"
+    assert spent(mine) == 0
+
+
+def test_evaluating_on_private_data_is_not_offered(tmp_path):
+    message = Message(request().content, dst_node_id=2, message_type="evaluate")
+    with pytest.raises(ValueError, match="evaluate"):
+        send(holder(tmp_path), message)
+
+
+def test_g11_only_the_production_type_gets_the_production_name(tmp_path):
+    class Liar:
+        name = SECURE_SOURCE
+
+        def __call__(self, **_):
+            return Keystream()
+
+    assert noise_name(SecureSources()) == SECURE_SOURCE
+    assert noise_name(Liar()).startswith("test:")
+    mine = holder(tmp_path, sources=SeededSources())
+    receipt = Receipt.from_json(send(mine, request()).content["receipt"]["receipt"])
+    assert receipt.test
+    assert holder(tmp_path).book.accounts["mine"].test
+
+
+def test_encode_and_decode_are_inverse_and_refuse_other_shapes():
+    shapes = {"weight": (3, 4), "scalar": (), "bias": (3,)}
+    flat = np.random.default_rng(2).standard_normal(16).astype(np.float32)
+    record = encode(flat, shapes)
+    assert np.array_equal(decode(record, shapes).numpy(), flat)
+    assert np.array_equal(record["weight"].numpy(), flat[:12].reshape(3, 4))
+    with pytest.raises(PlanError):
+        decode(record, {"weight": (4, 3), "scalar": (), "bias": (3,)})
+
+
+def test_words_do_not_depend_on_data_and_are_a_closed_set():
+    assert {word.value for word in Word} == {"declined", "conflict", "behind", "malformed", "unavailable"}
+    assert clients_app.REQUEST_KEYS == {"job", "round", "task", "plan", "local", "lr", "witness"}
