@@ -537,7 +537,8 @@ def _fetch(make: Callable[..., Any], published: _Published, folder: Path, train:
     except (RuntimeError, OSError, ValueError, EOFError) as error:
         raise DataError(
             f"expected {published.dataset} under {folder}, found none, and its download failed "
-            f"({type(error).__name__}: {error}); connect to the internet, or put {published.files} there "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); connect to the internet, "
+            f"or put {published.files} there "
             "(TACIT_DATA=FOLDER chooses another place)"
         ) from error
     finally:

@@ -106,10 +106,10 @@ def _rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> f
     # So little noise overflows; no budget pays for it, so no price is the right one.
     if noise_multiplier < 0.01:
         return math.inf
-    # Without sampling the formula is exact. Less sampling or more noise never costs more.
+    # Less sampling or more noise never costs more, so rounding towards the safe side is an upper bound.
+    noise_multiplier = min(noise_multiplier, 1e6)
     if sample_rate >= 1 - 2**-30:
         return order / (2 * noise_multiplier**2)
-    noise_multiplier = min(noise_multiplier, 1e6)
 
     def log_moment(at: float) -> float:
         value = float(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=at)) * (at - 1)

@@ -89,7 +89,7 @@ def _count(name: str, value: int, least: int = 1) -> None:
 
 def _parse(cls: type, kind: str, text: str | bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        fields: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"expected a {kind} as JSON, got text that does not parse ({error})") from None
     names = {field.name for field in dataclasses.fields(cls)}

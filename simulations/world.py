@@ -26,7 +26,7 @@ from clients.records import faults
 from models.task import Shape, Task, find_task
 from privacy.accounting import Event, Grant, best_order, solve_noise
 from privacy.dpsgd import check_model, choose_mode, probe, supported_modes
-from privacy.errors import DataError, PlanError, RunError
+from privacy.errors import BudgetExceeded, DataError, PlanError, RunError
 from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.plan import Local, Mode, Optimizer, Plan
@@ -139,6 +139,7 @@ class World:
             scenario.save(folder)
             world = cls._assemble(scenario, settled, task, source, population, folder, sources)
             world._preflight()
+            world._require_budget()
             settled.save(folder)
         except OSError as error:
             _forget(folder, made)
@@ -212,6 +213,25 @@ class World:
                 raise DataError(f"expected sound records at {name}, got {found[0]}; repair the data set")
             self.commitments[name] = self.book.secret.commitment(name, content_of(records))
         self._grant(names)
+
+    def _require_budget(self) -> None:
+        """Refuses a job that too few ledgers can pay to its end; a start that must fail should cost nothing.
+
+        Raises:
+            BudgetExceeded: Fewer clients than ``min-replies`` have enough left.
+        """
+        plan = self.settled.plan
+        turns = joins_of(plan.rounds, self.scenario.clients, self.scenario.cohort)
+        whole = dataclasses.replace(Event.of_round(plan), steps=plan.steps * turns)
+        accounts = self.book.accounts.values()
+        able = sum(account.grant.affords(account.spent_rdp, whole) for account in accounts)
+        if accounts and able < self.scenario.min_replies:
+            richest = min(accounts, key=lambda account: account.spent)
+            raise BudgetExceeded(
+                f"expected at least {self.scenario.min_replies} ledgers that can pay for the whole job, got {able}: the "
+                f"least used has spent epsilon {richest.spent:.3g} of {richest.grant.epsilon:g}; every further run on "
+                "these data sets needs budget that was not granted"
+            )
 
     def _grant(self, names: Sequence[str]) -> None:
         plan = self.settled.plan

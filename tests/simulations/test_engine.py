@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
@@ -310,43 +311,47 @@ def test_clients_find_flowers_node_config_or_ours():
 def test_a_population_of_100_000_costs_what_its_cohort_costs():
     def rounds(nodes):
         tracemalloc.start()
-        started = time.perf_counter()
+        started = time.process_time()
         with probe(nodes=nodes) as grid:
             assert grid.get_node_ids() == range(1, nodes + 1)
             assert next(iter(grid.get_nodes())).node_id == 1
-            for turn in range(5):
+            for turn in range(3):
                 cohort = random.Random(turn).sample(grid.get_node_ids(), 50)
                 assert len(grid.send_and_receive(messages("add", cohort))) == 50
             memory = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        return time.perf_counter() - started, memory
+        return time.process_time() - started, memory
 
     rounds(1_000)
-    small_s, small_bytes = min(rounds(1_000) for _ in range(3))
-    large_s, large_bytes = min(rounds(100_000) for _ in range(3))
+    small_s, small_bytes = min(rounds(1_000) for _ in range(2))
+    large_s, large_bytes = min(rounds(100_000) for _ in range(2))
     # A list of 100,000 contexts alone would take 20 MB and a second.
     assert large_bytes - small_bytes < 1_000_000
     assert large_s < 1.5 * small_s + 0.05
 
 
 def test_the_engine_adds_less_than_a_fifth_of_a_millisecond_per_message():
-    """Beside direct calls of the same app, which build the same replies; the least of several turns."""
-    app = load_app("engine_probe:app", ClientApp, PROBE)
+    """Beside direct calls of the same app; the least processor time of several turns of each."""
+    app = ClientApp()
     model = np.zeros(100_000)
 
+    @app.train("echo")
+    def echo(message: Message, context: Context) -> Message:
+        return Message(message.content, reply_to=message)
+
     def direct(grid):
-        sent = messages("add", grid.get_node_ids(), model=model)
+        sent = messages("echo", grid.get_node_ids(), model=model)
         contexts = [grid._context(node_id) for node_id in grid.get_node_ids()]
-        started = time.perf_counter()
+        started = time.process_time()
         for message, context in zip(sent, contexts, strict=True):
             app(message, context)
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     def engine(grid):
-        sent = messages("add", grid.get_node_ids(), model=model)
-        started = time.perf_counter()
+        sent = messages("echo", grid.get_node_ids(), model=model)
+        started = time.process_time()
         grid.send_and_receive(sent)
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     with LocalGrid(app, nodes=50, run_config={f"key-{i}": i for i in range(40)}) as grid:
         turns = [(direct(grid), engine(grid)) for _ in range(8)]
@@ -493,7 +498,6 @@ def test_an_unmodified_numpy_quickstart_gives_equal_results_for_any_number_of_wo
 
 
 def test_an_unmodified_torch_quickstart_gives_equal_results_for_any_number_of_workers(tmp_path):
-    torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     for workers in (1, 2):
         run_quickstart("quickstart_torch", workers, tmp_path / f"{workers}")

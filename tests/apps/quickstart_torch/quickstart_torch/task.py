@@ -3,12 +3,11 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F  # noqa: N812
-from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 
 class Net(nn.Module):
-    """A small convolutional network for 8 x 8 digits."""
+    """A small convolutional network for 8 x 8 images of ten noisy patterns."""
 
     def __init__(self):
         super().__init__()
@@ -23,10 +22,10 @@ class Net(nn.Module):
 
 def load_data(partition_id: int, num_partitions: int, batch_size: int):
     """Load partition data."""
-    digits = load_digits()
-    images = torch.tensor(digits.images[partition_id::num_partitions], dtype=torch.float32)[:, None] / 16
-    targets = torch.tensor(digits.target[partition_id::num_partitions], dtype=torch.int64)
-    generator = torch.Generator().manual_seed(42 + partition_id)
+    patterns = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(42))
+    generator = torch.Generator().manual_seed(43 + partition_id)
+    targets = torch.randint(10, (1000 // num_partitions,), generator=generator)
+    images = patterns[targets] + 0.2 * torch.randn(len(targets), 1, 8, 8, generator=generator)
     train, test = random_split(TensorDataset(images, targets), [0.8, 0.2], generator=generator)
     return DataLoader(train, batch_size=batch_size, shuffle=True, generator=generator), DataLoader(test, 64)
 
