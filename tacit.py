@@ -161,9 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         # The last line of defence: a person gets a sentence, a developer gets the traceback on request.
         text = " ".join(str(error).split())
-        return _fail(
-            f"unexpected {type(error).__name__}: {text}; run again with TACIT_TRACE=1 to see where", 1
-        )
+        return _fail(f"unexpected {type(error).__name__}: {text}; run again with TACIT_TRACE=1 to see where", 1)
 
 
 def _fail(sentence: str, code: int) -> int:
@@ -184,27 +182,21 @@ def _dispatch(argv: list[str]) -> int:
     _simulate_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
-    report = kinds.add_parser(
-        "report", help="write a run's report again, from its folder", formatter_class=_Page
-    )
+    report = kinds.add_parser("report", help="write a run's report again, from its folder", formatter_class=_Page)
     report.add_argument("run", metavar="RUN", type=Path, help="run folder that 'tacit simulate' made")
     report.add_argument("--json", action="store_true", help="print the report as JSON, for programs")
     if not argv:
         parser.print_help()
         return 0
     if not argv[0].startswith("-") and argv[0] not in verbs:
-        raise PlanError(
-            f"expected a verb of tacit, got {argv[0]!r}{nearest(argv[0], tuple(verbs), 'tacit --help')}"
-        )
+        raise PlanError(f"expected a verb of tacit, got {argv[0]!r}{nearest(argv[0], tuple(verbs), 'tacit --help')}")
     try:
         arguments, unknown = parser.parse_known_args(argv)
     except SystemExit as done:  # --help and --version print and leave.
         return int(done.code or 0)
     if unknown:
         page = next(iter(kinds.choices[name] for name in verbs if name == arguments.verb))
-        flags = tuple(
-            flag for action in page._actions for flag in action.option_strings if flag.startswith("--")
-        )
+        flags = tuple(flag for action in page._actions for flag in action.option_strings if flag.startswith("--"))
         word = unknown[0].partition("=")[0]
         hint = nearest(word, flags, f"tacit {arguments.verb} --help")
         raise PlanError(f"expected a flag of tacit {arguments.verb}, got {word!r}{hint}")
@@ -237,9 +229,7 @@ def _simulate_page(kinds: Any) -> None:
                 )
     other = page.add_argument_group("this command")
     other.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in this folder")
-    other.add_argument(
-        "--app", metavar="DIR", type=Path, help="run the Flower app in this folder instead of a task"
-    )
+    other.add_argument("--app", metavar="DIR", type=Path, help="run the Flower app in this folder instead of a task")
     other.add_argument(
         "--app-config",
         metavar="KEY=VALUE",
@@ -247,9 +237,7 @@ def _simulate_page(kinds: Any) -> None:
         default=[],
         help="run configuration of --app; repeatable",
     )
-    other.add_argument(
-        "--json", action="store_true", help="print one JSON object at the end, and nothing else"
-    )
+    other.add_argument("--json", action="store_true", help="print one JSON object at the end, and nothing else")
     other.add_argument("--quiet", action="store_true", help="print the closing summary only")
 
 
@@ -343,14 +331,10 @@ def _run_app(arguments: argparse.Namespace) -> int:
     flags = _flags(arguments)
     for name in flags:
         if name not in ("clients", "workers", "threads"):
-            raise PlanError(
-                f"expected --app with --clients, --workers and --threads only, got --{name}; drop it"
-            )
+            raise PlanError(f"expected --app with --clients, --workers and --threads only, got --{name}; drop it")
     for name in ("scenario", "resume"):
         if getattr(arguments, name) is not None:
-            raise PlanError(
-                f"expected --app without {name}, got {getattr(arguments, name)}; drop one of them"
-            )
+            raise PlanError(f"expected --app without {name}, got {getattr(arguments, name)}; drop one of them")
     overrides: dict[str, Any] = {}
     for pair in arguments.app_config:
         name, equals, value = pair.partition("=")
@@ -358,8 +342,7 @@ def _run_app(arguments: argparse.Namespace) -> int:
             raise PlanError(f"expected --app-config KEY=VALUE, got {pair!r}; write for example lr=0.1")
         overrides[name] = _toml(value)
     numbers = {
-        name: BY_NAME[name].read(flags.get(name, BY_NAME[name].default))
-        for name in ("clients", "workers", "threads")
+        name: BY_NAME[name].read(flags.get(name, BY_NAME[name].default)) for name in ("clients", "workers", "threads")
     }
     engine = importlib.import_module("simulations.engine")
     started = time.monotonic()
@@ -374,9 +357,7 @@ def _run_app(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"status": "completed", "app": str(arguments.app), "seconds": round(seconds, 3)}))
     elif not arguments.quiet:
-        print(
-            f"{arguments.app}: done in {_clock(seconds)}, on {numbers['clients']} nodes of the local engine"
-        )
+        print(f"{arguments.app}: done in {_clock(seconds)}, on {numbers['clients']} nodes of the local engine")
     return 0
 
 
@@ -476,9 +457,7 @@ class _Display(_Silent):
         super().started(info)
         scenario, plan = self.scenario, info.get("plan")
         known: Mapping[str, Any] = plan if isinstance(plan, Mapping) else {}
-        cohort = (
-            f", {scenario.cohort} asked in a round" if scenario.cohort not in (0, scenario.clients) else ""
-        )
+        cohort = f", {scenario.cohort} asked in a round" if scenario.cohort not in (0, scenario.clients) else ""
         rows = {
             "task": scenario.task,
             "clients": f"{scenario.clients}, {scenario.partition} partition{cohort}",
@@ -495,9 +474,7 @@ class _Display(_Silent):
                 f"a record joins with probability {known['sample_rate']:g}, its gradient is clipped to "
                 f"{known['l2_clip']:g}, noise {known['noise_multiplier']:.3g} x clip"
             )
-        rows["runs on"] = (
-            f"{info.get('engine', scenario.engine)} engine, {info.get('device', scenario.device)}"
-        )
+        rows["runs on"] = f"{info.get('engine', scenario.engine)} engine, {info.get('device', scenario.device)}"
         rows["run folder"] = _short(self.run)
         _print_rows(self.console, rows)
         self.console.print()
@@ -519,9 +496,7 @@ class _Display(_Silent):
         line = self.line
         width = len(str(line["rounds"]))
         headline = (
-            f"{self.headline} {_metric(self.headline, self.history[-1])}"
-            if self.history
-            else "not evaluated yet"
+            f"{self.headline} {_metric(self.headline, self.history[-1])}" if self.history else "not evaluated yet"
         )
         facts = {
             "round": f"round {line['round']:>{width}}/{line['rounds']}",
@@ -544,35 +519,21 @@ class _Display(_Silent):
         from rich.text import Text
 
         if not self.line:
-            return Text(
-                "preparing: reading the data, solving for the noise, probing the model ...", style="dim"
-            )
+            return Text("preparing: reading the data, solving for the noise, probing the model ...", style="dim")
         line, facts = self.line, self._facts()
         grid = Table.grid(padding=(0, 2))
         grid.add_column(min_width=22)
         grid.add_column(width=24)
         grid.add_column()
         done = ProgressBar(total=float(line["rounds"]), completed=float(line["round"]), width=24)
-        grid.add_row(
-            Text(facts["round"], style="bold"), done, Text(f"{facts['seconds']} a round, {facts['left']}")
-        )
+        grid.add_row(Text(facts["round"], style="bold"), done, Text(f"{facts['seconds']} a round, {facts['left']}"))
         trend = sparkline(self.history, 24, utf8=self.console.encoding.startswith("utf"))
         others = [facts[name] for name in ("replies", "declined", "missing") if name in facts]
-        grid.add_row(
-            Text(facts["headline"], style="bold"), Text(trend, style="cyan"), Text(", ".join(others))
-        )
+        grid.add_row(Text(facts["headline"], style="bold"), Text(trend, style="cyan"), Text(", ".join(others)))
         spent, budget = line.get("epsilon"), float(line.get("budget") or 0.0)
-        share = (
-            min(1.0, float(spent) / budget)
-            if spent is not None and math.isfinite(budget) and budget > 0
-            else 0.0
-        )
-        purse = ProgressBar(
-            total=1.0, completed=share, width=24, complete_style="yellow", finished_style="yellow"
-        )
-        grid.add_row(
-            Text(facts["epsilon"], style="bold"), purse, Text("spent of the budget, most-spent client")
-        )
+        share = min(1.0, float(spent) / budget) if spent is not None and math.isfinite(budget) and budget > 0 else 0.0
+        purse = ProgressBar(total=1.0, completed=share, width=24, complete_style="yellow", finished_style="yellow")
+        grid.add_row(Text(facts["epsilon"], style="bold"), purse, Text("spent of the budget, most-spent client"))
         return grid
 
 
@@ -619,9 +580,7 @@ def _print_rows(console: Console, rows: Mapping[str, object]) -> None:
     for name, value in rows.items():
         shown = "" if name.startswith(" ") else name
         words = f"{value:.4g}" if isinstance(value, float) else str(value)
-        console.print(
-            Text(shown.ljust(width + 2), style="bold") + Text(words, style="not bold"), soft_wrap=True
-        )
+        console.print(Text(shown.ljust(width + 2), style="bold") + Text(words, style="not bold"), soft_wrap=True)
 
 
 def _closing(summary: Mapping[str, object]) -> None:
@@ -633,24 +592,18 @@ def _closing(summary: Mapping[str, object]) -> None:
     for name, value in (metrics if isinstance(metrics, Mapping) else {}).items():
         rows[str(name)] = _metric(str(name), float(value))
     rows["epsilon"] = f"{_epsilon(summary.get('epsilon'))} {at} for each client, add or remove one record"
-    rows[" replace"] = (
-        f"{_epsilon(summary.get('epsilon_replace_one'))} {at} for each client, replace one record"
-    )
+    rows[" replace"] = f"{_epsilon(summary.get('epsilon_replace_one'))} {at} for each client, replace one record"
     if isinstance(seconds, int | float):
         rows["time"] = f"{_clock(float(seconds))}, {summary.get('rounds')} rounds"
     spent, budget = summary.get("epsilon_spent"), summary.get("budget")
     if spent is not None and budget is not None:
         # Two true figures: the filter holds whatever the ledger sees next, the headline for this schedule.
-        rows["ledgers"] = (
-            f"{_epsilon(spent)} of {_epsilon(budget)} spent, counted by the filter that guards the budget"
-        )
+        rows["ledgers"] = f"{_epsilon(spent)} of {_epsilon(budget)} spent, counted by the filter that guards the budget"
     if summary.get("run"):
         rows["run folder"] = _short(str(summary["run"]))
     console = _console()
     console.print()
-    console.print(
-        Text(f"{str(summary.get('status', 'done')).replace('_', ' ').capitalize()}.", style="bold green")
-    )
+    console.print(Text(f"{str(summary.get('status', 'done')).replace('_', ' ').capitalize()}.", style="bold green"))
     _print_rows(console, rows)
     if summary.get("report"):
         address = Path(str(summary["report"])).resolve().as_uri()

@@ -30,7 +30,7 @@ from clients.holder import Holder, Release, noise_name
 from models.task import Task
 from privacy.dpsgd import PrivateTrainer
 from privacy.errors import PlanError
-from privacy.ledger import ChargeRequest, Receipt, Word
+from privacy.ledger import ChargeRequest, Word
 from privacy.plan import Local, Plan, require
 from privacy.wire import model_digest, read_float32, request_digest, write_float32
 
@@ -89,31 +89,40 @@ def parse_request(message: Message) -> Request:
         PlanError: The message is not exactly a request.
     """
     content = message.content
-    require(set(content) == {"arrays", "job"}, f"expected the records 'arrays' and 'job', got {sorted(content)[:4]}")
+    require(
+        set(content) == {"arrays", "job"},
+        f"expected the records 'arrays' and 'job', got {sorted(content)[:4]}",
+    )
     arrays, job = content["arrays"], content["job"]
-    require(isinstance(arrays, ArrayRecord) and isinstance(job, ConfigRecord), "expected an ArrayRecord and a ConfigRecord")
-    assert isinstance(arrays, ArrayRecord) and isinstance(job, ConfigRecord)  # noqa: S101 -- for the type checker only
+    if not isinstance(arrays, ArrayRecord) or not isinstance(job, ConfigRecord):
+        raise PlanError("expected an ArrayRecord and a ConfigRecord, got other records; is it the same program?")
     require(set(job) == REQUEST_KEYS, f"expected the request keys {sorted(REQUEST_KEYS)}, got {sorted(job)[:10]}")
-    texts = {key: job[key] for key in ("job", "task", "plan", "local", "witness")}
-    for key, text in texts.items():
-        require(isinstance(text, str) and len(text) <= _TEXT_BYTES, f"expected a short text as {key!r}")
+    texts: dict[str, str] = {}
+    for key in ("job", "task", "plan", "local", "witness"):
+        text = job[key]
+        if not isinstance(text, str) or len(text) > _TEXT_BYTES:
+            raise PlanError(f"expected a short text as {key!r}, got something else")
+        texts[key] = text
     number, lr = job["round"], job["lr"]
-    require(type(number) is int and 1 <= number <= 10**9, "expected a round from 1")
-    require(type(lr) is float and 0 < lr < 1e9, "expected a learning rate > 0")
-    require(bool(_JOB.fullmatch(str(texts["job"]))), "expected a job identity of 32 hex digits")
-    witness = str(texts["witness"])
-    require(bool(_WITNESS.fullmatch(witness)), "expected a witness 'number:hash' or nothing")
-    seq, _, head = witness.partition(":")
+    # Exact types: True is an int in Python, and an int would hash like a float.
+    if type(number) is not int or not 1 <= number <= 10**9:
+        raise PlanError("expected a round from 1, got something else")
+    if type(lr) is not float or not 0 < lr < 1e9:
+        raise PlanError("expected a learning rate > 0, got something else")
+    require(_JOB.fullmatch(texts["job"]) is not None, "expected a job identity of 32 hex digits, got another text")
+    require(_WITNESS.fullmatch(texts["witness"]) is not None, "expected a witness 'number:hash' or nothing")
+    seq, _, head = texts["witness"].partition(":")
+    fields: dict[str, str | int | float] = {**texts, "round": number, "lr": lr}
     return Request(
-        job=str(texts["job"]),
-        round=int(str(number)),
-        task=str(texts["task"]),
-        plan=_plan(str(texts["plan"])),
-        local=_local(str(texts["local"])),
-        lr=float(str(lr)),
-        witness=(int(seq), head) if witness else None,
+        job=texts["job"],
+        round=number,
+        task=texts["task"],
+        plan=_plan(texts["plan"]),
+        local=_local(texts["local"]),
+        lr=lr,
+        witness=(int(seq), head) if seq else None,
         arrays=arrays,
-        digest=request_digest(dict(job), _arrays_digest(arrays)),
+        digest=request_digest(fields, _arrays_digest(arrays)),
     )
 
 
@@ -213,7 +222,13 @@ _workers: dict[tuple[str, str, str, str, tuple[int, ...]], _Worker] = {}
 
 
 def _worker(holder: Holder, request: Request) -> _Worker:
-    key = (holder.task.name, request.plan.digest(), request.local.to_json(), holder.device, holder.shape.inputs)
+    key = (
+        holder.task.name,
+        request.plan.digest(),
+        request.local.to_json(),
+        holder.device,
+        holder.shape.inputs,
+    )
     if key not in _workers:
         # One job at a time: an older job's model would only hold memory.
         _workers.clear()
@@ -239,14 +254,14 @@ def answer(request: Request, holder: Holder) -> Release | Word:
     worker = _worker(holder, request)
     start = worker.start(request.arrays)
     # From here on the charge is spent whatever happens; nothing above has touched a record.
-    receipt = holder.charge(request.charge_of(holder.name, noise=noise_name(holder.sources), commitment=holder.commitment))
+    receipt = holder.charge(
+        request.charge_of(holder.name, noise=noise_name(holder.sources), commitment=holder.commitment)
+    )
     if isinstance(receipt, Word):
         return receipt
     records = holder.records()
     source = holder.sources(holder=holder.name, job=request.job, round=request.round)
-    parameters = worker.trainer.train(
-        start, records.inputs, records.targets, records.valid, source, lr=request.lr
-    )
+    parameters = worker.trainer.train(start, records.inputs, records.targets, records.valid, source, lr=request.lr)
     release = Release(parameters.cpu().numpy(), receipt)
     holder.kept.put(release)
     return release

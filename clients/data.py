@@ -141,9 +141,7 @@ def load_source(
 
 def _no_place(task: Task, data: str | None) -> None:
     if data:
-        raise DataError(
-            f"expected no data for task {task.name!r}, which brings its own, got {data!r}; leave it out"
-        )
+        raise DataError(f"expected no data for task {task.name!r}, which brings its own, got {data!r}; leave it out")
 
 
 def _place(task: Task, data: str | None) -> Path:
@@ -251,17 +249,11 @@ def _tables(path: Path, strict: bool) -> Source:
     folder = schema_path.parent
     if len(tests) > 1 or len(trains) > 1:
         twice = tests if len(tests) > 1 else trains
-        raise DataError(
-            f"{folder}: expected one of {twice[0].name} and {twice[1].name}, got both; remove one"
-        )
+        raise DataError(f"{folder}: expected one of {twice[0].name} and {twice[1].name}, got both; remove one")
     if bool(trains) == bool(sites):
         raise DataError(
             f"{folder}: expected either a file train.csv or train.parquet, or one file for each client, got "
-            + (
-                f"train and {sites[0].name}; move one away"
-                if sites
-                else "neither; put the data beside the schema"
-            )
+            + (f"train and {sites[0].name}; move one away" if sites else "neither; put the data beside the schema")
         )
     if sites and schema.client is not None:
         raise DataError(
@@ -278,15 +270,12 @@ def _tables(path: Path, strict: bool) -> Source:
     keys, key_names = _keys(parts, tuple(stems))
     if tests:
         # The test set is the server's and public, so a bad record in it is an error for everybody.
-        test = read_table(
-            tests[0], dataclasses.replace(schema, client=None, ignored=_also_client(schema)), strict=True
-        )
+        test = read_table(tests[0], dataclasses.replace(schema, client=None, ignored=_also_client(schema)), strict=True)
         held_out = test.records
     elif strict:
         if schema.test_fraction is None:
             raise DataError(
-                f"{folder}: expected a file test.csv or test.parquet, got none; add one, or test-fraction to "
-                "the schema"
+                f"{folder}: expected a file test.csv or test.parquet, got none; add one, or test-fraction to the schema"
             )
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         edge = round(len(train) * schema.test_fraction)
@@ -294,9 +283,7 @@ def _tables(path: Path, strict: bool) -> Source:
         rest = order[edge:].sort().values
         train, keys = train.take(rest), None if keys is None else keys[rest]
         if not len(held_out) or not len(train):
-            raise DataError(
-                f"{folder}: expected records for training and for testing, got too few to set some aside"
-            )
+            raise DataError(f"{folder}: expected records for training and for testing, got too few to set some aside")
     else:
         held_out = train.take(torch.empty(0, dtype=torch.int64))
     return Source(
@@ -372,9 +359,7 @@ def _image_rules(folder: Path, options: Mapping[str, str]) -> _ImageRules:
     if listed is None:
         listed = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
     if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(name, str) for name in listed):
-        raise DataError(
-            f"{folder}: expected at least two classes, as folders of train or in images.toml, got {listed}"
-        )
+        raise DataError(f"{folder}: expected at least two classes, as folders of train or in images.toml, got {listed}")
     return _ImageRules(size=int(size), mode=mode, classes=tuple(listed), records=records)
 
 
@@ -382,9 +367,7 @@ def _image_folder(folder: Path, options: Mapping[str, str], strict: bool) -> Sou
     """Images as train/CLASS/*.png|jpg and test/CLASS/*, resized and scaled to [-1, 1]."""
     rules = _image_rules(folder, options)
     if strict and not (folder / "test").is_dir():
-        raise DataError(
-            f"{folder}: expected a folder test with a folder for each class, got none; set images aside"
-        )
+        raise DataError(f"{folder}: expected a folder test with a folder for each class, got none; set images aside")
     return Source(
         name=SourceName.IMAGE_FOLDER,
         shape=rules.shape,
@@ -402,20 +385,15 @@ def _images(folder: Path, rules: _ImageRules, strict: bool) -> Records:
         if not place.is_dir():
             continue
         if place.name not in rules.classes:
-            raise DataError(
-                f"{place}: expected a class among {', '.join(rules.classes)}; list it in images.toml"
-            )
+            raise DataError(f"{place}: expected a class among {', '.join(rules.classes)}; list it in images.toml")
         target = rules.classes.index(place.name)
         found += [
-            (file, target)
-            for file in sorted(place.iterdir())
-            if file.suffix.lower() in (".png", ".jpg", ".jpeg")
+            (file, target) for file in sorted(place.iterdir()) if file.suffix.lower() in (".png", ".jpg", ".jpeg")
         ]
     shape = rules.shape.inputs
     if len(found) * int(np.prod(shape)) > _MOST_VALUES:
         raise DataError(
-            f"{folder}: expected at most {_MOST_VALUES} values, got {len(found)} images of {shape}; use a "
-            "smaller size"
+            f"{folder}: expected at most {_MOST_VALUES} values, got {len(found)} images of {shape}; use a smaller size"
         )
     inputs = torch.zeros((len(found), *shape))
     targets = torch.tensor([target for _, target in found], dtype=torch.int64)
@@ -437,9 +415,7 @@ def _image(file: Path, rules: _ImageRules) -> Tensor:
 
     try:
         if file.stat().st_size > _MOST_FILE_BYTES:
-            raise DataError(
-                f"{file}: expected an image file of at most {_MOST_FILE_BYTES} bytes; shrink or remove it"
-            )
+            raise DataError(f"{file}: expected an image file of at most {_MOST_FILE_BYTES} bytes; shrink or remove it")
         with Image.open(file, formats=("PNG", "JPEG")) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise DataError(
@@ -457,9 +433,7 @@ def _image(file: Path, rules: _ImageRules) -> Tensor:
         Image.DecompressionBombError,
     ) as error:
         # Pillow reports damage as any of these, depending on where in the file it is.
-        raise DataError(
-            f"{file}: expected a whole PNG or JPEG image, got {error}; replace or remove it"
-        ) from error
+        raise DataError(f"{file}: expected a whole PNG or JPEG image, got {error}; replace or remove it") from error
     pixels = np.asarray(picture, dtype=np.float32).reshape(rules.size, rules.size, -1)  # (H, W, C)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
 
@@ -558,9 +532,7 @@ def _pixels(dataset: Any, published: _Published) -> Records:
 def _from_callable(task: Task, make: Callable[[], Any], strict: bool) -> Source:
     """Anybody's pair of map-style torch datasets."""
     if task.shape is None:
-        raise DataError(
-            f"expected task {task.name!r} to declare the shape of its records; add shape=Shape(...)"
-        )
+        raise DataError(f"expected task {task.name!r} to declare the shape of its records; add shape=Shape(...)")
     try:
         pair = make()
     except TacitError:
@@ -593,9 +565,7 @@ def _from_callable(task: Task, make: Callable[[], Any], strict: bool) -> Source:
 
 def _stack(dataset: Any, shape: Shape, part: str, strict: bool) -> Records:
     """A map-style dataset as tensors; each item is an (input, class) pair."""
-    if isinstance(dataset, IterableDataset) or not (
-        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    ):
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise DataError(
             f"expected a map-style {part} set with a length, got {type(dataset).__name__}; Poisson sampling "
             "draws "
@@ -632,22 +602,17 @@ def _pair(item: object, shape: Shape) -> tuple[Tensor, int]:
     if isinstance(item, Exception):
         raise DataError(f"expected a readable record, got {type(item).__name__}: {item}")
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise DataError(
-            f"expected a pair (input, class), got {type(item).__name__}; return both from the dataset"
-        )
+        raise DataError(f"expected a pair (input, class), got {type(item).__name__}; return both from the dataset")
     try:
         value, label = torch.as_tensor(item[0]), torch.as_tensor(item[1])
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"expected tensors or numbers, got {error}; convert them in the dataset") from error
     if not value.is_floating_point():
         raise DataError(
-            f"expected floating point inputs, got {value.dtype}; scale them by a public constant, as in "
-            "pixels / 255"
+            f"expected floating point inputs, got {value.dtype}; scale them by a public constant, as in pixels / 255"
         )
     if tuple(value.shape) != shape.inputs:
         raise DataError(f"expected an input of shape {shape.inputs}, got {tuple(value.shape)}")
     if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool or label.numel() != 1:
-        raise DataError(
-            f"expected one whole number as class, got {label.dtype} of shape {tuple(label.shape)}"
-        )
+        raise DataError(f"expected one whole number as class, got {label.dtype} of shape {tuple(label.shape)}")
     return value, int(label)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol, final
@@ -63,7 +64,7 @@ class Release:
 
 
 class Kept:
-    """The last release of each account and job, stored before any byte leaves (guarantee G8).
+    """Finished releases, stored before any byte leaves (guarantee G8).
 
     A retry of the same request is answered with these bytes and costs nothing (guarantee G9). Losing a kept release
     is safe: the retry is then charged anew and drawn with fresh coins and noise.
@@ -75,8 +76,9 @@ class Kept:
         """Keeps releases under ``folder``; ``durable`` syncs each to disk (a power cut then loses none)."""
         self._folder, self._durable = folder, durable
 
-    def _path(self, job: str, account: str) -> Path:
-        return self._folder / f"{job}-{account}.release"
+    def _path(self, job: str, account: str, request: str) -> Path:
+        # A name of its own for each request: replacing a file in place makes some file systems write it out at once.
+        return self._folder / f"{job}-{account}-{request[:16]}.release"
 
     def put(self, release: Release) -> None:
         """Stores a release whole or not at all.
@@ -84,27 +86,34 @@ class Kept:
         Raises:
             RunError: The disk is full or the folder cannot be written.
         """
-        path = self._path(release.receipt.job, release.receipt.account)
-        body = release.parameters.astype("<f4", copy=False).tobytes()
-        header = json.dumps({"receipt": release.receipt.to_json(), "sha256": hashlib.sha256(body).hexdigest()})
+        receipt = release.receipt
+        path = self._path(receipt.job, receipt.account, receipt.request)
+        body = np.ascontiguousarray(release.parameters, dtype="<f4").data
+        # Against a torn or rotten file, not against an attacker: who can write here can also read the ledger's key.
+        header = json.dumps({"receipt": receipt.to_json(), "crc32": zlib.crc32(body)})
         write_whole(path, self._MAGIC, header.encode(), b"\n", body, durable=self._durable)
 
     def get(self, job: str, account: str, request: str) -> Release | None:
         """Returns the kept release of exactly this request, or None."""
         try:
-            content = self._path(job, account).read_bytes()
+            content = self._path(job, account, request).read_bytes()
         except OSError:
             return None
         header, _, body = content.removeprefix(self._MAGIC).partition(b"\n")
         try:
             fields = json.loads(header)
             receipt = Receipt.from_json(fields["receipt"])
-            whole = hashlib.sha256(body).hexdigest() == fields["sha256"]
+            whole = zlib.crc32(body) == fields["crc32"]
         except (ValueError, KeyError, TypeError, LedgerError):
             return None
         if not whole or (receipt.job, receipt.account, receipt.request) != (job, account, request):
             return None
         return Release(np.frombuffer(body, dtype="<f4"), receipt)
+
+    def clear(self) -> None:
+        """Forgets all kept releases: for when their round is over and nobody will ask for it again."""
+        for path in self._folder.glob("*.release"):
+            path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

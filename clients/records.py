@@ -33,9 +33,7 @@ class Records:
         return "Records(secret)"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "expected records to stay in their process, got an attempt to pickle them; load them there"
-        )
+        raise TypeError("expected records to stay in their process, got an attempt to pickle them; load them there")
 
     def take(self, indices: Tensor) -> Self:
         """Returns a copy of some records, in the order of ``indices``, shape ``(n,)``, int64."""
@@ -66,8 +64,7 @@ def faults(records: Records, shape: Shape) -> list[str]:
         (~_finite(records), "expected finite inputs, got {} with NaN or infinity; correct or drop these"),
         (
             _outside(records, shape),
-            f"expected labels in [0, {shape.classes}), got {{}} outside; correct these, or declare more "
-            "classes",
+            f"expected labels in [0, {shape.classes}), got {{}} outside; correct these, or declare more classes",
         ),
     ):
         if bool(bad.any()):

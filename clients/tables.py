@@ -138,15 +138,12 @@ class Schema:
     @property
     def shape(self) -> Shape:
         """Public shape of the records."""
-        return Shape(
-            inputs=(sum(column.width for column in self.columns.values()),), classes=len(self.classes)
-        )
+        return Shape(inputs=(sum(column.width for column in self.columns.values()),), classes=len(self.classes))
 
     def required(self) -> dict[str, str]:
         """Returns what each column that must be there holds, in words."""
         roles = {
-            name: "numbers" if isinstance(column, Number) else "categories"
-            for name, column in self.columns.items()
+            name: "numbers" if isinstance(column, Number) else "categories" for name, column in self.columns.items()
         }
         roles[self.target] = "the target"
         if self.client is not None:
@@ -193,9 +190,7 @@ def parse_schema(content: Mapping[str, Any], where: str) -> Schema:
     classes = _texts(content, "classes", where)
     client = _text(content, "client", where) if "client" in content else None
     if len(classes) < 2:
-        raise DataError(
-            f"{where}: expected at least two classes, got {len(classes)}; list every value of the target"
-        )
+        raise DataError(f"{where}: expected at least two classes, got {len(classes)}; list every value of the target")
     records = content.get("records")
     if records is not None and (not isinstance(records, int) or isinstance(records, bool) or records < 1):
         raise DataError(f"{where}: expected records to be a whole number >= 1, got {records!r}")
@@ -301,18 +296,14 @@ def encode(
     # An unreadable record becomes an all-zero one, so that nothing downstream can stumble over its content.
     inputs[~valid] = 0
     targets[~valid] = 0
-    records = Records(
-        torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(targets), torch.from_numpy(valid)
-    )
+    records = Records(torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(targets), torch.from_numpy(valid))
     return Table(records=records, clients=clients)
 
 
 def _column(table: object, place: str) -> Number | Category | None:
     """One column of a schema; None where it is ignored."""
     if not isinstance(table, dict):
-        raise DataError(
-            f'{place}: expected a table such as {{kind = "number", min = 0, max = 1}}, got {table!r}'
-        )
+        raise DataError(f'{place}: expected a table such as {{kind = "number", min = 0, max = 1}}, got {table!r}')
     kind = table.get("kind")
     if kind == "number":
         _known(table, ("kind", "min", "max", "missing"), place)
@@ -321,9 +312,7 @@ def _column(table: object, place: str) -> Number | Category | None:
             raise DataError(f"{place}: expected min < max, got min={low} and max={high}")
         missing = _bound(table, "missing", place) if "missing" in table else None
         if missing is not None and not low <= missing <= high:
-            raise DataError(
-                f"{place}: expected the fill {missing} for missing cells to lie in [{low}, {high}]"
-            )
+            raise DataError(f"{place}: expected the fill {missing} for missing cells to lie in [{low}, {high}]")
         return Number(low=low, high=high, missing=missing)
     if kind == "category":
         _known(table, ("kind", "values", "other"), place)
@@ -378,9 +367,7 @@ def _check_columns(cells: Mapping[str, Cells], schema: Schema, where: str) -> No
     for name, role in required.items():
         if name not in cells:
             near = difflib.get_close_matches(name, unknown, 1)
-            hint = (
-                f"rename its column {near[0]!r}" if near else "add it, or change the schema for all clients"
-            )
+            hint = f"rename its column {near[0]!r}" if near else "add it, or change the schema for all clients"
             raise DataError(f"{where}: expected a column {name!r} with {role}, got no such column; {hint}")
     if unknown:
         raise DataError(
@@ -426,9 +413,7 @@ def _read_csv(path: Path, strict: bool) -> tuple[dict[str, Cells], Flags]:
             reader = csv.reader(file)
             header = next(reader, None)
             if header is None:
-                raise DataError(
-                    f"{path}: expected a header line with the schema's columns, got an empty file"
-                )
+                raise DataError(f"{path}: expected a header line with the schema's columns, got an empty file")
             for row in reader:
                 if not row:
                     continue  # A blank line is not a record.
@@ -458,9 +443,7 @@ def _read_parquet(path: Path, schema: Schema) -> tuple[dict[str, Cells], None]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            f"expected pyarrow to read {path}, got {error}; install pyarrow, or export CSV"
-        ) from error
+        raise DataError(f"expected pyarrow to read {path}, got {error}; install pyarrow, or export CSV") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names

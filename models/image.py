@@ -38,9 +38,7 @@ def cnn(
         ValueError: The records are not images, or too small to be halved by every block.
     """
     if len(shape.inputs) != 3:
-        raise ValueError(
-            f"expected images of shape (channels, height, width), got records of shape {shape.inputs}"
-        )
+        raise ValueError(f"expected images of shape (channels, height, width), got records of shape {shape.inputs}")
     channels, height, width = shape.inputs
     least = 2 ** len(widths)
     if min(height, width) < least:

@@ -31,9 +31,7 @@ class Shape:
         if not self.inputs or min(self.inputs) < 1:
             raise ValueError(f"expected a non-empty input shape with sizes >= 1, got {self.inputs}")
         if self.classes < 2:
-            raise ValueError(
-                f"expected at least 2 classes, got {self.classes}; name every class a target may have"
-            )
+            raise ValueError(f"expected at least 2 classes, got {self.classes}; name every class a target may have")
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:

@@ -73,9 +73,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError(
-                "expected a task with a name, got an empty one; give it the name reports should show"
-            )
+            raise ValueError("expected a task with a name, got an empty one; give it the name reports should show")
         if callable(self.data) and self.shape is None:
             # Measured on private records, the shape (a largest label, say) would be an uncharged release.
             raise ValueError(
@@ -224,9 +222,7 @@ def find_task(name: str) -> Task:
     if ":" not in name:
         near = difflib.get_close_matches(name, TASKS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(TASKS)}"
-        raise LookupError(
-            f"expected a task, got {name!r}; {hint} (your own task is written package.module:attribute)"
-        )
+        raise LookupError(f"expected a task, got {name!r}; {hint} (your own task is written package.module:attribute)")
     module_name, _, attribute = name.partition(":")
     folder = os.getcwd()
     if folder not in sys.path:

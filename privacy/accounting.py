@@ -50,7 +50,10 @@ class Event:
     steps: int
 
     def __post_init__(self) -> None:
-        require(self.kind == "poisson-gaussian", f"expected an event of kind 'poisson-gaussian', got {self.kind!r}")
+        require(
+            self.kind == "poisson-gaussian",
+            f"expected an event of kind 'poisson-gaussian', got {self.kind!r}",
+        )
         require(
             is_number(self.sample_rate) and 0 < self.sample_rate <= 1,
             f"expected 0 < sample_rate <= 1, got {self.sample_rate!r:.40}",
@@ -72,7 +75,11 @@ class Event:
     @classmethod
     def of_schedule(cls, plan: Plan) -> Self:
         """Returns the most that one client can release in the whole job: every join, retries included."""
-        return cls(sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier, steps=plan.steps * plan.joins)
+        return cls(
+            sample_rate=plan.sample_rate,
+            noise_multiplier=plan.noise_multiplier,
+            steps=plan.steps * plan.joins,
+        )
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:
@@ -165,11 +172,13 @@ class Grant:
 
     def __post_init__(self) -> None:
         require(
-            is_number(self.epsilon) and self.epsilon > 0, f"expected a finite epsilon > 0, got {self.epsilon!r:.40}"
+            is_number(self.epsilon) and self.epsilon > 0,
+            f"expected a finite epsilon > 0, got {self.epsilon!r:.40}",
         )
         check_delta(self.delta, self.records_bound)
         require(
-            is_number(self.order) and self.order > 1, f"expected a finite Renyi order > 1, got {self.order!r:.40}"
+            is_number(self.order) and self.order > 1,
+            f"expected a finite Renyi order > 1, got {self.order!r:.40}",
         )
         require(self.budget_rdp > 0, f"expected an order that can hold epsilon {self.epsilon}, got {self.order}")
 
@@ -200,6 +209,7 @@ def best_order(event: Event, delta: float) -> tuple[float, float]:
         event: A schedule fixed in public, before any data is touched.
         delta: Probability in (0, 1).
     """
+
     # Epsilon falls and then rises in the order, so a ternary search finds the valley: 20 prices instead of 160.
     # Where the curve is flat or infinite the search may miss the least order; it then errs towards a higher figure.
     def cost(index: int) -> float:
@@ -239,7 +249,10 @@ def solve_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int)
     low, high = 0.1, 1.0
     while cost(high) > epsilon:
         low, high = high, high * 2
-        require(high < 1e5, f"expected a schedule that some noise can hold to epsilon {epsilon}, got {steps} steps")
+        require(
+            high < 1e5,
+            f"expected a schedule that some noise can hold to epsilon {epsilon}, got {steps} steps",
+        )
     while high / low > 1 + 1e-4:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if cost(middle) <= epsilon else (middle, high)
@@ -309,7 +322,10 @@ def attacker_power(curve: Sequence[tuple[float, float]], fpr: float) -> float:
         Kairouz, Oh & Viswanath (2015): every (epsilon, delta) bounds the trade-off curve by two lines.
     """
     bounds = [
-        min(math.exp(min(epsilon, 700.0)) * fpr + delta, 1 - math.exp(-min(epsilon, 700.0)) * (1 - delta - fpr))
+        min(
+            math.exp(min(epsilon, 700.0)) * fpr + delta,
+            1 - math.exp(-min(epsilon, 700.0)) * (1 - delta - fpr),
+        )
         for delta, epsilon in curve
     ]
     return min(1.0, *bounds)

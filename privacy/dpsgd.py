@@ -90,9 +90,7 @@ def check_model(model: nn.Module) -> None:
         raise PlanError("expected a model with trainable parameters, got none; set requires_grad on some")
     for name, parameter in trainable:
         if parameter.dtype is not torch.float32:
-            raise PlanError(
-                f"expected float32 parameters, got {name} in {parameter.dtype}; call model.float()"
-            )
+            raise PlanError(f"expected float32 parameters, got {name} in {parameter.dtype}; call model.float()")
 
 
 def _fault(module: nn.Module) -> str | None:
@@ -112,9 +110,7 @@ def _fault(module: nn.Module) -> str | None:
         return f"normalises over the batch or keeps running statistics; use GroupNorm({groups}, {features})"
     power_iteration = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
     if isinstance(module, _SpectralNorm) or power_iteration:
-        return (
-            "updates its buffers in every forward pass; remove spectral_norm and use GroupNorm or LayerNorm"
-        )
+        return "updates its buffers in every forward pass; remove spectral_norm and use GroupNorm or LayerNorm"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         if module.max_norm is not None:
             return "rewrites its weight in the forward pass for the tokens it sees; use max_norm=None"
@@ -467,9 +463,7 @@ class _Clipper:
             for layer in _leaves(self.model)
         ]
         self._sampler = GradSampleModule.GRAD_SAMPLERS
-        self._draws_randomness = any(
-            isinstance(layer, nn.Dropout) and layer.p > 0 for layer, *_ in self._layers
-        )
+        self._draws_randomness = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer, *_ in self._layers)
         self._loss_is_known = _is_cross_entropy(self._loss)
         self._loss_gradient = torch.func.vmap(
             torch.func.grad(lambda output, target: _losses(self._loss, output[None], target[None])[0]),
@@ -714,9 +708,7 @@ class PrivateTrainer:
         """
         return self._clipper.sum(inputs, targets, valid, torch.arange(len(inputs)), seed)
 
-    def _private_gradient(
-        self, inputs: Tensor, targets: Tensor, valid: Tensor, source: RandomSource
-    ) -> Tensor:
+    def _private_gradient(self, inputs: Tensor, targets: Tensor, valid: Tensor, source: RandomSource) -> Tensor:
         """Returns the noised mean gradient of one Poisson sample, float32 ``(P,)`` on the CPU: a release.
 
         The order carries the guarantee: sample, clip, noise, divide.
@@ -768,18 +760,14 @@ class PrivateTrainer:
         anchor = start if start_global is None else start_global
         for vector in (start, anchor):
             if vector.shape != (self.size,):
-                raise PlanError(
-                    f"expected a flat vector of {self.size} parameters, got shape {tuple(vector.shape)}"
-                )
+                raise PlanError(f"expected a flat vector of {self.size} parameters, got shape {tuple(vector.shape)}")
         if not (math.isfinite(lr) and lr > 0):
             raise PlanError(f"expected a finite lr > 0, got {lr}")
         weights = start.to("cpu", torch.float32, copy=True)
         descent = _Descent(self._local, lr, anchor.to("cpu", torch.float32))
         for _ in range(self._plan.steps):
             self._clipper.flat.copy_(weights)
-            descent.move(
-                weights, self._private_gradient(records_inputs, records_targets, records_valid, source)
-            )
+            descent.move(weights, self._private_gradient(records_inputs, records_targets, records_valid, source))
         return weights
 
 
@@ -867,9 +855,7 @@ def choose_mode(
                 continue
             times[mode] = min(times[mode], time.perf_counter() - begin)
     if not times:
-        raise PlanError(
-            f"expected {count} examples' gradients to fit on {place}, they do not; lower physical_batch"
-        )
+        raise PlanError(f"expected {count} examples' gradients to fit on {place}, they do not; lower physical_batch")
     return min(times, key=lambda mode: times[mode])
 
 
@@ -931,9 +917,7 @@ def probe(
         ) from error
 
 
-def _probe_examples(
-    clipper: _Clipper, inputs: Tensor, targets: Tensor, others: tuple[Tensor, Tensor]
-) -> None:
+def _probe_examples(clipper: _Clipper, inputs: Tensor, targets: Tensor, others: tuple[Tensor, Tensor]) -> None:
     """Changes one example at a time and compares everything that belongs to the others."""
     clean = torch.ones(_PROBED, dtype=torch.bool)
 
@@ -955,9 +939,7 @@ def _probe_examples(
             batch, labels = inputs.clone(), targets.clone()
             batch[changed], labels[changed] = replacement, others[1][changed]
             for old, new in zip(before, rows(batch, labels), strict=True):
-                _expect_equal(
-                    old[kept], new[kept], "changing one example must not move another one's gradient"
-                )
+                _expect_equal(old[kept], new[kept], "changing one example must not move another one's gradient")
     for name, buffer in clipper.model.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise PlanError(f"expected the buffer {name} to stay as it is in training, it changed; remove it")

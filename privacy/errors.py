@@ -36,7 +36,7 @@ class LedgerError(TacitError):
     exit_code = 4
 
 
-class BudgetExceeded(TacitError):
+class BudgetExceeded(TacitError):  # noqa: N818 -- a decision of the holder, not a fault
     """The next charge would cost more than the holder's budget has left."""
 
     exit_code = 5

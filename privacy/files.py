@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeAlias
 
 from privacy.errors import RunError
 
 
-def write_whole(path: Path, *parts: bytes, durable: bool = True) -> None:
+Buffer: TypeAlias = bytes | memoryview
+
+
+def write_whole(path: Path, *parts: Buffer, durable: bool = True) -> None:
     """Writes a file so that a reader, or a crash at any moment, sees the old one or the new one, never a part.
 
     Args:

@@ -231,7 +231,9 @@ class Book:
             # A synced file whose name is not on disk yet could be lost with all its spend.
             _sync_folder(folder)
         except OSError as error:
-            raise LedgerError(f"expected ledgers that can be read and written in {folder}, got {error.strerror}") from None
+            raise LedgerError(
+                f"expected ledgers that can be read and written in {folder}, got {error.strerror}"
+            ) from None
         self._file = descriptor
         self.close = weakref.finalize(self, os.close, descriptor)
         with self._locked():
@@ -255,7 +257,6 @@ class Book:
         """Reads what other processes appended."""
         with self._locked():
             self._catch_up()
-
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -285,7 +286,9 @@ class Book:
             if type(base) is not int or base < 0:
                 raise ValueError("not a position in a file")
         except (ValueError, TypeError):
-            raise LedgerError(f"expected an intent written by this program in {self._intent}, got other bytes") from None
+            raise LedgerError(
+                f"expected an intent written by this program in {self._intent}, got other bytes"
+            ) from None
         if hashlib.sha256(batch).hexdigest() != digest:
             raise LedgerError(f"expected an unbroken intent in {self._intent}, got changed bytes; restore a backup")
         size = os.fstat(self._file).st_size
@@ -572,7 +575,12 @@ def _charge_lines(account: Account, request: ChargeRequest) -> bytes:
     seq, prev, lines = len(account.heads), account.heads[-1], b""
     event = Event.of_round(request.plan).to_dict()
     if request.job not in account.jobs:
-        body = {"job": request.job, "plan": request.plan.digest(), "joins": request.plan.joins, "event": event}
+        body = {
+            "job": request.job,
+            "plan": request.plan.digest(),
+            "joins": request.plan.joins,
+            "event": event,
+        }
         lines, prev = _entry(account.identity, seq, prev, "commit", body)
         seq += 1
     body = {
@@ -582,5 +590,7 @@ def _charge_lines(account: Account, request: ChargeRequest) -> bytes:
         "event": event,
         "commitment": request.commitment,
         "noise": request.noise,
+        # A rolled-back ledger that charges the same request within the same second must still get another hash.
+        "nonce": os.urandom(16).hex(),
     }
     return lines + _entry(account.identity, seq, prev, "charge", body)[0]

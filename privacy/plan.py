@@ -77,7 +77,10 @@ def is_number(value: object) -> bool:
 
 
 def _positive(name: str, value: float) -> None:
-    require(is_number(value) and value > 0, f"expected a finite {name} > 0, got {value!r:.40}; choose a positive number")
+    require(
+        is_number(value) and value > 0,
+        f"expected a finite {name} > 0, got {value!r:.40}; choose a positive number",
+    )
 
 
 def _count(name: str, value: int, least: int = 1) -> None:
@@ -147,7 +150,10 @@ class Plan:
     views: int = 1
 
     def __post_init__(self) -> None:
-        require(self.unit is Unit.RECORD, f"expected unit 'record', got {self.unit!r}; only records are protected yet")
+        require(
+            self.unit is Unit.RECORD,
+            f"expected unit 'record', got {self.unit!r}; only records are protected yet",
+        )
         require(
             self.adjacency is Adjacency.ADD_REMOVE,
             f"expected adjacency 'add-remove', got {self.adjacency!r}; replace-one is printed beside it",

@@ -554,9 +554,7 @@ def _person(facts: RunFacts, epsilon: float | None) -> list[dict[str, Any]]:
 
 def _setting(facts: RunFacts) -> str:
     """Returns who adds the noise and who is trusted."""
-    words = (
-        "Each client clips and adds noise before anything leaves it; the server is trusted with no record."
-    )
+    words = "Each client clips and adds noise before anything leaves it; the server is trusted with no record."
     if facts.simulation is None:
         return words
     return words + " This was a simulation: one machine held all data sets and played every part."
@@ -571,9 +569,7 @@ def _warnings(facts: RunFacts) -> list[str]:
         )
     agree = facts.prices.accountants_agree()
     if agree is False:
-        warnings.append(
-            "The accountants disagree by more than their error: the looser RDP filter's figure is quoted."
-        )
+        warnings.append("The accountants disagree by more than their error: the looser RDP filter's figure is quoted.")
     if agree is None:
         note = facts.prices.prv_note.strip().rstrip(".") or "a second figure is missing"
         warnings.append(f"No cross-check of the accountants: {note}.")
@@ -763,20 +759,16 @@ def _not_covered(facts: RunFacts) -> list[str]:
         "Hyper-parameter search: settings chosen by earlier runs on this data are paid for only where "
         "those runs share this run's ledgers.",
         "Side channels: timing, memory and power of a client's machine, and whether and when it answered.",
-        "Floating point: noise made of floats is not exactly Gaussian; no bound is claimed for its lowest "
-        "bits.",
+        "Floating point: noise made of floats is not exactly Gaussian; no bound is claimed for its lowest bits.",
         "A holder that lies about its data, its bounds or its code, and a client that poisons the model.",
         "The data holder's own machine: whoever controls it sees the records.",
-        "What is true of many people: a model may reveal facts about a group, with or without any one "
-        "record.",
+        "What is true of many people: a model may reveal facts about a group, with or without any one record.",
         "What is public by design: number of clients, who joined when, class names, schema, bounds, and "
         "every number in the plan.",
         "The accuracy shown: it is measured on the server's public test set, which no figure here protects.",
     ]
     if facts.covers.strip().lower() == "this run only":
-        gaps.insert(
-            0, "Other runs on the same data: these ledgers live in the run folder and cover this run only."
-        )
+        gaps.insert(0, "Other runs on the same data: these ledgers live in the run folder and cover this run only.")
     return gaps
 
 
@@ -789,9 +781,7 @@ def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
         else "messages, sealed by TLS only where the deployment switches it on"
     )
     machine = (
-        "the machine that ran this simulation"
-        if facts.simulation is not None
-        else "the client's own machine and user"
+        "the machine that ran this simulation" if facts.simulation is not None else "the client's own machine and user"
     )
     rows = [
         ("the network", travel, f"{same}; no sealing of messages in this version"),
@@ -829,9 +819,7 @@ def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
 def _witness(facts: RunFacts) -> dict[str, str]:
     """Returns what the receipts prove and what they cannot."""
     if facts.witness.strip():
-        rollback = (
-            "Detectable: a ledger rolled back, forked or signed again contradicts a receipt held elsewhere."
-        )
+        rollback = "Detectable: a ledger rolled back, forked or signed again contradicts a receipt held elsewhere."
     else:
         rollback = (
             "Not detectable without a witness: nobody else countersigned these receipts, so whoever holds "
@@ -847,9 +835,7 @@ def _witness(facts: RunFacts) -> dict[str, str]:
 def _mechanism(facts: RunFacts) -> dict[str, Any]:
     """Returns how noise was made and added."""
     plan = facts.plan
-    views = (
-        f"{plan.views} augmented views of a record, averaged before clipping" if plan.views > 1 else "none"
-    )
+    views = f"{plan.views} augmented views of a record, averaged before clipping" if plan.views > 1 else "none"
     return {
         "mechanism": "DP-SGD at each client: clip gradients, sum, add Gaussian noise, divide by a constant",
         "clipping": f"flat, L2 norm at most {plan.l2_clip:g} per record; gradients by {plan.mode}",
@@ -872,8 +858,7 @@ def _sampling(facts: RunFacts) -> list[dict[str, str]]:
         (
             "batches",
             f"Poisson: each record with probability {plan.sample_rate:g} per step, independently",
-            "a coin per record and step from the noise source; coins are never stored, fixed-size batches "
-            "do not exist",
+            "a coin per record and step from the noise source; coins are never stored, fixed-size batches do not exist",
         ),
         ("empty batches", "allowed", "a step without records still adds noise and still counts"),
         (

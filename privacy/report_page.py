@@ -63,10 +63,7 @@ def _round(value: float, towards: Callable[[float], int]) -> float:
         return value
     places = 2 - math.floor(math.log10(abs(value)))
     # Ten digits first: 3 computed as 3.0000000000000004 is still 3.00, not 3.01.
-    return (
-        towards(float(f"{value:.10g}") * 10.0**places - (1e-9 if towards is math.ceil else -1e-9))
-        / 10.0**places
-    )
+    return towards(float(f"{value:.10g}") * 10.0**places - (1e-9 if towards is math.ceil else -1e-9)) / 10.0**places
 
 
 def _digits(value: float) -> str:
@@ -234,8 +231,7 @@ def _accuracy_picture(rounds: Sequence[Mapping[str, Any]]) -> str:
     body = _line("s1", path, "#0072b2", 2.5, ' stroke-linejoin="round"')
     if len(points) <= 40:
         body += "".join(
-            f'<circle class="d1" cx="{frame.x(x)}" cy="{frame.y(y)}" r="3" fill="#0072b2"/>'
-            for x, y in points
+            f'<circle class="d1" cx="{frame.x(x)}" cy="{frame.y(y)}" r="3" fill="#0072b2"/>' for x, y in points
         )
     x, y = points[-1]
     last = f"{y:.1f} %" if share else f"{y:.4g}"
@@ -245,9 +241,7 @@ def _accuracy_picture(rounds: Sequence[Mapping[str, Any]]) -> str:
     return frame.draw("metric", f"{words} by round", desc, ("round", f"{words}{unit}"), body, keys)
 
 
-def _steps(
-    history: Sequence[tuple[float, float]], start: float | None, end: float
-) -> list[tuple[float, float]]:
+def _steps(history: Sequence[tuple[float, float]], start: float | None, end: float) -> list[tuple[float, float]]:
     """Returns a client's spend as steps, from round 0 where its start is known, to the end."""
     points = list(history) if start is None else [(0.0, start), *history]
     return points if not points or points[-1][0] >= end else [*points, (end, points[-1][1])]
@@ -273,9 +267,7 @@ def _epsilon_picture(clients: Sequence[Mapping[str, Any]]) -> str:
     curves = [(client, _steps(history, start, end)) for client, history, start in drawable]
     most, highest = max(curves, key=lambda curve: (curve[1][-1][1], len(curve[1])))
     peak = max(y for _, y in highest)
-    budgets = [
-        client["granted_epsilon"] for client, _ in curves if not isinstance(client["granted_epsilon"], str)
-    ]
+    budgets = [client["granted_epsilon"] for client, _ in curves if not isinstance(client["granted_epsilon"], str)]
     budget = min(budgets, default=math.inf)
     shown = budget <= 2.5 * peak
     frame = _Frame((0, end), (0, max(peak, budget) if shown else peak))
@@ -297,9 +289,7 @@ def _epsilon_picture(clients: Sequence[Mapping[str, Any]]) -> str:
     entries.append(("s2", "#d55e00", "", "most spent"))
     if shown:
         y = frame.y(budget)
-        body += _line(
-            "s3", f"M{frame.left} {y}H{frame.width - frame.right}", "#374151", 1.5, ' stroke-dasharray="6 4"'
-        )
+        body += _line("s3", f"M{frame.left} {y}H{frame.width - frame.right}", "#374151", 1.5, ' stroke-dasharray="6 4"')
         entries.append(("s3", "#374151", "6 4", "budget" if len(set(budgets)) == 1 else "least budget"))
     x, y = highest[-1]
     body += _label(frame.x(x), frame.y(y), figure_words(y))
@@ -308,9 +298,7 @@ def _epsilon_picture(clients: Sequence[Mapping[str, Any]]) -> str:
         f"the most is {figure_words(peak)}" + (f", the least budget is {budget:g}." if budgets else ".")
     )
     label = "\u03b5 spent (add/remove, RDP filter)"
-    return frame.draw(
-        "epsilon", "Epsilon by client and round", desc, ("round", label), body, _keys(entries, 36)
-    )
+    return frame.draw("epsilon", "Epsilon by client and round", desc, ("round", label), body, _keys(entries, 36))
 
 
 def _stairs(frame: _Frame, points: Sequence[tuple[float, float]]) -> str:
@@ -398,11 +386,7 @@ def partition_picture(label_table: Sequence[Sequence[int]], class_names: Sequenc
         class_names: Names of the classes, in the order of the columns.
     """
     total = len(label_table)
-    chosen = (
-        range(total)
-        if total <= _BARS
-        else sorted({round(i * (total - 1) / (_BARS - 1)) for i in range(_BARS)})
-    )
+    chosen = range(total) if total <= _BARS else sorted({round(i * (total - 1) / (_BARS - 1)) for i in range(_BARS)})
     names = [str(name) for name in class_names]
     colors = _colors(len(names))
     row = 20 if len(chosen) <= 25 else 12 if len(chosen) <= 40 else 8
@@ -435,13 +419,10 @@ def partition_picture(label_table: Sequence[Sequence[int]], class_names: Sequenc
             x += width
         width = (room - 46) * size / largest
         parts.append(
-            f'<rect class="f1" x="{left + mix + gap}" y="{y}" width="{width:.1f}" height="{row - 2}" '
-            f'fill="#0072b2"/>'
+            f'<rect class="f1" x="{left + mix + gap}" y="{y}" width="{width:.1f}" height="{row - 2}" fill="#0072b2"/>'
         )
         if row >= 12:
-            parts.append(
-                _text(left + mix + gap + width + 6, y + row / 2 + 4, f"{size:,}", more=' font-size="11"')
-            )
+            parts.append(_text(left + mix + gap + width + 6, y + row / 2 + 4, f"{size:,}", more=' font-size="11"'))
     height = top + len(chosen) * row + 8
     title = "Simulation only: labels and number of records of each client"
     desc = f"{total:,} clients, {len(names)} classes, {sum(map(sum, label_table)):,} records."
@@ -475,10 +456,7 @@ def _colors(classes: int) -> list[str]:
     for index in range(classes):
         place = index / (classes - 1) * (len(_SCALE) - 1)
         lower = min(int(place), len(_SCALE) - 2)
-        mixed = (
-            round(a + (b - a) * (place - lower))
-            for a, b in zip(_SCALE[lower], _SCALE[lower + 1], strict=True)
-        )
+        mixed = (round(a + (b - a) * (place - lower)) for a, b in zip(_SCALE[lower], _SCALE[lower + 1], strict=True))
         colors.append("#" + "".join(f"{part:02x}" for part in mixed))
     return colors
 
@@ -507,9 +485,7 @@ def render(report: Mapping[str, Any]) -> str:
         RunError: The report is of another schema, or not whole.
     """
     if report.get("schema") != SCHEMA:
-        raise RunError(
-            f"expected a report of schema {SCHEMA}, got {report.get('schema')!r}; make it with this version"
-        )
+        raise RunError(f"expected a report of schema {SCHEMA}, got {report.get('schema')!r}; make it with this version")
     parts = (
         _top,
         _headline,
@@ -557,9 +533,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "
     lines = []
     for row in rows:
         first, *rest = (f"{m}>{cell}" for cell, m in zip(row, mark, strict=True))
-        lines.append(
-            f'<tr><th scope="row"{first}</th>' + "".join(f"<td{cell}</td>" for cell in rest) + "</tr>"
-        )
+        lines.append(f'<tr><th scope="row"{first}</th>' + "".join(f"<td{cell}</td>" for cell in rest) + "</tr>")
     note = f"<caption>{caption}</caption>" if caption else ""
     return (
         f'<div class="scroll" tabindex="0" role="group"><table class="{kind}">{note}'
@@ -569,9 +543,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "
 
 def _pairs(entries: Iterable[tuple[str, str]], kind: str = "pairs") -> str:
     """Returns a list of names and what they stand for; both are safe HTML."""
-    return (
-        f'<dl class="{kind}">' + "".join(f"<div><dt>{a}</dt><dd>{b}</dd></div>" for a, b in entries) + "</dl>"
-    )
+    return f'<dl class="{kind}">' + "".join(f"<div><dt>{a}</dt><dd>{b}</dd></div>" for a, b in entries) + "</dl>"
 
 
 def _name(key: str) -> str:
@@ -612,9 +584,7 @@ def _top(report: Mapping[str, Any]) -> str:
 def _moment(text: str) -> str:
     """Returns an ISO time in a form that people read; anything else as it is."""
     day, found, time = str(text).partition("T")
-    return _safe(
-        f"{day} {time[:8]}{' UTC' if time.endswith(('Z', '+00:00')) else time[8:]}" if found else text
-    )
+    return _safe(f"{day} {time[:8]}{' UTC' if time.endswith(('Z', '+00:00')) else time[8:]}" if found else text)
 
 
 def _headline(report: Mapping[str, Any]) -> str:
@@ -702,17 +672,11 @@ def _curves(report: Mapping[str, Any]) -> str:
     if picture := _accuracy_picture(rounds):
         pictures.append(f"<figure>{picture}<figcaption>What the model learned.</figcaption></figure>")
     if picture := _epsilon_picture(clients):
-        note = (
-            f" Not drawn, since unknown or infinite: {hidden:,} of {len(clients):,} clients."
-            if hidden
-            else ""
-        )
+        note = f" Not drawn, since unknown or infinite: {hidden:,} of {len(clients):,} clients." if hidden else ""
         words = f"What it cost, as each client's ledger counted it.{note}"
         pictures.append(f"<figure>{picture}<figcaption>{words}</figcaption></figure>")
     elif clients:
-        pictures.append(
-            '<p class="empty">Epsilon by round is not drawn: it is unknown, infinite or zero.</p>'
-        )
+        pictures.append('<p class="empty">Epsilon by round is not drawn: it is unknown, infinite or zero.</p>')
     if picture := _replies_picture(rounds):
         words = (
             "Who answered. A client that declines says one of a few fixed words that do not depend on "
@@ -720,9 +684,7 @@ def _curves(report: Mapping[str, Any]) -> str:
             "goes on without it."
         )
         pictures.append(f'<figure class="row">{picture}<figcaption>{words}</figcaption></figure>')
-    return _section(
-        "Round by round", f'<div class="figures">{"".join(pictures)}</div>{_round_table(rounds)}', "rounds"
-    )
+    return _section("Round by round", f'<div class="figures">{"".join(pictures)}</div>{_round_table(rounds)}', "rounds")
 
 
 def _round_table(rounds: Sequence[Mapping[str, Any]]) -> str:
@@ -730,9 +692,7 @@ def _round_table(rounds: Sequence[Mapping[str, Any]]) -> str:
     if not rounds:
         return "<p>No round was finished.</p>"
     last = len(rounds) - 1
-    chosen = (
-        sorted({round(index * last / 11) for index in range(12)}) if last >= 12 else list(range(last + 1))
-    )
+    chosen = sorted({round(index * last / 11) for index in range(12)}) if last >= 12 else list(range(last + 1))
     metrics = list(dict.fromkeys(name for record in rounds for name in record.get("metrics") or {}))[:3]
     heads = ["Round", *(f"#{_name(name)}" for name in metrics), f"#{_EPSILON}, most over clients"]
     heads += ["#answered", "#declined", "#missing", "#seconds"]
@@ -742,11 +702,7 @@ def _round_table(rounds: Sequence[Mapping[str, Any]]) -> str:
         cells = [_metric(told.get(name)) for name in metrics] + [_bound(record["epsilon"])]
         cells += [_value(record.get(name)) for name in ("replies", "declined", "missing")]
         rows.append([_value(record.get("round")), *cells, _metric(record.get("seconds"))])
-    caption = (
-        f"{len(chosen)} of {len(rounds):,} rounds; all of them are in report.json"
-        if len(chosen) <= last
-        else ""
-    )
+    caption = f"{len(chosen)} of {len(rounds):,} rounds; all of them are in report.json" if len(chosen) <= last else ""
     return _table(heads, rows, caption=caption)
 
 
@@ -783,11 +739,7 @@ def _clients(report: Mapping[str, Any]) -> str:
         "Each holder sets its own budget, for the lifetime of its data set. Its ledger refuses what would "
         f"exceed it: {_safe(budget['filter'])}. When a budget ends, {_safe(budget['at_exhaustion'])}."
     )
-    table = (
-        _table(heads, [_client_row(client) for client in shown], kind="clients", caption=caption)
-        if shown
-        else ""
-    )
+    table = _table(heads, [_client_row(client) for client in shown], kind="clients", caption=caption) if shown else ""
     return _section("Budgets, client by client", _pairs(summary, "facts") + table, "clients", lead)
 
 
@@ -823,10 +775,7 @@ def _client_row(client: Mapping[str, Any]) -> list[str]:
         _bound(granted),
         _power(_floor_words(client["remaining_epsilon"])),
         _bound(client["delta"]),
-        *(
-            f"{client[name]:,}"
-            for name in ("rounds_joined", "charges", "declined", "runs", "receipts_missing")
-        ),
+        *(f"{client[name]:,}" for name in ("rounds_joined", "charges", "declined", "runs", "receipts_missing")),
         f'<span class="chip {state}">{_safe(receipts)}</span>',
         f'<code title="{_safe(client["ledger_head"])}">{_safe(str(client["ledger_head"])[:12])}</code>',
     ]
@@ -873,9 +822,7 @@ def _cost(report: Mapping[str, Any]) -> str:
         f"<b>Replace-one in the headline:</b> {_epsilon(swap['epsilon'])}, {_safe(swap['basis'])}.</p>"
     )
     heads = ["Accountant", "Neighbouring data sets", f"#{_EPSILON} at {_DELTA} = {_bound(delta)}", "Use"]
-    return _section(
-        "What the plan costs", f'<div class="pair">{_table(heads, rows)}{other}</div>{foot}', "cost", lead
-    )
+    return _section("What the plan costs", f'<div class="pair">{_table(heads, rows)}{other}</div>{foot}', "cost", lead)
 
 
 def _chain(report: Mapping[str, Any]) -> str:
@@ -907,16 +854,12 @@ def _coverage(report: Mapping[str, Any]) -> str:
     for name, title, kind in (("covered", "Covered", "yes"), ("not_covered", "Not covered", "no")):
         items = "".join(f"<li>{_safe(text)}</li>" for text in report[name])
         boxes.append(f'<div class="{kind}"><h3>{title}</h3><ul>{items}</ul></div>')
-    return _section(
-        "What is covered and what is not", f'<div class="columns">{"".join(boxes)}</div>', "coverage"
-    )
+    return _section("What is covered and what is not", f'<div class="columns">{"".join(boxes)}</div>', "coverage")
 
 
 def _adversaries(report: Mapping[str, Any]) -> str:
     """Returns who sees what."""
-    rows = [
-        [_safe(row["who"]), _safe(row["sees"]), _safe(row["protected_by"])] for row in report["adversaries"]
-    ]
+    rows = [[_safe(row["who"]), _safe(row["sees"]), _safe(row["protected_by"])] for row in report["adversaries"]]
     table = _table(["Who", "Sees", "What protects the data holder"], rows, kind="words")
     return _section("Who sees what, and what protects from them", table, "adversaries")
 
@@ -994,9 +937,7 @@ def _software(report: Mapping[str, Any]) -> str:
         if group:
             entries = [(_name(key), _value(item)) for key, item in group.items()]
             tables += f"<div><h3>{title}</h3>{_pairs(entries, 'small')}</div>"
-    return _section(
-        "Versions, hashes and settings", f'{_pairs(plain)}<div class="groups">{tables}</div>', "software"
-    )
+    return _section("Versions, hashes and settings", f'{_pairs(plain)}<div class="groups">{tables}</div>', "software")
 
 
 _STYLE: Final = """

@@ -23,9 +23,7 @@ Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 @functools.lru_cache(maxsize=4096)
 def _header(shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        buffer, {"descr": "<f4", "fortran_order": False, "shape": shape}
-    )
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return buffer.getvalue()
 
 
@@ -55,7 +53,7 @@ def read_float32(data: bytes, shape: tuple[int, ...], name: str) -> Float32s:
 
 def write_float32(value: Float32s) -> bytes:
     """Writes one float32 array as `read_float32` wants it, little-endian and in C order."""
-    return _header(value.shape) + np.ascontiguousarray(value, dtype="<f4").tobytes()
+    return b"".join((_header(value.shape), np.ascontiguousarray(value, dtype="<f4").data))
 
 
 def model_digest(arrays: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:

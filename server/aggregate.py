@@ -67,7 +67,7 @@ class Aggregator:
         # Flower reports every aggregation at level INFO; our own round line says it better.
         logging.getLogger("flwr").setLevel(logging.WARNING)
 
-    def step(self, model: Arrays, updates: Sequence[tuple[ArrayRecord, float]]) -> Arrays:
+    def step(self, model: Arrays, updates: Sequence[tuple[Arrays, float]]) -> Arrays:
         """Returns the next model.
 
         Args:
@@ -75,7 +75,7 @@ class Aggregator:
             updates: Each client's parameters after local training, with its public weight > 0; at least one.
         """
         self.updates += 1
-        replies = [_reply(arrays, weight) for arrays, weight in updates]
+        replies = [_reply(update, weight) for update, weight in updates]
         if self.strategy is Strategy.FEDAVGM:
             return self._fedavgm(model, replies)
         mean, _ = FedAvg(weighted_by_key=_WEIGHT).aggregate_train(self.updates, replies)
@@ -116,7 +116,24 @@ def _float32(arrays: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.floati
     return {name: np.asarray(value, dtype=np.float32) for name, value in arrays.items()}
 
 
-def _reply(arrays: ArrayRecord, weight: float) -> Message:
+class _Decoded(Array):
+    """An array that was decoded already: Flower's strategies ask for ``numpy()`` and would parse and copy it again."""
+
+    def __init__(self, value: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:
+        super().__init__(dtype="float32", shape=value.shape, stype="numpy.ndarray", data=b"")
+        self.__dict__["_value"] = value
+
+    def numpy(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        """Returns the decoded array itself; strategies only read it."""
+        value: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = self.__dict__["_value"]
+        return value
+
+
+def _reply(update: Arrays, weight: float) -> Message:
     """Wraps an update as Flower's strategies want it; the weight is ours, whatever the client sent."""
+    arrays = ArrayRecord()
+    for name, value in update.items():
+        # One by one: the constructor would copy what it is given into plain arrays.
+        arrays[name] = _Decoded(value)
     content = RecordDict({"arrays": arrays, "metrics": MetricRecord({_WEIGHT: weight})})
     return Message(content, dst_node_id=0, message_type=MessageType.TRAIN)

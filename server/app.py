@@ -189,7 +189,7 @@ def evaluate(job: Job, model: torch.nn.Module, arrays: Arrays) -> dict[str, floa
             parameters[name].copy_(torch.from_numpy(value))
         model.eval()
         inputs, targets = job.test
-        outputs = torch.cat([model(part.to(job.device)).cpu() for part in inputs.split(1024)])
+        outputs = torch.cat([model(part.to(job.device)).cpu() for part in torch.split(inputs, 1024)])
     return {name: float(value) for name, value in job.task.metrics(outputs, targets).items()}
 
 
@@ -236,14 +236,14 @@ def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dic
 
     requests = {message.metadata.dst_node_id: message for message in ask(job, state, number, cohort)}
     shared = model_digest((n, f"{a.stype}/{a.dtype}", a.shape, a.data) for n, a in _model_of(requests).items())
-    updates: list[tuple[int, ArrayRecord, Receipt]] = []
+    updates: list[tuple[int, Arrays, Receipt]] = []
     words: list[str] = []
     for reply in grid.send_and_receive(requests.values(), timeout=job.timeout_s):
         node = reply.metadata.src_node_id
         match check(reply, job, state, requests.get(node), shared):
-            case (ArrayRecord() as arrays, Receipt() as receipt):
-                updates.append((node, arrays, receipt))
-            case str() as word:
+            case (update, receipt):
+                updates.append((node, update, receipt))
+            case word:
                 words.append(word)
                 # Declining is about the budget, which never grows; whatever else went wrong may pass.
                 if word == "declined":
@@ -252,7 +252,7 @@ def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dic
     updates.sort(key=lambda update: update[0])
 
     if len(updates) >= job.min_replies:
-        weighted = [(arrays, job.weights(node)) for node, arrays, _ in updates]
+        weighted = [(update, job.weights(node)) for node, update, _ in updates]
         state.model = job.aggregator.step(state.model, weighted)
     state.round, state.declined = number, sorted(declined)
     state.moments, state.updates = job.aggregator.moments, job.aggregator.updates
@@ -283,7 +283,7 @@ def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dic
 def ask(job: Job, state: State, number: int, cohort: Sequence[int]) -> Iterator[Message]:
     """Yields one request per client; the model is written once and shared by all."""
     arrays = ArrayRecord({name: Array(value) for name, value in state.model.items()})
-    common = {
+    common: dict[str, str | int | float] = {
         "job": job.id,
         "round": number,
         "task": job.task.name,
@@ -292,7 +292,10 @@ def ask(job: Job, state: State, number: int, cohort: Sequence[int]) -> Iterator[
         "lr": job.local.lr * job.schedule.factor(number, job.plan.rounds, job.warmup),
     }
     for node in cohort:
-        config = ConfigRecord(common | {"witness": state.witnesses.get(node, "")})
+        config = ConfigRecord()
+        for key, value in common.items():
+            config[key] = value
+        config["witness"] = state.witnesses.get(node, "")
         content = RecordDict({"arrays": arrays, "job": config})
         yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=str(number))
 
@@ -308,7 +311,7 @@ def _model_of(requests: Mapping[int, Message]) -> ArrayRecord:
 
 def check(
     reply: Message, job: Job, state: State, request: Message | None, model: str
-) -> tuple[ArrayRecord, Receipt] | str:
+) -> tuple[Arrays, Receipt] | str:
     """Reads a reply, trusting none of it.
 
     Args:
@@ -329,30 +332,22 @@ def check(
     arrays, record = reply.content.get("arrays"), reply.content.get("receipt")
     if not isinstance(arrays, ArrayRecord) or not isinstance(record, ConfigRecord):
         return "missing"
-    if list(arrays) != list(state.model) or not all(_sound(arrays[n], v, n) for n, v in state.model.items()):
+    if list(arrays) != list(state.model):
         return "missing"
     try:
+        update = {name: read_float32(arrays[name].data, like.shape, name) for name, like in state.model.items()}
         receipt = Receipt.from_json(str(record.get("receipt", "")))
-    except LedgerError:
+    except (PlanError, LedgerError):
         return "missing"
     previous = state.witnesses.get(reply.metadata.src_node_id, "-1:").partition(":")
     asked = request.content["job"]
-    digest = request_digest(dict(asked), model) if isinstance(asked, ConfigRecord) else ""
+    fields = asked.items() if isinstance(asked, ConfigRecord) else ()
+    digest = request_digest({key: value for key, value in fields if isinstance(value, str | int | float)}, model)
     if (receipt.job, receipt.round, receipt.request) != (job.id, state.round + 1, digest):
         return "missing"
     if receipt.seq <= int(previous[0]):
         return "missing"
-    return arrays, receipt
-
-
-def _sound(array: Array, like: np.ndarray[tuple[int, ...], np.dtype[np.float32]], name: str) -> bool:
-    if array.dtype != "float32" or array.stype != "numpy.ndarray" or tuple(array.shape) != like.shape:
-        return False
-    try:
-        read_float32(array.data, like.shape, name)
-    except PlanError:
-        return False
-    return True
+    return update, receipt
 
 
 def countersign(identity: Identity, receipt: Receipt) -> str:

@@ -108,4 +108,6 @@ def load(path: Path) -> State:
             lines=fields["lines"],
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"expected a whole checkpoint at {path}, got a damaged one ({error}); restore a backup") from None
+        raise RunError(
+            f"expected a whole checkpoint at {path}, got a damaged one ({error}); restore a backup"
+        ) from None

@@ -132,7 +132,9 @@ def _finish(job: Job, ending: Ending) -> None:
 
 def _print_round(line: Mapping[str, Any]) -> None:
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
-    print(f"round {line['round']}/{line['rounds']}  {metrics}  epsilon {line['epsilon'] or 0:.3f} of {line['budget']:g}")
+    print(
+        f"round {line['round']}/{line['rounds']}  {metrics}  epsilon {line['epsilon'] or 0:.3f} of {line['budget']:g}"
+    )
 
 
 def simulated_client(sources: Sources | None = None) -> ClientApp:

@@ -464,8 +464,7 @@ def load_app(reference: str, kind: type[App], app_dir: Path | None = None) -> Ap
             ) from error
     if not isinstance(found, kind):
         raise RunError(
-            f"expected {reference!r} to be a {kind.__name__}, got a {type(found).__name__}; "
-            "name the app object"
+            f"expected {reference!r} to be a {kind.__name__}, got a {type(found).__name__}; name the app object"
         )
     return found
 
@@ -488,9 +487,7 @@ def _read_app(folder: Path) -> tuple[str, str, UserConfig]:
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RunError(
-            f"expected a Flower app with a readable {path}, got {error.strerror!r}; {remedy}"
-        ) from error
+        raise RunError(f"expected a Flower app with a readable {path}, got {error.strerror!r}; {remedy}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"expected valid TOML in {path}, got {error}; correct the file") from error
     app = _table(project, "tool", "flwr", "app")
@@ -700,8 +697,7 @@ class _Workers:
         groups = list(clients.values())
         size = max(1, math.ceil(len(groups) / (len(self._members) * _SHARES_PER_WORKER)))
         return deque(
-            list(itertools.chain.from_iterable(groups[start : start + size]))
-            for start in range(0, len(groups), size)
+            list(itertools.chain.from_iterable(groups[start : start + size])) for start in range(0, len(groups), size)
         )
 
     def _wait(self, deadline: float) -> bool:
@@ -796,9 +792,7 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _process_context(
-    reference: str, app_dir: Path | None, *, spawn: bool
-) -> ForkServerContext | SpawnContext:
+def _process_context(reference: str, app_dir: Path | None, *, spawn: bool) -> ForkServerContext | SpawnContext:
     """How processes are made: from a server that has the imports done, or afresh where CUDA comes in."""
     if spawn or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

@@ -113,9 +113,7 @@ class VirtualPopulation:
         return Records(inputs, targets, torch.ones(self.records, dtype=torch.bool))
 
 
-def split(
-    kind: Split, targets: Tensor, keys: Tensor | None, *, clients: int, seed: int, alpha: float
-) -> list[Tensor]:
+def split(kind: Split, targets: Tensor, keys: Tensor | None, *, clients: int, seed: int, alpha: float) -> list[Tensor]:
     """Deals every record to exactly one client.
 
     Guarantees:

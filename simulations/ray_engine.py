@@ -139,9 +139,7 @@ class _Grid(InMemoryGrid):
             ) from self.breakdown
 
 
-def _serve(
-    server: ServerApp, client: ClientApp, nodes: int, run_config: UserConfig, cpus: float, gpus: float
-) -> None:
+def _serve(server: ServerApp, client: ClientApp, nodes: int, run_config: UserConfig, cpus: float, gpus: float) -> None:
     """Runs the server here and the virtual clients in a thread; both have ended when this returns."""
     run = Run.create_empty(secrets.randbits(63))
     run.primary_task_id = 1
@@ -151,9 +149,7 @@ def _serve(
     states = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
     state = states.state()
     if not isinstance(state, InMemoryLinkState):
-        raise RunError(
-            f"expected an in-memory link state from Flower, got {type(state).__name__}; use flwr 1.41"
-        )
+        raise RunError(f"expected an in-memory link state from Flower, got {type(state).__name__}; use flwr 1.41")
     state.run_ids[run.run_id] = RunRecord(run=run)
     state.task_store[run.primary_task_id] = Task(task_id=run.primary_task_id, run_id=run.run_id)
     # Before the server starts, so that it never sees a federation without clients.
@@ -216,9 +212,7 @@ def _start_ray(cpus: float, gpus: float) -> None:
                 runtime_env={"env_vars": {"PYTHONPATH": path}},
             )
         except Exception as error:
-            raise RunError(
-                f"expected Ray to start, got {error!r}; see Ray's log, or use engine=local"
-            ) from error
+            raise RunError(f"expected Ray to start, got {error!r}; see Ray's log, or use engine=local") from error
     room = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in room):
         _stop_ray()

@@ -178,6 +178,8 @@ def _watch(world: World, observer: Observer) -> Callable[[Mapping[str, Any]], No
 
     def on_round(line: Mapping[str, Any]) -> None:
         first[0] = first[0] or line["round"]
+        # The round's checkpoint is on disk: it will not be asked for again.
+        world.kept.clear()
         pace = (time.perf_counter() - began) / (line["round"] - first[0] + 1)
         observer.round(dict(line) | {"left_s": pace * (line["rounds"] - line["round"])})
 
@@ -329,7 +331,9 @@ def read_receipts(folder: Path) -> list[Receipt]:
             receipt = Receipt.from_json(line["receipt"])
             verify(line["peer"], b"tacit/countersign/1\n" + line["receipt"].encode(), line["countersignature"])
         except (ValueError, KeyError, TypeError, LedgerError) as error:
-            raise LedgerError(f"expected whole receipts in {path}, got a damaged one at line {number}: {error}") from None
+            raise LedgerError(
+                f"expected whole receipts in {path}, got a damaged one at line {number}: {error}"
+            ) from None
         receipts.append(receipt)
     return receipts
 

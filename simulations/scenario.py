@@ -103,9 +103,7 @@ class Key:
 
     def _typed(self, value: object) -> Value:
         words = {str: "text", int: "a whole number", float: "a number"}[self.kind]
-        wrong = PlanError(
-            f"expected {self.name} to be {words}, got {value!r}; its default is {self.default!r}"
-        )
+        wrong = PlanError(f"expected {self.name} to be {words}, got {value!r}; its default is {self.default!r}")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise wrong
         if self.kind is str:
@@ -237,9 +235,7 @@ class Scenario:
         "learning rate over the rounds",
         choices=("constant", "cosine", "linear", "step"),
     )
-    warmup_rounds: int = _key(
-        0, LEARNING, "rounds over which the learning rate rises", unit="rounds", least=0
-    )
+    warmup_rounds: int = _key(0, LEARNING, "rounds over which the learning rate rises", unit="rounds", least=0)
     proximal_mu: float = _key(
         0.0, LEARNING, "pull towards the round's starting model; needs strategy fedprox", least=0.0
     )
@@ -250,9 +246,7 @@ class Scenario:
     server_lr: float = _key(
         0.0, SERVER, "server learning rate; 0 = the strategy's own (fedavgm 1.0, fedadam 0.1)", least=0.0
     )
-    server_momentum: float = _key(
-        0.9, SERVER, "server momentum of fedavgm, or beta1 of fedadam", least=0.0, most=0.999
-    )
+    server_momentum: float = _key(0.9, SERVER, "server momentum of fedavgm, or beta1 of fedadam", least=0.0, most=0.999)
     weights: str = _key(
         "uniform",
         SERVER,
@@ -285,9 +279,7 @@ class Scenario:
         0.5, DATA, "evenness of a dirichlet or quantity partition: small is skewed", least=0.0, exclusive=True
     )
 
-    engine: str = _key(
-        "local", MACHINE, "local = in this process; ray = Flower's simulation", choices=("local", "ray")
-    )
+    engine: str = _key("local", MACHINE, "local = in this process; ray = Flower's simulation", choices=("local", "ray"))
     workers: int = _key(1, MACHINE, "worker processes of the local engine; 1 = none beside this one", least=1)
     threads: int = _key(1, MACHINE, "threads of each worker", least=1)
     device: str = _key("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps")
@@ -368,9 +360,7 @@ class Scenario:
         return cls.merge(task.defaults, file, flags)
 
     @classmethod
-    def merge(
-        cls, task: Mapping[str, object], file: Mapping[str, object], flags: Mapping[str, object]
-    ) -> Self:
+    def merge(cls, task: Mapping[str, object], file: Mapping[str, object], flags: Mapping[str, object]) -> Self:
         """Lays flags over a file over a task's defaults over the defaults of the keys.
 
         Only the file and the flags count as *given*. A given key that another choice makes idle is refused,
@@ -394,9 +384,7 @@ class Scenario:
             if rule.applies(values):
                 continue
             if rule.name in given:
-                raise PlanError(
-                    f"expected {rule.name} only with {rule.needs}, got {rule.got(values)}; {rule.remedy}"
-                )
+                raise PlanError(f"expected {rule.name} only with {rule.needs}, got {rule.got(values)}; {rule.remedy}")
             values[rule.name] = BY_NAME[rule.name].default
         return cls(**_fields(values))
 
@@ -457,9 +445,7 @@ class Scenario:
         )
         for rule in _RULES:
             if not rule.applies(values) and values[rule.name] != BY_NAME[rule.name].default:
-                raise PlanError(
-                    f"expected {rule.name} only with {rule.needs}, got {rule.got(values)}; {rule.remedy}"
-                )
+                raise PlanError(f"expected {rule.name} only with {rule.needs}, got {rule.got(values)}; {rule.remedy}")
         require(
             self.strategy != "fedprox" or self.proximal_mu > 0,
             "expected proximal-mu with strategy fedprox, it is missing; add proximal-mu, 0.01 is customary",

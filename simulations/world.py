@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -280,9 +280,7 @@ class World:
             holder, request = self.holder(context), parse_request(message)
             # What was kept is sent again, and must not be charged again (guarantee G9).
             if self.kept.get(request.job, holder.account(), request.digest) is None:
-                charge = request.charge_of(
-                    holder.name, noise=noise_name(self.sources), commitment=holder.commitment
-                )
+                charge = request.charge_of(holder.name, noise=noise_name(self.sources), commitment=holder.commitment)
                 wanted.append((context, charge))
         self._grant([charge.name for _, charge in wanted if charge.name not in self.book.accounts])
         outcomes = self.book.charge([charge for _, charge in wanted])
@@ -383,15 +381,11 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
     steps = scenario.steps_per_round * joins
     if scenario.noise_multiplier:
-        event = Event(
-            sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps
-        )
+        event = Event(sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps)
         noise, (order, epsilon) = scenario.noise_multiplier, best_order(event, scenario.delta)
     else:
         epsilon = scenario.epsilon
-        noise, order = solve_noise(
-            epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps
-        )
+        noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(scenario.seed)
         model = task.build(shape)
@@ -502,6 +496,4 @@ def code_hash() -> str:
 
 def server_context(folder: Path, run_id: int) -> Context:
     """Returns the server's context for a run folder."""
-    return Context(
-        run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config={"run": str(folder)}
-    )
+    return Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config={"run": str(folder)})

@@ -46,9 +46,7 @@ def gaussian_power(mu: float, fpr: float) -> float:
 def gaussian_delta(mu: float, epsilon: float) -> float:
     """Returns the exact delta of a Gaussian mechanism with separation ``mu`` (Balle & Wang 2018, theorem 8)."""
     with mpmath.workdps(30):
-        return float(
-            mpmath.ncdf(mu / 2 - epsilon / mu) - mpmath.exp(epsilon) * mpmath.ncdf(-mu / 2 - epsilon / mu)
-        )
+        return float(mpmath.ncdf(mu / 2 - epsilon / mu) - mpmath.exp(epsilon) * mpmath.ncdf(-mu / 2 - epsilon / mu))
 
 
 def make_plan(**changes: Any) -> Plan:
@@ -101,10 +99,12 @@ def rechain(lines: Sequence[bytes], change: Callable[[dict[str, Any]], None]) ->
         entry = json.loads(line)
         del entry["hash"]
         change(entry)
-        entry["prev"] = heads.get(entry["account"], "0" * 64)
+        entry["prev"] = heads.get(str(entry["account"]), "0" * 64)
         text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
-        heads[entry["account"]] = hashlib.sha256(text).hexdigest()
-        out += json.dumps(entry | {"hash": heads[entry["account"]]}, sort_keys=True, separators=(",", ":")).encode()
+        heads[str(entry["account"])] = hashlib.sha256(text).hexdigest()
+        out += json.dumps(
+            entry | {"hash": heads[str(entry["account"])]}, sort_keys=True, separators=(",", ":")
+        ).encode()
         out += b"\n"
     return out
 

@@ -118,9 +118,7 @@ def test_help_opens_in_under_a_second_without_the_heavy_libraries() -> None:
     seconds = []
     for _ in range(3):  # The fastest of three: other processes can only slow it down.
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
         seconds.append(time.monotonic() - started)
     assert done.stdout.splitlines()[-1] == "[] [0, 0, 0]"
     assert min(seconds) < 1.0
@@ -192,9 +190,7 @@ def test_flags_and_a_file_say_the_same_things(job: Job, says, tmp_path: Path) ->
 
 def test_every_key_of_a_scenario_is_a_flag(job: Job, says) -> None:
     arguments = [
-        f"--{key.name}={key.default}"
-        for key in KEYS
-        if key.name in ("clients", "rounds", "device", "out", "mode")
+        f"--{key.name}={key.default}" for key in KEYS if key.name in ("clients", "rounds", "device", "out", "mode")
     ]
     assert says("simulate", *arguments, "--quiet")[0] == 0
     for key in KEYS:
@@ -266,9 +262,7 @@ def test_what_cannot_be_meant_is_one_sentence_and_exit_code_2(
     ],
 )
 @pytest.mark.parametrize("flag", ["--json", "--quiet", "--clients=10"])
-def test_a_failure_is_one_sentence_with_its_own_exit_code(
-    job: Job, says, failure, code: int, flag: str
-) -> None:
+def test_a_failure_is_one_sentence_with_its_own_exit_code(job: Job, says, failure, code: int, flag: str) -> None:
     job.failure = failure
     got, out, err = says("simulate", flag)
     assert got == code
@@ -327,9 +321,7 @@ def test_resume_takes_the_scenario_from_the_run_folder(job: Job, says, tmp_path:
     assert job.asked["out"] is None
 
 
-def test_resume_accepts_what_agrees_and_where_it_runs_and_refuses_the_rest(
-    job: Job, says, tmp_path: Path
-) -> None:
+def test_resume_accepts_what_agrees_and_where_it_runs_and_refuses_the_rest(job: Job, says, tmp_path: Path) -> None:
     folder = saved(tmp_path, rounds=9)
     assert says("simulate", "--resume", str(folder), "--rounds", "9", "--workers", "2", "--quiet")[0] == 0
     assert job.asked["scenario"] == Scenario(rounds=9, workers=2)
@@ -384,12 +376,8 @@ def test_json_is_one_object_and_nothing_else(job: Job, says) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("epsilon", "words"), [(None, "unknown"), (math.inf, "infinite"), (math.nan, "unknown")]
-)
-def test_an_epsilon_that_is_not_known_is_never_shown_as_a_number(
-    job: Job, says, epsilon: Any, words: str
-) -> None:
+@pytest.mark.parametrize(("epsilon", "words"), [(None, "unknown"), (math.inf, "infinite"), (math.nan, "unknown")])
+def test_an_epsilon_that_is_not_known_is_never_shown_as_a_number(job: Job, says, epsilon: Any, words: str) -> None:
     job.lines = [line(1, epsilon=epsilon), line(2, epsilon=epsilon)]
     job.summary |= {"epsilon": epsilon, "epsilon_replace_one": epsilon}
     out = says("simulate")[1]
@@ -416,9 +404,7 @@ def test_on_a_terminal_the_live_block_shows_round_accuracy_epsilon_and_time_left
     from rich.console import Console
 
     display = tacit._Display(Scenario())
-    display.console = Console(
-        file=io.StringIO(), force_terminal=True, width=100, highlight=False, color_system=None
-    )
+    display.console = Console(file=io.StringIO(), force_terminal=True, width=100, highlight=False, color_system=None)
     with display.console.capture() as early:
         display.console.print(display)
     assert "preparing" in early.get()

@@ -139,9 +139,7 @@ def test_no_test_folder_is_a_package_and_no_two_test_files_share_a_name() -> Non
 # What is installed.
 
 
-def claimants(
-    names: tuple[str, ...], distributions: list[importlib.metadata.Distribution]
-) -> set[tuple[str, str]]:
+def claimants(names: tuple[str, ...], distributions: list[importlib.metadata.Distribution]) -> set[tuple[str, str]]:
     """Finds the (name, owner) pairs where a distribution other than Tacit installs a top-level name."""
     found = set()
     for distribution in distributions:
@@ -175,9 +173,7 @@ def test_a_distribution_that_installs_one_of_our_names_is_found(tmp_path: Path) 
 def test_the_wheel_and_the_flower_bundle_hold_the_five_rooms_and_the_command_only(tmp_path: Path) -> None:
     """G11: what injects test noise lives under tests/, which is in neither."""
     checkout = tmp_path / "tacit"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "*.egg-info", "build", "runs", "__pycache__", ".*_cache"
-    )
+    ignored = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "runs", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, checkout, ignore=ignored)
     command = [
         sys.executable,
@@ -195,9 +191,7 @@ def test_the_wheel_and_the_flower_bundle_hold_the_five_rooms_and_the_command_onl
     command = [sys.executable, "-c", "from flwr.cli.app import app; app()", "build"]
     subprocess.run(command, cwd=checkout, check=True, capture_output=True)
     (bundle,) = checkout.glob("*.fab")
-    code = {path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")} | {
-        "tacit.py"
-    }
+    code = {path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")} | {"tacit.py"}
     for archive, extra in (
         (wheel, r"tacit-[^/]+\.dist-info/"),
         (bundle, r"pyproject\.toml|README\.md|\.info/"),

@@ -112,7 +112,9 @@ def test_a_request_is_answered_with_parameters_and_a_receipt_and_nothing_else(tm
     assert list(reply.content["arrays"]) == list(request().content["arrays"])
 
 
-def test_g8_the_charge_is_on_disk_before_any_record_is_read_and_the_release_is_kept_before_it_leaves(tmp_path):
+def test_g8_the_charge_is_on_disk_before_any_record_is_read_and_the_release_is_kept_before_it_leaves(
+    tmp_path,
+):
     seen = []
 
     def load():
@@ -283,7 +285,8 @@ def test_g12_planted_bug_a_raised_fault_is_visible_on_the_wire(tmp_path):
         lambda m: m.content["arrays"].__delitem__(next(iter(m.content["arrays"]))),
         lambda m: m.content["arrays"].__setitem__(next(iter(m.content["arrays"])), Array(np.zeros((3, 3), np.float32))),
         lambda m: m.content["arrays"].__setitem__(
-            next(iter(m.content["arrays"])), Array(np.full(request().content["arrays"][next(iter(m.content["arrays"]))].shape, np.nan, np.float32))
+            next(iter(m.content["arrays"])),
+            Array(np.full(request().content["arrays"][next(iter(m.content["arrays"]))].shape, np.nan, np.float32)),
         ),
     ],
 )

@@ -196,9 +196,7 @@ def test_data_sets_are_looked_for_in_the_folder_of_the_environment(monkeypatch, 
 def write_idx(path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(
-        struct.pack(">BBBB", 0, 0, 8, array.ndim)
-        + struct.pack(f">{array.ndim}I", *array.shape)
-        + array.tobytes()
+        struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
     )
 
 
@@ -229,9 +227,7 @@ def test_offline_says_what_was_tried_and_where_to_put_the_files(name, tmp_path, 
         torchvision.datasets.CIFAR10,
     ):
         monkeypatch.setattr(dataset, "download", offline)
-    with pytest.raises(
-        DataError, match=r"under .*cache.*network is unreachable.*connect to the internet, or put"
-    ):
+    with pytest.raises(DataError, match=r"under .*cache.*network is unreachable.*connect to the internet, or put"):
         load_source(TASKS[name])
 
 
@@ -246,9 +242,7 @@ def folder(tmp_path):
             place = tmp_path / part / kind
             place.mkdir(parents=True)
             for index in range(count):
-                Image.new("RGB", (20, 12), (colour, 0, 0)).save(
-                    place / f"{index}.{'png' if index else 'jpg'}"
-                )
+                Image.new("RGB", (20, 12), (colour, 0, 0)).save(place / f"{index}.{'png' if index else 'jpg'}")
     return tmp_path
 
 
@@ -264,9 +258,7 @@ def test_an_image_folder_becomes_images_of_one_size_in_the_order_of_its_classes(
 
 
 def test_size_and_mode_come_from_the_options_over_the_folders_own_file(folder):
-    (folder / "images.toml").write_text(
-        'size = 16\nmode = "L"\nrecords = 50\nclasses = ["dog", "cat", "cow"]\n'
-    )
+    (folder / "images.toml").write_text('size = 16\nmode = "L"\nrecords = 50\nclasses = ["dog", "cat", "cow"]\n')
     assert load_source(TASKS["image-folder"], data=str(folder)).shape == Shape(inputs=(1, 16, 16), classes=3)
     source = load_source(TASKS["image-folder"], data=str(folder), options={"size": "8"})
     assert source.shape == Shape(inputs=(1, 8, 8), classes=3)

@@ -59,11 +59,7 @@ def table(*rows: str, header: str = HEADER) -> str:
 
 
 def columns(*rows: str) -> dict[str, list]:
-    return dict(
-        zip(
-            HEADER.split(","), (list(c) for c in zip(*(r.split(",") for r in rows), strict=True)), strict=True
-        )
-    )
+    return dict(zip(HEADER.split(","), (list(c) for c in zip(*(r.split(",") for r in rows), strict=True)), strict=True))
 
 
 def test_a_csv_is_clipped_scaled_and_one_hot_by_the_schema_alone(tmp_path):
@@ -123,9 +119,7 @@ def test_categories_that_are_whole_numbers_survive_gaps_in_parquet(tmp_path):
         },
         "s",
     )
-    pyarrow.parquet.write_table(
-        pyarrow.table({"x": [1.0, None, 2.0], "y": [0, 1, 1]}), tmp_path / "t.parquet"
-    )
+    pyarrow.parquet.write_table(pyarrow.table({"x": [1.0, None, 2.0], "y": [0, 1, 1]}), tmp_path / "t.parquet")
     records = read_table(tmp_path / "t.parquet", schema, strict=True).records
     assert records.inputs.tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
 
@@ -145,9 +139,7 @@ def test_categories_that_are_whole_numbers_survive_gaps_in_parquet(tmp_path):
     ],
 )
 def test_a_bad_cell_is_named_in_a_simulation_and_silent_at_a_holder(tmp_path, row, what):
-    data = write(
-        tmp_path, {"schema.toml": SCHEMA, "train.csv": table(ROWS[0], row), "test.csv": table(ROWS[0])}
-    )
+    data = write(tmp_path, {"schema.toml": SCHEMA, "train.csv": table(ROWS[0], row), "test.csv": table(ROWS[0])})
     with pytest.raises(DataError, match=what):
         load_source(TASKS["table"], data=data)
     records = load_source(TASKS["table"], data=data, strict=False).train
@@ -208,17 +200,13 @@ def test_a_parquet_column_of_another_type_is_named(tmp_path):
     content = {"age": ["x"], "dose": [0.1], "ward": ["a"], "smokes": [True], "outcome": ["ill"]}
     pyarrow.parquet.write_table(pyarrow.table(content), tmp_path / "site-a.parquet")
     data = write(tmp_path, {"schema.toml": SCHEMA, "test.csv": table(ROWS[0])})
-    with pytest.raises(
-        DataError, match=r"site-a\.parquet: expected column 'age' to hold numbers, got string"
-    ):
+    with pytest.raises(DataError, match=r"site-a\.parquet: expected column 'age' to hold numbers, got string"):
         load_source(TASKS["table"], data=data)
 
 
 def test_a_client_column_gives_the_natural_keys_and_a_test_file_may_have_it_or_not(tmp_path):
     schema = 'client = "hospital"\n' + SCHEMA
-    train = table(
-        *(f"{site},{row}" for site, row in zip("nmn", ROWS, strict=True)), header="hospital," + HEADER
-    )
+    train = table(*(f"{site},{row}" for site, row in zip("nmn", ROWS, strict=True)), header="hospital," + HEADER)
     files = {"schema.toml": schema, "train.csv": train, "test.csv": table(ROWS[0])}
     source = load_source(TASKS["table"], data=write(tmp_path, files))
     assert source.key_names == ("m", "n")
@@ -285,9 +273,7 @@ def test_a_parquet_file_that_claims_too_much_is_refused_unread(tmp_path, monkeyp
     }
     pyarrow.parquet.write_table(pyarrow.table(content), tmp_path / "t.parquet")
     monkeypatch.setattr("clients.tables._MOST_CELLS", 200)
-    monkeypatch.setattr(
-        pyarrow.parquet.ParquetFile, "read", lambda *_, **__: pytest.fail("read over the limit")
-    )
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read", lambda *_, **__: pytest.fail("read over the limit"))
     with pytest.raises(DataError, match="at most 200 cells"):
         read_table(tmp_path / "t.parquet", parse_schema(read_toml(SCHEMA), "s"), strict=True)
 

@@ -50,9 +50,7 @@ def test_the_same_seed_builds_the_same_model(name):
     for _ in range(2):
         torch.manual_seed(27)
         models.append(task.build(SHAPES[task.data]).state_dict())
-    assert all(
-        torch.equal(first, second) for first, second in zip(*(m.values() for m in models), strict=True)
-    )
+    assert all(torch.equal(first, second) for first, second in zip(*(m.values() for m in models), strict=True))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -207,8 +205,7 @@ def test_a_task_that_cannot_be_had_says_why(name, what):
 
 def test_a_task_is_found_in_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "task_of_a_test.py").write_text(
-        "import dataclasses\nfrom models.task import TASKS\n"
-        "TASK = dataclasses.replace(TASKS['digits'], name='mine')\n"
+        "import dataclasses\nfrom models.task import TASKS\nTASK = dataclasses.replace(TASKS['digits'], name='mine')\n"
     )
     monkeypatch.chdir(tmp_path)
     assert find_task("task_of_a_test:TASK").name == "mine"

@@ -116,11 +116,7 @@ def gradient(model: nn.Module, loss: dpsgd.LossFn, views: Tensor, target: Tensor
     model = copy.deepcopy(model).train()
     loss(model(views), target.expand(len(views), *target.shape)).mean().backward()
     return torch.cat(
-        [
-            (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-            for p in model.parameters()
-            if p.requires_grad
-        ]
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters() if p.requires_grad]
     ).double()
 
 

@@ -101,9 +101,7 @@ def test_embeddings_of_integer_tokens_agree_with_plain_autograd(mode: Mode) -> N
 @pytest.mark.parametrize("mode", planted.MODES)
 def test_frozen_layers_and_single_frozen_parameters_stay_out(mode: Mode) -> None:
     torch.manual_seed(17)
-    model = nn.Sequential(
-        nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5), nn.Linear(5, 3)
-    )
+    model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5), nn.Linear(5, 3))
     for parameter in (*model[0].parameters(), model[2].bias, model[4].weight):
         parameter.requires_grad_(False)
     inputs, targets = planted.image_batch(6)
@@ -120,8 +118,7 @@ def check_oracle(mode: Mode) -> None:
     inputs, targets = planted.image_batch(9)
     model = planted.image_model()
     norms = [
-        planted.gradient(model, planted.cross_entropy, x[None], y).norm()
-        for x, y in zip(inputs, targets, strict=True)
+        planted.gradient(model, planted.cross_entropy, x[None], y).norm() for x, y in zip(inputs, targets, strict=True)
     ]
     clip = torch.stack(norms).median().item() * 1.01
     assert min(norms) < clip < max(norms)
@@ -171,9 +168,7 @@ def check_interruption(mode: Mode) -> None:
     trainer = planted.make_trainer(mode=mode, physical_batch=3, augment=interrupting)
     with pytest.raises(KeyboardInterrupt):
         trainer.clipped_sum(inputs, targets, everyone(inputs))
-    undisturbed = planted.make_trainer(mode=mode, physical_batch=3).clipped_sum(
-        inputs, targets, everyone(inputs)
-    )
+    undisturbed = planted.make_trainer(mode=mode, physical_batch=3).clipped_sum(inputs, targets, everyone(inputs))
     assert torch.equal(trainer.clipped_sum(inputs, targets, everyone(inputs)), undisturbed)
 
 
@@ -254,9 +249,7 @@ def test_only_plain_cross_entropy_is_taken_for_known() -> None:
     known: list[dpsgd.LossFn] = [
         planted.cross_entropy,
         functools.partial(functional.cross_entropy, reduction="none"),
-        lambda output, target: functional.cross_entropy(
-            output, target, reduction="none", label_smoothing=0.1
-        ),
+        lambda output, target: functional.cross_entropy(output, target, reduction="none", label_smoothing=0.1),
     ]
     unknown: list[dpsgd.LossFn] = [
         functional.cross_entropy,

@@ -223,9 +223,7 @@ def test_the_probe_finds_modules_that_change_a_buffer_or_remember_batches(layer:
 
 @pytest.mark.parametrize("mode", planted.MODES)
 @pytest.mark.parametrize("plant", [planted.without_clipping, planted.trusting_inputs])
-def test_the_probe_finds_a_clip_that_does_not_hold(
-    mode: Mode, plant: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_probe_finds_a_clip_that_does_not_hold(mode: Mode, plant: object, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch.setattr)  # type: ignore[operator]
     with pytest.raises(PlanError, match="clipped sum"):
         probe(planted.image_model(), planted.cross_entropy, planted.image_batch, mode=mode, l2_clip=0.1)
@@ -236,9 +234,7 @@ def test_the_probe_finds_an_augmentation_that_mixes_records() -> None:
         return 0.5 * batch + 0.5 * batch.flip(0)
 
     with pytest.raises(PlanError, match="another one's gradient"):
-        probe(
-            planted.image_model(), planted.cross_entropy, planted.image_batch, mode=Mode.HOOKS, augment=mixup
-        )
+        probe(planted.image_model(), planted.cross_entropy, planted.image_batch, mode=Mode.HOOKS, augment=mixup)
 
 
 def test_the_probe_refuses_records_that_do_not_fit_the_model() -> None:
@@ -263,15 +259,10 @@ def test_the_mode_is_chosen_on_synthetic_records_among_the_safe_ones() -> None:
         asked.append(count)
         return planted.image_batch(count)
 
-    chosen = choose_mode(
-        planted.image_model(), planted.cross_entropy, make_batch, expected_batch=5.5, physical_batch=4
-    )
+    chosen = choose_mode(planted.image_model(), planted.cross_entropy, make_batch, expected_batch=5.5, physical_batch=4)
     assert chosen in planted.MODES
     assert asked == [4]
-    assert (
-        choose_mode(with_layer(Mixing()), planted.cross_entropy, make_batch, expected_batch=5.5)
-        is Mode.FUNCTORCH
-    )
+    assert choose_mode(with_layer(Mixing()), planted.cross_entropy, make_batch, expected_batch=5.5) is Mode.FUNCTORCH
 
 
 def test_a_mode_whose_gradients_do_not_fit_in_memory_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,9 +65,7 @@ def check_turning_round(mode: Mode) -> None:
     """A record pulling against all others, 10,000 times as hard; zero weights make all classes likely."""
     model = nn.Sequential(nn.Linear(16, 3, bias=False))
     nn.init.zeros_(model[0].weight)
-    check_sensitivity(
-        planted.make_trainer(model, mode=mode, l2_clip=CLIP), -1e4 * aligned_batch()[0][0], target=0
-    )
+    check_sensitivity(planted.make_trainer(model, mode=mode, l2_clip=CLIP), -1e4 * aligned_batch()[0][0], target=0)
 
 
 @pytest.mark.parametrize("mode", planted.MODES)
@@ -106,15 +104,11 @@ def test_a_non_finite_record_counts_exactly_like_one_that_is_not_valid(mode: Mod
     inputs[2] = RECORDS[name]
     without = valid.clone()
     without[2] = False
-    assert torch.equal(
-        trainer.clipped_sum(inputs, targets, valid), trainer.clipped_sum(inputs, targets, without)
-    )
+    assert torch.equal(trainer.clipped_sum(inputs, targets, valid), trainer.clipped_sum(inputs, targets, without))
 
 
 @pytest.mark.parametrize(("mode", "views"), [*((mode, 1) for mode in planted.MODES), (Mode.FUNCTORCH, 3)])
-def test_a_gradient_that_overflows_contributes_exactly_zero_and_leaves_the_others(
-    mode: Mode, views: int
-) -> None:
+def test_a_gradient_that_overflows_contributes_exactly_zero_and_leaves_the_others(mode: Mode, views: int) -> None:
     # Finite inputs with an infinite gradient: their weighted sum overflows float32.
     model = nn.Sequential(nn.Linear(16, 3))
     nn.init.ones_(model[0].weight)
@@ -125,23 +119,17 @@ def test_a_gradient_that_overflows_contributes_exactly_zero_and_leaves_the_other
     inputs[1] = 3e38
     others = torch.arange(COUNT) != 1
     everyone = torch.ones(COUNT, dtype=torch.bool)
-    assert torch.equal(
-        trainer.clipped_sum(inputs, targets, everyone), trainer.clipped_sum(inputs, targets, others)
-    )
+    assert torch.equal(trainer.clipped_sum(inputs, targets, everyone), trainer.clipped_sum(inputs, targets, others))
 
 
 @pytest.mark.parametrize("mode", planted.MODES)
 @pytest.mark.parametrize("l2_clip", [1e-9, 1e-3, 2.71828, 1e6])
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e3, 1e9, 1e15, 1e25, 1e35])
-def test_a_lone_contribution_stays_within_the_bound_at_every_scale(
-    mode: Mode, l2_clip: float, scale: float
-) -> None:
+def test_a_lone_contribution_stays_within_the_bound_at_every_scale(mode: Mode, l2_clip: float, scale: float) -> None:
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(16, 9), nn.Linear(9, 3))
     # A quadratic loss: its gradient grows with the record, so that factors reach far below one.
-    trainer = planted.make_trainer(
-        model, lambda output, target: output.square().sum(1), mode=mode, l2_clip=l2_clip
-    )
+    trainer = planted.make_trainer(model, lambda output, target: output.square().sum(1), mode=mode, l2_clip=l2_clip)
     inputs, targets = planted.image_batch(5)
     for record, target in zip(inputs * scale, targets, strict=True):
         total = trainer.clipped_sum(record[None], target[None], torch.ones(1, dtype=torch.bool))
@@ -175,9 +163,7 @@ def test_the_sensitivity_check_fails_on_planted_bugs(
 
 
 @pytest.mark.parametrize("mode", planted.MODES)
-def test_the_overflow_check_fails_where_zero_meets_infinity(
-    mode: Mode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_overflow_check_fails_where_zero_meets_infinity(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     planted.zero_times_infinity(monkeypatch.setattr)
     with pytest.raises(AssertionError):
         test_a_gradient_that_overflows_contributes_exactly_zero_and_leaves_the_others(mode, 1)

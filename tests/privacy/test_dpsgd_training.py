@@ -114,9 +114,7 @@ def check_divisor() -> None:
         return start - trainer.train(start, inputs[:count], targets[:count], valid[:count], source, lr=1.0)
 
     share = trainer.clipped_sum(inputs[11:], targets[11:], valid[11:]).float() / BATCH
-    assert (
-        step(12, planted.Noiseless()) - step(11, planted.Noiseless()) - share
-    ).norm() <= 1e-5 * share.norm() + 1e-6
+    assert (step(12, planted.Noiseless()) - step(11, planted.Noiseless()) - share).norm() <= 1e-5 * share.norm() + 1e-6
     # With the same noise and no usable record the released numbers are the same bytes for every N.
     for count in (1, 11, 12):
         empty = trainer.train(start, *nobody(count, 16), planted.Seeded(4), lr=1.0)
@@ -142,9 +140,7 @@ def test_a_step_is_the_clipped_sum_of_the_coins_over_the_expected_batch(mode: Mo
     moved = trainer.train(start, inputs, targets, valid, planted.Noiseless(9), lr=0.5)
     chosen = planted.Noiseless(9).coins(40, 0.271828)
     assert 0 < chosen.sum() < 40
-    total = planted.oracle(
-        planted.image_model(), planted.cross_entropy, inputs[chosen], targets[chosen], 0.57721
-    )
+    total = planted.oracle(planted.image_model(), planted.cross_entropy, inputs[chosen], targets[chosen], 0.57721)
     expected = start.double() - 0.5 * total / 7.3891
     assert (moved - expected).abs().max() < 1e-6
 
@@ -188,12 +184,8 @@ KNOBS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "local", KNOBS, ids=lambda k: f"{k.optimizer}-{k.momentum}-{k.weight_decay}-{k.proximal_mu}"
-)
-def test_optimisers_agree_with_torch_fed_the_same_gradients(
-    local: Local, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("local", KNOBS, ids=lambda k: f"{k.optimizer}-{k.momentum}-{k.weight_decay}-{k.proximal_mu}")
+def test_optimisers_agree_with_torch_fed_the_same_gradients(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, lr = 7, 0.03
     trainer = planted.make_trainer(local=local, steps=steps)
     generator = torch.Generator().manual_seed(8)
@@ -209,9 +201,7 @@ def test_optimisers_agree_with_torch_fed_the_same_gradients(
     reference: torch.optim.Optimizer
     match local.optimizer:
         case Optimizer.SGD:
-            reference = torch.optim.SGD(
-                [weights], lr, momentum=local.momentum, weight_decay=local.weight_decay
-            )
+            reference = torch.optim.SGD([weights], lr, momentum=local.momentum, weight_decay=local.weight_decay)
         case Optimizer.ADAM:
             reference = torch.optim.Adam([weights], lr, betas=betas, weight_decay=local.weight_decay)
         case Optimizer.ADAMW:

@@ -154,7 +154,7 @@ def test_torch_and_numpy_seeds_do_not_reach_the_noise() -> None:
     drawn = []
     for _ in range(2):
         torch.manual_seed(7)
-        np.random.seed(7)  # noqa: NPY002 -- the global generator is the point
+        np.random.seed(7)
         source = Keystream()
         drawn.append((source.gaussian(4).tolist(), source.seed()))
     assert drawn[0] != drawn[1]

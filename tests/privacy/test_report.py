@@ -272,9 +272,7 @@ def test_a_person_in_several_data_sets_gets_the_composed_figure_on_the_first_lin
 
 def test_the_membership_bound_is_the_one_of_epsilon_and_delta_where_no_schedule_was_priced() -> None:
     headline = build(a_run(multiplicity=2, multiplicity_epsilon=4.0))["headline"]
-    expected = [
-        min(1.0, math.exp(4) * fpr + 1e-5, 1 - (1 - 1e-5 - fpr) * math.exp(-4)) for fpr in (0.001, 0.01)
-    ]
+    expected = [min(1.0, math.exp(4) * fpr + 1e-5, 1 - (1 - 1e-5 - fpr) * math.exp(-4)) for fpr in (0.001, 0.01)]
     assert [entry["tpr"] for entry in headline["tpr"]] == pytest.approx(expected)
 
 
@@ -356,9 +354,7 @@ def test_an_unproven_client_also_hides_its_history_and_the_rounds_largest_epsilo
 def test_test_noise_at_one_client_prints_infinity_everywhere() -> None:
     report = build(with_client(test_noise=True, spent_epsilon=0.01))
     headline, prices = report["headline"], report["prices"]
-    assert (
-        headline["epsilon"] == headline["odds_factor"] == headline["federation"]["one_data_set"] == "infinity"
-    )
+    assert headline["epsilon"] == headline["odds_factor"] == headline["federation"]["one_data_set"] == "infinity"
     assert headline["replace_one"]["epsilon"] == headline["person"][0]["epsilon"] == "infinity"
     assert {entry["tpr"] for entry in headline["tpr"]} == {1.0}
     assert {prices[name] for name in ("gate", "rdp", "pld", "pld_replace_one", "prv")} == {"infinity"}
@@ -437,9 +433,7 @@ MARKER = 8675309
 
 
 def without_simulation(report: dict[str, Any]) -> str:
-    return json.dumps(
-        {key: value for key, value in report.items() if key not in {"simulation_only", "report_id"}}
-    )
+    return json.dumps({key: value for key, value in report.items() if key not in {"simulation_only", "report_id"}})
 
 
 def test_a_count_of_the_simulation_is_nowhere_outside_its_section() -> None:
@@ -604,10 +598,7 @@ def test_a_thousand_clients_and_a_hundred_rounds_stay_small_and_quick(tmp_path: 
 
 def test_of_many_clients_the_table_shows_the_open_questions_and_both_ends() -> None:
     facts = a_run(clients=300)
-    clients = [
-        dataclasses.replace(client, spent_epsilon=1 + index / 500)
-        for index, client in enumerate(facts.clients)
-    ]
+    clients = [dataclasses.replace(client, spent_epsilon=1 + index / 500) for index, client in enumerate(facts.clients)]
     clients[150] = dataclasses.replace(clients[150], verdict=Verdict.UNKNOWN)
     page = render(build(dataclasses.replace(facts, clients=clients)))
     shown = set(re.findall(r">(client-\d+)<", page))
@@ -631,9 +622,7 @@ def test_a_partition_picture_has_room_for_any_numbers(clients: int, classes: int
     root = svg(picture)
     height = float(root.attrib["viewBox"].split()[3])
     rectangles = [element for element in root.iter("{http://www.w3.org/2000/svg}rect") if element.get("y")]
-    assert (
-        max(float(element.attrib["y"]) + float(element.attrib["height"]) for element in rectangles) <= height
-    )
+    assert max(float(element.attrib["y"]) + float(element.attrib["height"]) for element in rectangles) <= height
 
 
 # -------------------------------------------------------------------------------------------------- the files
@@ -647,9 +636,7 @@ def test_both_files_are_written_whole_and_again_over_old_ones(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
-def test_a_failed_write_leaves_the_old_report_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_report_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(a_run(status="old"), tmp_path)
 
     def full(descriptor: int) -> None:
@@ -664,7 +651,4 @@ def test_a_failed_write_leaves_the_old_report_and_nothing_else(
 
 def test_a_report_is_made_without_torch() -> None:
     code = "import sys, privacy.report; sys.exit('torch' in sys.modules or 'flwr' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(report_module.__file__).parents[1]).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(report_module.__file__).parents[1]).returncode == 0

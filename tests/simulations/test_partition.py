@@ -58,10 +58,7 @@ def test_a_small_alpha_skews_labels_and_a_large_one_does_not():
 
 def test_a_small_alpha_skews_sizes_and_a_large_one_does_not():
     def sizes(alpha):
-        return [
-            len(part)
-            for part in split(Split.QUANTITY, some_targets(2000), None, clients=10, seed=1, alpha=alpha)
-        ]
+        return [len(part) for part in split(Split.QUANTITY, some_targets(2000), None, clients=10, seed=1, alpha=alpha)]
 
     assert max(sizes(0.1)) > 5 * 200
     assert max(sizes(1e5)) < 1.1 * 200

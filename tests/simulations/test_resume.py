@@ -87,7 +87,15 @@ def _child(folder: str, resume: bool, kill_at: int, sent: str, bug: str) -> None
         clients_holder.Holder.charge = reuse
         clients_holder.Kept.get = lambda *_: None
     scenario = Scenario.layered(
-        None, {"clients": CLIENTS, "rounds": ROUNDS, "steps-per-round": 1, "mode": "hooks", "retries": 3, "seed": 5}
+        None,
+        {
+            "clients": CLIENTS,
+            "rounds": ROUNDS,
+            "steps-per-round": 1,
+            "mode": "hooks",
+            "retries": 3,
+            "seed": 5,
+        },
     )
     path = Path(folder)
     if resume:
@@ -100,7 +108,9 @@ def _child(folder: str, resume: bool, kill_at: int, sent: str, bug: str) -> None
 @pytest.fixture(scope="module")
 def spawn():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["simulations.run", "clients.app", "privacy.dpsgd", "simulations.engine", "sklearn.datasets"])
+    context.set_forkserver_preload(
+        ["simulations.run", "clients.app", "privacy.dpsgd", "simulations.engine", "sklearn.datasets"]
+    )
 
     def run(folder: Path, *, resume: bool, kill_at: int, sent: Path, bug: str = "") -> int:
         process = context.Process(target=_child, args=(str(folder), resume, kill_at, str(sent), bug))
@@ -143,7 +153,9 @@ def _check(folder: Path, sent: Path) -> None:
             assert len(charged) <= account.charges
             assert account.charges >= ROUNDS
             assert account.spent <= account.grant.epsilon
-    receipts = [json.loads(json.loads(line)["receipt"]) for line in (folder / "receipts.jsonl").read_text().splitlines()]
+    receipts = [
+        json.loads(json.loads(line)["receipt"]) for line in (folder / "receipts.jsonl").read_text().splitlines()
+    ]
     assert len({(receipt["account"], receipt["round"]) for receipt in receipts}) == ROUNDS * CLIENTS == len(receipts)
 
 

@@ -122,7 +122,9 @@ def test_composed_epsilon_equals_an_independent_accountant_over_all_rounds(tmp_p
     with Book(tmp_path / "run/ledgers") as book:
         for account in book.accounts.values():
             event = Event(
-                sample_rate=plan["sample_rate"], noise_multiplier=plan["noise_multiplier"], steps=3 * plan["steps"]
+                sample_rate=plan["sample_rate"],
+                noise_multiplier=plan["noise_multiplier"],
+                steps=3 * plan["steps"],
             )
             # The filter counts at one order, so it is never below the best order, nor that below the tight value.
             assert account.spent >= best_order(event, 1e-5)[1] - 1e-9
@@ -194,9 +196,12 @@ def test_g13_with_shared_ledgers_runs_compose_and_refuse_once_the_budget_is_spen
 def test_g13_several_small_runs_share_one_budget_until_it_is_gone(tmp_path):
     keys = {"ledgers": str(tmp_path / "shared"), "rounds": 1, "retries": 3}
     finished = 0
-    with pytest.raises(BudgetExceeded):
-        for number in range(9):
-            finished += go(tmp_path / str(number), **keys)["status"] == "finished"
+    while finished < 9:
+        try:
+            go(tmp_path / str(finished), **keys)
+        except BudgetExceeded:
+            break
+        finished += 1
     # Noise for four charges a job: the order was fixed by the first grant, so exactly four jobs of one round fit.
     assert finished == 4
     with Book(tmp_path / "shared") as book:
@@ -404,7 +409,17 @@ def test_a_task_that_fails_at_every_client_is_told_at_once(tmp_path, monkeypatch
 
 
 def test_ctrl_c_ends_the_round_cleanly_and_the_run_goes_on_later(tmp_path):
-    command = [sys.executable, "-m", "tacit", "simulate", "--rounds", "300", "--out", str(tmp_path / "run"), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "tacit",
+        "simulate",
+        "--rounds",
+        "300",
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+    ]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 90

@@ -128,9 +128,7 @@ def test_tables_of_a_file_group_keys_and_mean_nothing_else(tmp_path: Path) -> No
         ("delta = 1979-05-27", "expected delta to be a number"),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_refused_in_one_sentence(
-    tmp_path: Path, text: str, sentence: str
-) -> None:
+def test_a_file_that_cannot_be_meant_is_refused_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(PlanError) as caught:
         read_toml(written(tmp_path, text))
     assert sentence in str(caught.value)
@@ -157,9 +155,7 @@ def test_text_is_read_to_a_legal_value_or_refused_with_the_name_of_its_key(key, 
 
 
 def test_flags_win_over_the_file_over_the_task_over_the_defaults() -> None:
-    scenario = Scenario.merge(
-        {"rounds": 4, "lr": 0.4, "l2-clip": 4.0}, {"rounds": 5, "lr": 0.5}, {"rounds": "6"}
-    )
+    scenario = Scenario.merge({"rounds": 4, "lr": 0.4, "l2-clip": 4.0}, {"rounds": 5, "lr": 0.5}, {"rounds": "6"})
     assert (scenario.rounds, scenario.lr, scenario.l2_clip) == (6, 0.5, 4.0)
     assert scenario.clients == Scenario().clients
 
@@ -199,9 +195,7 @@ def test_a_default_that_another_choice_makes_idle_is_dropped() -> None:
         ({"engine": "ray", "workers": 1}, "expected workers only with engine local"),
     ],
 )
-def test_a_key_that_would_do_nothing_is_refused_even_at_its_default(
-    flags: dict[str, object], sentence: str
-) -> None:
+def test_a_key_that_would_do_nothing_is_refused_even_at_its_default(flags: dict[str, object], sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         Scenario.merge({}, {}, flags)
 
@@ -285,9 +279,7 @@ def test_a_resolved_scenario_says_every_number_and_resolves_to_itself() -> None:
 
 
 def test_resolving_keeps_what_is_given() -> None:
-    scenario = Scenario(cohort=3, retries=0, min_replies=1, records_per_client=50, records_bound=60).resolved(
-        1437
-    )
+    scenario = Scenario(cohort=3, retries=0, min_replies=1, records_per_client=50, records_bound=60).resolved(1437)
     assert (scenario.cohort, scenario.retries, scenario.min_replies) == (3, 0, 1)
     assert (scenario.records_per_client, scenario.records_bound) == (50, 60)
 

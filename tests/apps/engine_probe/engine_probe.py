@@ -21,9 +21,7 @@ def add(message: Message, context: Context) -> Message:
     model = message.content["arrays"].to_numpy_ndarrays()[0]
     update = np.random.default_rng(partition(context)).normal(size=model.shape)
     metrics = MetricRecord({"partition": partition(context), "pid": os.getpid(), "num-examples": 1})
-    return Message(
-        RecordDict({"arrays": ArrayRecord([model + update]), "metrics": metrics}), reply_to=message
-    )
+    return Message(RecordDict({"arrays": ArrayRecord([model + update]), "metrics": metrics}), reply_to=message)
 
 
 @app.train("count")

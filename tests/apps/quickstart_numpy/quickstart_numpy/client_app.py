@@ -22,9 +22,7 @@ def train(msg: Message, context: Context):
     # Taking the arrays out of the record saves memory on a real client: the message is the client's own.
     weights, bias = (array.copy() for array in msg.content["arrays"].to_numpy_ndarrays(keep_input=False))
     trainset, _ = load(context)
-    loss = task.train(
-        weights, bias, trainset, context.run_config["local-epochs"], msg.content["config"]["lr"]
-    )
+    loss = task.train(weights, bias, trainset, context.run_config["local-epochs"], msg.content["config"]["lr"])
     metrics = {"train-loss": loss, "num-examples": len(trainset[1])}
     content = RecordDict({"arrays": ArrayRecord([weights, bias]), "metrics": MetricRecord(metrics)})
     return Message(content=content, reply_to=msg)

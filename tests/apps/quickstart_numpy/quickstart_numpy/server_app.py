@@ -27,9 +27,7 @@ def main(grid: Grid, context: Context) -> None:
             json.dumps(
                 {
                     "arrays": [array.tolist() for array in result.arrays.to_numpy_ndarrays()],
-                    "accuracy": [
-                        metrics["eval-acc"] for metrics in result.evaluate_metrics_clientapp.values()
-                    ],
+                    "accuracy": [metrics["eval-acc"] for metrics in result.evaluate_metrics_clientapp.values()],
                 }
             )
         )
