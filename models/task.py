@@ -116,8 +116,8 @@ TASKS: dict[str, Task] = {
             summary="softmax regression on scikit-learn's handwritten digits; no download",
             record="one handwritten digit, 8x8 pixels",
             data="digits",
+            # Its defaults are those of the scenario keys themselves.
             build=functools.partial(softmax_regression, standardise=True),
-            defaults={"rounds": 20, "steps-per-round": 2, "sample-rate": 0.5, "l2-clip": 1.0, "lr": 1.5},
         ),
         Task(
             name="digits-mlp",

@@ -407,8 +407,8 @@ class Book:
             for account in self._by_name.values():
                 if account.population != population:
                     raise LedgerError(
-                        f"expected the ledgers of {population!r}, got those of {account.population!r}: another split of "
-                        "the same records would hide their spend; use a folder of its own, or the same settings"
+                        f"expected the ledgers of {population!r}, got those of {account.population!r}: another split "
+                        "of the same records would hide their spend; use a folder of its own, or the same settings"
                     )
                 break
             lines = b""

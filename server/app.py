@@ -20,7 +20,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -86,6 +86,7 @@ class Job:
         task: What is learned.
         shape: Public shape of a record.
         aggregator: Server rule, fresh; its state is restored from a checkpoint.
+        nodes: Clients that the job waits for before its first round.
         cohort: Clients asked per round.
         seed: Of the initial model and of whose turn it is; neither carries a guarantee.
         schedule: Learning-rate schedule.
@@ -108,6 +109,7 @@ class Job:
     task: Task
     shape: Shape
     aggregator: Aggregator
+    nodes: int
     cohort: int
     seed: int
     schedule: Schedule
@@ -203,6 +205,7 @@ def run(job: Job, grid: Grid) -> Ending:
     Raises:
         RunError: The checkpoint is damaged or of another job, or nothing can be written.
     """
+    await_nodes(grid, job.nodes)
     model, first = initial_model(job.task, job.shape, job.seed)
     model.to(job.device)
     path = job.folder / CHECKPOINT
@@ -224,6 +227,26 @@ def run(job: Job, grid: Grid) -> Ending:
         if job.stopping() and state.round < job.plan.rounds:
             return Ending.INTERRUPTED
     return Ending.FINISHED
+
+
+def await_nodes(grid: Grid, wanted: int, patience_s: float = 15.0) -> None:
+    """Waits until all clients of the job are there; the noise is solved for turns among exactly that many.
+
+    Raises:
+        RunError: Another number of nodes is there after ``patience_s``.
+    """
+    deadline = time.monotonic() + patience_s
+    while (there := _count(grid.get_node_ids())) != wanted:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"expected {wanted} nodes, got {there}; set clients to the number of nodes that the engine starts, or "
+                f"start {wanted} (with flwr run: --federation-config num-supernodes={wanted})"
+            )
+        time.sleep(0.5)
+
+
+def _count(nodes: Iterable[int]) -> int:
+    return len(nodes) if isinstance(nodes, range) else len(list(nodes))
 
 
 def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def job_of(world: World, session: Session) -> Job:
             lr=scenario.server_lr or 1.0,
             momentum=scenario.server_momentum,
         ),
+        nodes=scenario.clients,
         cohort=scenario.cohort,
         seed=scenario.seed,
         schedule=Schedule(scenario.schedule),
@@ -116,7 +117,9 @@ def _configure(context: Context) -> Job:
 
         config = {key: value for key, value in context.run_config.items() if key != "run"}
         task = find_task(str(config.get("task", "digits")))
-        adopt(World.create(Scenario.from_run_config(config, task.defaults), folder))
+        scenario = Scenario.from_run_config(config, task.defaults)
+        # Whoever started this run, it is not our engine: nodes have no fixed numbers, and none share a process.
+        adopt(World.create(dataclasses.replace(scenario, engine="ray", workers=1), folder))
         sessions[folder] = Session(on_round=_print_round)
     return job_of(world_of(folder), sessions[folder])
 

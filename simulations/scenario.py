@@ -145,7 +145,7 @@ class Scenario:
     task: str = _key("digits", JOB, "what is learned: a name from 'tacit tasks', or package.module:attribute")
     data: str = _key("", JOB, "file or folder of the task's data; empty = where the task looks by itself")
     clients: int = _key(10, JOB, "data holders in the federation", least=1)
-    rounds: int = _key(30, JOB, "rounds of training", least=1)
+    rounds: int = _key(20, JOB, "rounds of training", least=1)
     cohort: int = _key(0, JOB, "clients asked in each round; 0 = all", least=0)
     seed: int = _key(
         0, JOB, "seed of what is public (initial model, partition, cohorts); never of noise or coins", least=0
@@ -171,7 +171,7 @@ class Scenario:
         least=0.0,
     )
     sample_rate: float = _key(
-        0.2,
+        0.5,
         PRIVACY,
         "probability with which a record joins a step (Poisson)",
         least=0.0,
@@ -200,11 +200,11 @@ class Scenario:
         least=0.0,
         exclusive=True,
     )
-    steps_per_round: int = _key(4, PRIVACY, "local steps in each round a client joins", unit="steps", least=1)
+    steps_per_round: int = _key(2, PRIVACY, "local steps in each round a client joins", unit="steps", least=1)
     retries: int = _key(
         -1,
         PRIVACY,
-        "extra charges a client may make after a crash, paid for in advance; -1 = rounds/20 rounded up",
+        "extra charges a client may make after a crash, paid for in advance; -1 = one for every 20 rounds it may join, rounded up",
         unit="charges",
         least=-1,
     )
@@ -226,7 +226,7 @@ class Scenario:
     )
 
     optimizer: str = _key("sgd", LEARNING, "local optimiser", choices=tuple(o.value for o in Optimizer))
-    lr: float = _key(0.5, LEARNING, "local learning rate", least=0.0, exclusive=True)
+    lr: float = _key(1.5, LEARNING, "local learning rate", least=0.0, exclusive=True)
     momentum: float = _key(0.0, LEARNING, "momentum of SGD, or beta1 of Adam", least=0.0, most=0.999)
     weight_decay: float = _key(0.0, LEARNING, "pull of the weights towards zero", least=0.0)
     schedule: str = _key(
@@ -533,12 +533,14 @@ class Scenario:
             )
             per_client = max(1, (declared_records or 0) // self.clients)
         cohort = self.cohort or self.clients
+        # As often as the server's turns come round to one client; see server.app.joins_of, and the test that they agree.
+        turns = self.rounds if cohort >= self.clients else math.ceil(self.rounds / (self.clients // cohort))
         return dataclasses.replace(
             self,
             cohort=cohort,
             records_per_client=per_client,
             records_bound=self.records_bound or 10 * per_client,
-            retries=self.retries if self.retries >= 0 else max(1, math.ceil(self.rounds / 20)),
+            retries=self.retries if self.retries >= 0 else max(1, math.ceil(turns / 20)),
             min_replies=self.min_replies or max(1, cohort // 2),
             server_lr=self.server_rate if self.strategy in ("fedavgm", "fedadam") else 0.0,
         )

@@ -377,6 +377,8 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     Raises:
         PlanError: The model is refused, no noise is enough, or values contradict each other.
     """
+    if scenario.weights == "declared" and scenario.engine != "local":
+        raise PlanError("expected engine local with declared weights, got ray, where nodes have no fixed numbers")
     device = _device(scenario.device)
     joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
     steps = scenario.steps_per_round * joins

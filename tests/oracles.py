@@ -37,7 +37,7 @@ def sampled_gaussian_rdp(sample_rate: float, noise_multiplier: float, order: flo
 
 
 def gaussian_power(mu: float, fpr: float) -> float:
-    """Returns the exact best true-positive rate against one Gaussian release with separation ``mu`` (Neyman-Pearson)."""
+    """Returns the exact best true-positive rate against a Gaussian with separation ``mu`` (Neyman-Pearson)."""
     with mpmath.workdps(30):
         quantile = -mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(fpr) - 1)
         return float(mpmath.ncdf(mu - quantile))

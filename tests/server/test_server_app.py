@@ -222,6 +222,7 @@ def make_job(folder, *, cohort=CLIENTS, min_replies=2, rounds=ROUNDS, epsilon=3.
         task=TASK,
         shape=SHAPE,
         aggregator=Aggregator(),
+        nodes=CLIENTS,
         cohort=cohort,
         seed=0,
         schedule=Schedule.CONSTANT,
@@ -426,3 +427,24 @@ def test_a_server_without_a_cohort_is_refused(tmp_path):
         pytest.raises(PlanError, match="cohort"),
     ):
         app(grid=grid, context=Context(1, 0, {}, RecordDict(), {}))
+
+
+def test_a_wrong_number_of_nodes_is_told_with_the_remedy(tmp_path, monkeypatch):
+    import server.app
+
+    monkeypatch.setattr(server.app.time, "sleep", lambda _: None)
+    monkeypatch.setattr(server.app.time, "monotonic", iter(range(0, 1000, 10)).__next__)
+    job, book = make_job(tmp_path, rounds=1)
+    with (
+        LocalGrid(honest(book, tmp_path), nodes=2, run_config={}) as grid,
+        pytest.raises(RunError, match="expected 4 nodes, got 2"),
+    ):
+        run(job, grid)
+
+
+@pytest.mark.parametrize(("rounds", "clients", "cohort"), [(20, 10, 10), (40, 10, 3), (100, 1000, 50), (41, 7, 2)])
+def test_spare_charges_follow_the_turns_of_one_client(rounds, clients, cohort):
+    from simulations.scenario import Scenario
+
+    scenario = Scenario(rounds=rounds, clients=clients, cohort=cohort).resolved(100 * clients)
+    assert scenario.retries == max(1, -(-joins_of(rounds, clients, cohort) // 20))

@@ -1,0 +1,325 @@
+"""Measures, and compares within one run: ``python -m bench [NAME...] [--repeat 5] [--json FILE]``.
+
+Every comparison interleaves the two sides, so that both see the same machine, and reports medians and their ratio.
+The peers' scripts are looked for in ``$TACIT_PEERS`` or beside the repository in ``../shared/peers``; without them
+their rows are skipped and say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = Path(os.environ.get("TACIT_PEERS") or ROOT.parent / "shared" / "peers")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+# The peers' job: 2 clients, 10 rounds, batch 32 of 718 records, an epoch of 23 steps, noise 1, clip 1, rate 0.5.
+PEER_JOB = {
+    "task": "bench.tasks:PEER",
+    "clients": 2,
+    "rounds": 10,
+    "steps-per-round": 23,
+    "sample-rate": 32 / 718,
+    "noise-multiplier": 1.0,
+    "l2-clip": 1.0,
+    "lr": 0.5,
+}
+
+
+class Skipped(Exception):
+    """A benchmark that cannot run here; its text says why."""
+
+
+def tacit(*arguments: str, code: str = "") -> tuple[float, str]:
+    """Runs the command, or a piece of code that uses the library, in a process of its own; seconds and output."""
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "tacit", *arguments]
+    return timed(command, cwd=ROOT, env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)})
+
+
+def timed(command: list[str], *, cwd: Path, env: dict[str, str]) -> tuple[float, str]:
+    """Runs a command; returns its wall time in seconds and what it printed."""
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"{command[:4]} failed with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+    return seconds, done.stdout
+
+
+def simulate_here(keys: dict[str, object], folder: Path) -> list[dict[str, float]]:
+    """Runs one job in this process; returns its rounds' lines."""
+    from simulations.run import simulate
+    from tacit import Scenario
+
+    class Quiet:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_: None
+
+    simulate(Scenario.layered(None, keys), out=folder, observer=Quiet())
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="tacit-bench-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _peer_only(mode: str) -> str:
+    """The peers' loop in one mode only, as a program: their file runs every mode when it is imported."""
+    source = (PEERS / "opacus_bare_loop.py").read_text()
+    return source.partition("run(); run(mode=")[0] + f'\nrun(mode="{mode}")\n'
+
+
+def _need_peers() -> None:
+    if not (PEERS / "opacus_bare_loop.py").exists():
+        raise Skipped(f"no peers at {PEERS}; set TACIT_PEERS")
+
+
+def dp_job(repeat: int) -> dict[str, object]:
+    """The peers' private job: our rounds against theirs, and our whole process against theirs."""
+    _need_peers()
+    flags = [f"--{name}={value}" for name, value in PEER_JOB.items()]
+    theirs, their_process, ours, our_process = [], [], [], []
+    for _ in range(repeat):
+        seconds, output = timed(
+            [sys.executable, "-c", _peer_only("hooks")],
+            cwd=PEERS / "flower_app",
+            env=os.environ | ONE_THREAD | {"PYTHONPATH": str(PEERS / "flower_app")},
+        )
+        theirs.append(float(output.split()[2]))
+        their_process.append(seconds)
+        with scratch() as folder:
+            seconds, _ = tacit("simulate", *flags, "--quiet", f"--out={folder / 'run'}")
+            lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+        ours.append(sum(line["seconds"] for line in lines))
+        our_process.append(seconds)
+    return {
+        "ten rounds, hooks bare (s)": statistics.median(theirs),
+        "ten rounds, tacit (s)": statistics.median(ours),
+        "rounds, ratio (at most 1.0, target 0.7)": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "process, hooks bare (s)": statistics.median(their_process),
+        "process, tacit (s)": statistics.median(our_process),
+        "process, ratio (at most 1.5)": statistics.median(
+            a / b for a, b in zip(our_process, their_process, strict=True)
+        ),
+    }
+
+
+def flower(repeat: int) -> dict[str, object]:
+    """The peers' private job as a plain Flower app under ``flwr run``; needs no network, installs nothing."""
+    _need_peers()
+    flags = [f"--{name}={value}" for name, value in PEER_JOB.items()]
+    ratios, process_ratios = [], []
+    for _ in range(max(1, repeat // 2)):
+        with scratch() as folder:
+            # Flower's run uses the app folder's own name; the peers' folder is only read.
+            shutil.copytree(PEERS / "flower_app", folder / "app")
+            env = os.environ | {
+                "FLWR_HOME": str(folder / "home"),
+                "FLWR_TELEMETRY_ENABLED": "0",
+                "FLWR_DISABLE_UPDATE_CHECK": "1",
+                "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            }
+            try:
+                command = [str(Path(sys.executable).parent / "flwr"), "run", ".", "--stream"]
+                command += ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
+                seconds, output = timed(command, cwd=folder / "app", env=env)
+            finally:
+                _stop_superlink(folder / "home")
+            found = re.search(r"TRAIN_SECONDS ([0-9.]+)", output)
+            if not found:
+                raise Skipped(f"flwr run printed no TRAIN_SECONDS: {output[-300:]}")
+            our_seconds, _ = tacit("simulate", *flags, "--quiet", f"--out={folder / 'run'}")
+            lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+            ratios.append(float(found[1]) / sum(line["seconds"] for line in lines))
+            process_ratios.append(seconds / our_seconds)
+    return {
+        "TRAIN_SECONDS / our rounds (at least 10)": statistics.median(ratios),
+        "flwr run / tacit simulate, whole process (at least 4)": statistics.median(process_ratios),
+    }
+
+
+def _stop_superlink(home: Path) -> None:
+    """Ends the SuperLink that ``flwr run`` left running under this home."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "environ").read_bytes().split(b"\0")
+            if f"FLWR_HOME={home}".encode() in words:
+                os.kill(int(entry.name), signal.SIGTERM)
+
+
+def engine(repeat: int) -> dict[str, object]:
+    """What a client's round costs beyond training, for 100,000 parameters: messages, conversion, ledger, keep, receipts."""
+    from privacy.dpsgd import PrivateTrainer
+    from server import app as server_app
+
+    spent = {"train": 0.0, "evaluate": 0.0}
+    train, evaluate = PrivateTrainer.train, server_app.evaluate
+
+    def timed_call(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return call
+
+    PrivateTrainer.train = timed_call("train", train)  # type: ignore[method-assign,assignment]
+    server_app.evaluate = timed_call("evaluate", evaluate)  # type: ignore[assignment]
+    clients, rounds, overheads = 50, 8, []
+    try:
+        for _ in range(repeat):
+            before = sum(spent.values())
+            with scratch() as folder:
+                keys = {"task": "bench.tasks:WIDE", "clients": clients, "rounds": rounds, "steps-per-round": 1}
+                lines = simulate_here(keys, folder / "run")
+            total = sum(line["seconds"] for line in lines) - (sum(spent.values()) - before)
+            overheads.append(1e3 * total / (clients * rounds))
+    finally:
+        PrivateTrainer.train, server_app.evaluate = train, evaluate  # type: ignore[method-assign]
+    return {"beyond training, per client and round (ms, at most 1)": statistics.median(overheads)}
+
+
+def scale(repeat: int) -> dict[str, object]:
+    """1,000 against 100,000 virtual clients, cohort 50: round time, memory, start-up."""
+    code = (
+        "import json, resource, sys, time\n"
+        "import flwr, opacus, torch, sklearn.datasets, simulations.run, simulations.engine, dp_accounting.pld.pld_privacy_accountant\n"
+        "began = time.perf_counter()\n"
+        "from pathlib import Path\n"
+        "import bench.__main__ as b\n"
+        "first = []\n"
+        "from server import app\n"
+        "run = app.run\n"
+        "def watched(*a):\n"
+        "    first.append(time.perf_counter() - began)\n"
+        "    return run(*a)\n"
+        "app.run = watched\n"
+        "with b.scratch() as folder:\n"
+        "    lines = b.simulate_here({'task': 'bench.tasks:WIDE', 'clients': int(sys.argv[1]), 'cohort': 50, 'rounds': 12,\n"
+        "        'partition': 'virtual', 'records-per-client': 50, 'mode': 'hooks'}, folder / 'run')\n"
+        "seconds = sorted(line['seconds'] for line in lines[2:])\n"
+        "print(json.dumps([seconds[len(seconds) // 2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, first[0]]))\n"
+    )
+    rows: dict[int, list[list[float]]] = {1000: [], 100_000: []}
+    for _ in range(repeat):
+        for clients, row in rows.items():
+            _, output = timed(
+                [sys.executable, "-c", code, str(clients)],
+                cwd=ROOT,
+                env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)},
+            )
+            row.append(json.loads(output.splitlines()[-1]))
+    small, large = ([statistics.median(column) for column in zip(*row, strict=True)] for row in rows.values())
+    return {
+        "round, 1,000 clients (s)": small[0],
+        "round, 100,000 clients (s)": large[0],
+        "round, ratio (below 1.1)": statistics.median(
+            b[0] / a[0] for a, b in zip(rows[1000], rows[100_000], strict=True)
+        ),
+        "memory, difference (MB, below 50)": large[1] - small[1],
+        "start-up beyond imports, 100,000 clients (s, below 5)": large[2],
+    }
+
+
+def startup(repeat: int) -> dict[str, object]:
+    """How long ``tacit --help`` takes, against a Python that does nothing."""
+    help_s = [tacit("--help")[0] for _ in range(repeat)]
+    empty_s = [tacit(code="pass")[0] for _ in range(repeat)]
+    return {"tacit --help (s, below 1)": statistics.median(help_s), "python -c pass (s)": statistics.median(empty_s)}
+
+
+def accuracy(repeat: int) -> dict[str, object]:
+    """The main job's test accuracy over seeds, its epsilon, and its wall time as a process."""
+    accuracies, seconds, epsilons = [], [], []
+    for seed in range(repeat):
+        with scratch() as folder:
+            took, output = tacit("simulate", f"--seed={seed}", "--json", f"--out={folder / 'run'}")
+        summary = json.loads(output.splitlines()[-1])
+        accuracies.append(summary["metrics"]["accuracy"])
+        epsilons.append(summary["epsilon"])
+        seconds.append(took)
+    return {
+        "accuracy, median (at least 0.85)": statistics.median(accuracies),
+        "accuracy, all seeds": [round(value, 4) for value in accuracies],
+        "epsilon, add/remove, at most": max(epsilons),
+        "whole process (s, below 60)": statistics.median(seconds),
+    }
+
+
+BENCHES = {
+    "startup": startup,
+    "accuracy": accuracy,
+    "dp-job": dp_job,
+    "flower": flower,
+    "engine": engine,
+    "scale": scale,
+}
+
+
+def main() -> None:
+    """Runs the benchmarks that are named, or all of them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHES)} (default all)")
+    parser.add_argument("--repeat", type=int, default=5, help="repetitions, of which medians are reported (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in BENCHES:
+            parser.error(f"expected one of {', '.join(BENCHES)}, got {name}")
+    import torch
+
+    torch.set_num_threads(1)
+    processor = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    print(
+        f"{time.strftime('%Y-%m-%d')}  {processor}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    figures: dict[str, object] = {}
+    for name in arguments.names or BENCHES:
+        print(f"\n{name}: {BENCHES[name].__doc__}", flush=True)
+        try:
+            figures[name] = rows = BENCHES[name](arguments.repeat)
+        except Skipped as reason:
+            figures[name] = f"skipped: {reason}"
+            print(f"  skipped: {reason}")
+            continue
+        for row, value in rows.items():
+            print(f"  {row:62s} {value:.4g}" if isinstance(value, float) else f"  {row:62s} {value}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
