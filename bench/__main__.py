@@ -40,7 +40,7 @@ PEER_JOB = {
 }
 
 
-class Skipped(Exception):
+class Skipped(Exception):  # noqa: N818 -- no error, an answer
     """A benchmark that cannot run here; its text says why."""
 
 
@@ -170,65 +170,75 @@ def _stop_superlink(home: Path) -> None:
 
 
 def engine(repeat: int) -> dict[str, object]:
-    """What a client's round costs beyond training, for 100,000 parameters: messages, conversion, ledger, keep, receipts."""
+    """What a client's round of a 100,000-parameter model costs beyond training, loading data and evaluating."""
+    from clients import holder as clients_holder
     from privacy.dpsgd import PrivateTrainer
+    from privacy.ledger import Book, Receipt
     from server import app as server_app
 
-    spent = {"train": 0.0, "evaluate": 0.0}
-    train, evaluate = PrivateTrainer.train, server_app.evaluate
+    spent: dict[str, float] = {}
 
-    def timed_call(name: str, function: Callable[..., object]) -> Callable[..., object]:
+    def watch(owner: object, name: str, row: str) -> Callable[[], None]:
+        function = getattr(owner, name)
+
         def call(*args: object, **kwargs: object) -> object:
             began = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent[name] += time.perf_counter() - began
+                spent[row] = spent.get(row, 0.0) + time.perf_counter() - began
 
-        return call
+        setattr(owner, name, call)
+        return lambda: setattr(owner, name, function)
 
-    PrivateTrainer.train = timed_call("train", train)  # type: ignore[method-assign,assignment]
-    server_app.evaluate = timed_call("evaluate", evaluate)  # type: ignore[assignment]
-    clients, rounds, overheads = 50, 8, []
+    undo = [
+        watch(PrivateTrainer, "train", "other"),
+        watch(clients_holder.Holder, "records", "other"),
+        watch(server_app, "evaluate", "other"),
+        watch(Book, "charge", "chain"),
+        watch(clients_holder.Kept, "put", "chain"),
+        watch(clients_holder.Kept, "get", "chain"),
+        watch(server_app, "countersign", "chain"),
+        watch(server_app, "write_lines", "chain"),
+        watch(server_app, "save", "chain"),
+    ]
+    from_json = Receipt.from_json
+    Receipt.from_json = lambda text: _added(spent, "chain", from_json, text)  # type: ignore[method-assign,assignment]
+    clients, rounds, engines, chains = 50, 8, [], []
     try:
         for _ in range(repeat):
-            before = sum(spent.values())
+            spent.clear()
             with scratch() as folder:
                 keys = {"task": "bench.tasks:WIDE", "clients": clients, "rounds": rounds, "steps-per-round": 1}
-                lines = simulate_here(keys, folder / "run")
-            total = sum(line["seconds"] for line in lines) - (sum(spent.values()) - before)
-            overheads.append(1e3 * total / (clients * rounds))
+                lines = simulate_here(keys | {"mode": "hooks"}, folder / "run")
+            total = sum(line["seconds"] for line in lines)
+            engines.append(1e3 * (total - spent["other"] - spent["chain"]) / (clients * rounds))
+            chains.append(1e3 * spent["chain"] / (clients * rounds))
     finally:
-        PrivateTrainer.train, server_app.evaluate = train, evaluate  # type: ignore[method-assign]
-    return {"beyond training, per client and round (ms, at most 1)": statistics.median(overheads)}
+        for restore in undo:
+            restore()
+        Receipt.from_json = from_json  # type: ignore[method-assign]
+    return {
+        "engine, messages and record conversion (ms per client, at most 1)": statistics.median(engines),
+        "ledger, keep, receipts and checkpoint beside it (ms per client)": statistics.median(chains),
+    }
+
+
+def _added(spent: dict[str, float], row: str, function: Callable[[str], object], text: str) -> object:
+    began = time.perf_counter()
+    try:
+        return function(text)
+    finally:
+        spent[row] = spent.get(row, 0.0) + time.perf_counter() - began
 
 
 def scale(repeat: int) -> dict[str, object]:
     """1,000 against 100,000 virtual clients, cohort 50: round time, memory, start-up."""
-    code = (
-        "import json, resource, sys, time\n"
-        "import flwr, opacus, torch, sklearn.datasets, simulations.run, simulations.engine, dp_accounting.pld.pld_privacy_accountant\n"
-        "began = time.perf_counter()\n"
-        "from pathlib import Path\n"
-        "import bench.__main__ as b\n"
-        "first = []\n"
-        "from server import app\n"
-        "run = app.run\n"
-        "def watched(*a):\n"
-        "    first.append(time.perf_counter() - began)\n"
-        "    return run(*a)\n"
-        "app.run = watched\n"
-        "with b.scratch() as folder:\n"
-        "    lines = b.simulate_here({'task': 'bench.tasks:WIDE', 'clients': int(sys.argv[1]), 'cohort': 50, 'rounds': 12,\n"
-        "        'partition': 'virtual', 'records-per-client': 50, 'mode': 'hooks'}, folder / 'run')\n"
-        "seconds = sorted(line['seconds'] for line in lines[2:])\n"
-        "print(json.dumps([seconds[len(seconds) // 2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, first[0]]))\n"
-    )
     rows: dict[int, list[list[float]]] = {1000: [], 100_000: []}
     for _ in range(repeat):
         for clients, row in rows.items():
             _, output = timed(
-                [sys.executable, "-c", code, str(clients)],
+                [sys.executable, "-m", "bench.population", str(clients)],
                 cwd=ROOT,
                 env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)},
             )
@@ -280,11 +290,17 @@ BENCHES = {
 }
 
 
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
 def main() -> None:
     """Runs the benchmarks that are named, or all of them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHES)} (default all)")
     parser.add_argument("--repeat", type=int, default=5, help="repetitions, of which medians are reported (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
@@ -295,17 +311,13 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    processor = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
+    facts = (
+        _processor(),
+        f"{os.cpu_count()} cores",
+        f"torch {torch.__version__}",
+        f"Python {platform.python_version()}",
     )
-    print(
-        f"{time.strftime('%Y-%m-%d')}  {processor}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    print(time.strftime("%Y-%m-%d"), *facts, sep="  ")
     figures: dict[str, object] = {}
     for name in arguments.names or BENCHES:
         print(f"\n{name}: {BENCHES[name].__doc__}", flush=True)

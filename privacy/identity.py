@@ -36,6 +36,7 @@ class Secret:
         if len(seed) != 32:
             raise LedgerError(f"expected a secret of 32 bytes, got {len(seed)}; restore the key file from its backup")
         self.__seed = seed
+        self.__identities: dict[str, Identity] = {}
 
     @classmethod
     def load_or_create(cls, path: Path) -> Secret:
@@ -67,8 +68,10 @@ class Secret:
         return hmac.new(self.__seed, purpose.encode(), hashlib.sha256).digest()
 
     def identity(self, name: str) -> Identity:
-        """Returns the signing identity of one name under this secret."""
-        return Identity(self.derive(f"tacit/identity/1/{name}"))
+        """Returns the signing identity of one name under this secret; made once, for it costs as much as a signature."""
+        if name not in self.__identities:
+            self.__identities[name] = Identity(self.derive(f"tacit/identity/1/{name}"))
+        return self.__identities[name]
 
     def commitment(self, name: str, content: bytes) -> str:
         """Returns a keyed commitment to content, in hex: equal content, equal value; nothing else can be learnt.

@@ -281,6 +281,7 @@ def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dic
     state.moments, state.updates = job.aggregator.moments, job.aggregator.updates
     for node, _, receipt in updates:
         state.witnesses[node] = f"{receipt.seq}:{receipt.head}"
+        state.identities[node] = _identity_of(receipt)
         state.spent[receipt.account] = receipt.spent
     due = number % job.evaluate_every == 0 or number == job.plan.rounds
     line = {
@@ -332,9 +333,7 @@ def _model_of(requests: Mapping[int, Message]) -> ArrayRecord:
     return ArrayRecord()
 
 
-def check(
-    reply: Message, job: Job, state: State, request: Message | None, model: str
-) -> tuple[Arrays, Receipt] | str:
+def check(reply: Message, job: Job, state: State, request: Message | None, model: str) -> tuple[Arrays, Receipt] | str:
     """Reads a reply, trusting none of it.
 
     Args:
@@ -368,9 +367,15 @@ def check(
     digest = request_digest({key: value for key, value in fields if isinstance(value, str | int | float)}, model)
     if (receipt.job, receipt.round, receipt.request) != (job.id, state.round + 1, digest):
         return "missing"
-    if receipt.seq <= int(previous[0]):
+    # The first receipt pins a node to one account and key: a fresh ledger would hide what the old one spent.
+    pinned = state.identities.get(reply.metadata.src_node_id, _identity_of(receipt))
+    if receipt.seq <= int(previous[0]) or pinned != _identity_of(receipt):
         return "missing"
     return update, receipt
+
+
+def _identity_of(receipt: Receipt) -> str:
+    return f"{receipt.account}:{receipt.public_key}"
 
 
 def countersign(identity: Identity, receipt: Receipt) -> str:

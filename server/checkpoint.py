@@ -33,6 +33,7 @@ class State:
         moments: The aggregator's state.
         updates: Rounds that changed the model.
         witnesses: Per node, sequence number and hash of its last receipt, as ``"number:hash"``.
+        identities: Per node, account and public key of its first receipt, as ``"account:key"``; they may not change.
         declined: Nodes that declined for good; they are not asked again.
         spent: Per account, what its last receipt says.
         lines: Number of finished lines in the metrics and receipts files.
@@ -44,6 +45,7 @@ class State:
     moments: dict[str, Arrays] = dataclasses.field(default_factory=dict)
     updates: int = 0
     witnesses: dict[int, str] = dataclasses.field(default_factory=dict)
+    identities: dict[int, str] = dataclasses.field(default_factory=dict)
     declined: list[int] = dataclasses.field(default_factory=list)
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -65,6 +67,7 @@ def save(state: State, path: Path) -> None:
         "round": state.round,
         "updates": state.updates,
         "witnesses": {str(node): witness for node, witness in state.witnesses.items()},
+        "identities": {str(node): identity for node, identity in state.identities.items()},
         "declined": sorted(state.declined),
         "spent": state.spent,
         "lines": state.lines,
@@ -103,6 +106,7 @@ def load(path: Path) -> State:
             moments={name.removeprefix("moments/"): arrays for name, arrays in groups.items() if name != "model"},
             updates=fields["updates"],
             witnesses={int(node): witness for node, witness in fields["witnesses"].items()},
+            identities={int(node): identity for node, identity in fields["identities"].items()},
             declined=fields["declined"],
             spent=fields["spent"],
             lines=fields["lines"],

@@ -18,8 +18,9 @@ from models.task import TASKS
 from privacy.accounting import Grant, solve_noise
 from privacy.errors import PlanError, RunError
 from privacy.identity import Secret, verify
-from privacy.ledger import Book
+from privacy.ledger import Book, ChargeRequest
 from privacy.plan import Local, Mode, Plan
+from privacy.wire import request_digest
 from server.aggregate import Aggregator, Strategy
 from server.app import (
     CHECKPOINT,
@@ -199,6 +200,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypa
 
 def make_job(folder, *, cohort=CLIENTS, min_replies=2, rounds=ROUNDS, epsilon=3.0, joins=None, **changes):
     joins = joins or rounds + 1
+    folder.mkdir(parents=True, exist_ok=True)
     noise, order = solve_noise(epsilon=3.0, delta=1e-5, sample_rate=0.2, steps=joins)
     plan = Plan(
         sample_rate=0.2,
@@ -348,6 +350,49 @@ def test_a_replayed_reply_of_an_earlier_round_is_not_used(tmp_path):
     with LocalGrid(swapped(honest(book, tmp_path), replayed), nodes=CLIENTS, run_config={}) as grid:
         run(job, grid)
     assert [line["replies"] for line in lines(tmp_path)] == [CLIENTS, CLIENTS - 1, CLIENTS - 1]
+
+
+def _with_fresh_ledgers(tmp_path):
+    """Runs a job whose first client makes itself a fresh ledger for every round after the first."""
+    job, book = make_job(tmp_path)
+
+    def app(message, context):
+        number = message.content["job"]["round"]
+        if context.node_id > 1 or number == 1:
+            return honest(book, tmp_path)(message, context)
+        folder = tmp_path / f"fresh-{number}"
+        _, fresh = make_job(folder)
+        for other in range(number):
+            # Charged for other jobs, so that the sequence number grows as an honest one would.
+            charge = ChargeRequest(name="c1", job=f"{other:032x}", round=1, request="0" * 64, plan=_cheap(job.plan))
+            fresh.charge([charge])
+        message.content["job"]["witness"] = ""
+        return honest(fresh, folder)(message, context)
+
+    with LocalGrid(app, nodes=CLIENTS, run_config={}) as grid:
+        run(job, grid)
+    return [line["replies"] for line in lines(tmp_path)]
+
+
+def _cheap(plan):
+    return dataclasses.replace(plan, noise_multiplier=100.0)
+
+
+def test_g14_a_client_with_a_fresh_ledger_is_not_believed(tmp_path):
+    assert _with_fresh_ledgers(tmp_path) == [CLIENTS, CLIENTS - 1, CLIENTS - 1]
+
+
+def test_g14_planted_bug_without_pinned_identities_a_fresh_ledger_is_believed(tmp_path, monkeypatch):
+    import server.app
+
+    monkeypatch.setattr(server.app, "_identity_of", lambda receipt: "anyone")
+    # The request it was paid for differs in the witness, which the receipt binds; ask without one to isolate the pin.
+    monkeypatch.setattr(server.app, "request_digest", lambda fields, model: _digest_without_witness(fields, model))
+    assert _with_fresh_ledgers(tmp_path) != [CLIENTS, CLIENTS - 1, CLIENTS - 1]
+
+
+def _digest_without_witness(fields, model):
+    return request_digest({**fields, "witness": ""}, model)
 
 
 def test_a_round_with_too_few_replies_leaves_the_model_as_it_is(tmp_path):
