@@ -592,7 +592,10 @@ def _closing(summary: Mapping[str, object]) -> None:
     for name, value in (metrics if isinstance(metrics, Mapping) else {}).items():
         rows[str(name)] = _metric(str(name), float(value))
     rows["epsilon"] = f"{_epsilon(summary.get('epsilon'))} {at} for each client, add or remove one record"
-    rows[" replace"] = f"{_epsilon(summary.get('epsilon_replace_one'))} {at} for each client, replace one record"
+    # Where group privacy gives the figure, it holds at a larger delta.
+    swap = summary.get("delta_replace_one")
+    swap_at = f"at delta {swap:.3g}" if isinstance(swap, float) else at
+    rows[" replace"] = f"{_epsilon(summary.get('epsilon_replace_one'))} {swap_at} for each client, replace one record"
     if isinstance(seconds, int | float):
         rows["time"] = f"{_clock(float(seconds))}, {summary.get('rounds')} rounds"
     spent, budget = summary.get("epsilon_spent"), summary.get("budget")

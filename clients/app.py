@@ -27,14 +27,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from clients.holder import Holder, Release, noise_name
-from models.task import Task
 from privacy.dpsgd import PrivateTrainer
 from privacy.errors import PlanError
 from privacy.ledger import ChargeRequest, Word
 from privacy.plan import Local, Plan, require
 from privacy.wire import model_digest, read_float32, request_digest, write_float32
 
-REQUEST_KEYS: Final = frozenset({"job", "round", "task", "plan", "local", "lr", "witness"})
+REQUEST_KEYS: Final = frozenset({"job", "round", "task", "plan", "local", "lr", "seed", "witness"})
 _TEXT_BYTES: Final = 8 * 1024
 _JOB: Final = re.compile(r"[0-9a-f]{32}")
 _WITNESS: Final = re.compile(r"(?:|\d{1,12}:[0-9a-f]{64})")
@@ -53,6 +52,7 @@ class Request:
         plan: The plan of the job.
         local: Learning knobs.
         lr: Learning rate of this round, > 0.
+        seed: Seed of the model's frozen parameters, which do not travel.
         witness: Sequence number and hash of the last receipt the server holds, or None.
         arrays: The model's trainable parameters as they came.
         digest: SHA-256 of the whole request, in hex.
@@ -64,6 +64,7 @@ class Request:
     plan: Plan
     local: Local
     lr: float
+    seed: int
     witness: tuple[int, str] | None
     arrays: ArrayRecord
     digest: str
@@ -103,16 +104,18 @@ def parse_request(message: Message) -> Request:
         if not isinstance(text, str) or len(text) > _TEXT_BYTES:
             raise PlanError(f"expected a short text as {key!r}, got something else")
         texts[key] = text
-    number, lr = job["round"], job["lr"]
+    number, lr, seed = job["round"], job["lr"], job["seed"]
     # Exact types: True is an int in Python, and an int would hash like a float.
     if type(number) is not int or not 1 <= number <= 10**9:
         raise PlanError("expected a round from 1, got something else")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise PlanError("expected a seed from 0, got something else")
     if type(lr) is not float or not 0 < lr < 1e9:
         raise PlanError("expected a learning rate > 0, got something else")
     require(_JOB.fullmatch(texts["job"]) is not None, "expected a job identity of 32 hex digits, got another text")
     require(_WITNESS.fullmatch(texts["witness"]) is not None, "expected a witness 'number:hash' or nothing")
     seq, _, head = texts["witness"].partition(":")
-    fields: dict[str, str | int | float] = {**texts, "round": number, "lr": lr}
+    fields: dict[str, str | int | float] = {**texts, "round": number, "lr": lr, "seed": seed}
     return Request(
         job=texts["job"],
         round=number,
@@ -120,6 +123,7 @@ def parse_request(message: Message) -> Request:
         plan=_plan(texts["plan"]),
         local=_local(texts["local"]),
         lr=lr,
+        seed=seed,
         witness=(int(seq), head) if seq else None,
         arrays=arrays,
         digest=request_digest(fields, _arrays_digest(arrays)),
@@ -183,8 +187,8 @@ def decode(arrays: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]) -> torch.
     parts = []
     for name, array in arrays.items():
         require(
-            array.dtype == "float32" and array.stype == "numpy.ndarray",
-            f"expected {name} as float32, got {array.dtype[:16]}; is it the same task?",
+            array.dtype == "float32" and array.stype == "numpy.ndarray" and tuple(array.shape) == shapes[name],
+            f"expected {name} as float32 {shapes[name]}, got {array.dtype[:16]}; is it the same task?",
         )
         parts.append(read_float32(array.data, shapes[name], name).reshape(-1))
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0)
@@ -204,8 +208,10 @@ def encode(flat: np.ndarray[tuple[int], np.dtype[np.float32]], shapes: Mapping[s
 class _Worker:
     """One task's trainer under one plan, built once and used for every client and round of a process."""
 
-    def __init__(self, task: Task, holder: Holder, plan: Plan, local: Local) -> None:
-        self.model = task.build(holder.shape)
+    def __init__(self, holder: Holder, request: Request) -> None:
+        task, plan, local = holder.task, request.plan, request.local
+        self.task, self.shape = task, holder.shape
+        self.model = task.fresh(holder.shape, request.seed)
         self.trainer = PrivateTrainer(
             self.model, task.loss, plan=plan, local=local, augment=task.augment, device=holder.device
         )
@@ -218,22 +224,17 @@ class _Worker:
         return start
 
 
-_workers: dict[tuple[str, str, str, str, tuple[int, ...]], _Worker] = {}
+_workers: dict[tuple[str, str, int, str], _Worker] = {}
 
 
 def _worker(holder: Holder, request: Request) -> _Worker:
-    key = (
-        holder.task.name,
-        request.plan.digest(),
-        request.local.to_json(),
-        holder.device,
-        holder.shape.inputs,
-    )
-    if key not in _workers:
+    key = (request.plan.digest(), request.local.to_json(), request.seed, holder.device)
+    worker = _workers.get(key)
+    if worker is None or worker.task is not holder.task or worker.shape != holder.shape:
         # One job at a time: an older job's model would only hold memory.
         _workers.clear()
-        _workers[key] = _Worker(holder.task, holder, request.plan, request.local)
-    return _workers[key]
+        worker = _workers[key] = _Worker(holder, request)
+    return worker
 
 
 def answer(request: Request, holder: Holder) -> Release | Word:
@@ -244,7 +245,8 @@ def answer(request: Request, holder: Holder) -> Release | Word:
         Once: two returned releases of one charge are byte-identical (G9).
 
     Raises:
-        TacitError: Only for a simulated holder, whose faults are the experimenter's own.
+        PlanError: The model is not this task's; nothing was charged.
+        TacitError: Anything else that went wrong; `client_app` turns it into a fixed word.
     """
     kept = holder.kept.get(request.job, holder.account(), request.digest)
     if kept is not None:
@@ -267,40 +269,41 @@ def answer(request: Request, holder: Holder) -> Release | Word:
     return release
 
 
-def client_app(find: Callable[[Context], Holder]) -> ClientApp:
+def client_app(find: Callable[[Context], Holder], *, simulated: bool = False) -> ClientApp:
     """Makes the client application.
 
     Args:
         find: Returns the holder that a context belongs to.
+        simulated: Whether faults are the experimenter's own and may be raised. A real holder answers a fixed word.
 
     Returns:
         A Flower ``ClientApp`` that answers "train" and nothing else: evaluating on private data would be a release.
     """
     app = ClientApp()
 
+    def content_of(message: Message, context: Context) -> RecordDict:
+        request = parse_request(message)
+        result = answer(request, find(context))
+        if isinstance(result, Word):
+            return refusal(result)
+        # The request's own shapes: `decode` found them to be the model's before anything was charged for it.
+        shapes = {name: tuple(array.shape) for name, array in request.arrays.items()}
+        receipt = ConfigRecord({"receipt": result.receipt.to_json()})
+        return RecordDict({"arrays": encode(result.parameters, shapes), "receipt": receipt})
+
+    def refusal(word: Word) -> RecordDict:
+        return RecordDict({"refusal": ConfigRecord({"word": word.value})})
+
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        holder = find(context)
-        shapes: Mapping[str, tuple[int, ...]] = {}
         try:
-            request = parse_request(message)
-            result: Release | Word = answer(request, holder)
-            if isinstance(result, Release):
-                shapes = {name: tuple(array.shape) for name, array in request.arrays.items()}
+            content = content_of(message, context)
         except Exception as error:
-            if holder.simulated:
+            if simulated:
                 raise
             # An exception's presence and text could tell something about the data: one word leaves, the rest stays.
             _log.exception("a request was not served; the reason stays on this machine")
-            result = Word.MALFORMED if isinstance(error, PlanError) else Word.UNAVAILABLE
-        if isinstance(result, Word):
-            return Message(RecordDict({"refusal": ConfigRecord({"word": result.value})}), reply_to=message)
-        content = RecordDict(
-            {
-                "arrays": encode(result.parameters, shapes),
-                "receipt": ConfigRecord({"receipt": result.receipt.to_json()}),
-            }
-        )
+            content = refusal(Word.MALFORMED if isinstance(error, PlanError) else Word.UNAVAILABLE)
         return Message(content, reply_to=message)
 
     return app

@@ -147,8 +147,30 @@ class Holder:
     simulated: bool = False
 
     def charge(self, request: ChargeRequest) -> Receipt | Word:
-        """Gates and charges one request; on disk when it returns a receipt."""
-        return self.pay(request) if self.pay is not None else self.book.charge([request])[0]
+        """Gates and charges one request; on disk when it returns a receipt.
+
+        Guarantees:
+            Checked: whoever paid, the receipt is for exactly this request and stands in this holder's own ledger.
+
+        Raises:
+            LedgerError: A receipt was handed over that the ledger does not hold, or for another source of noise.
+        """
+        outcome = self.pay(request) if self.pay is not None else self.book.charge([request])[0]
+        if isinstance(outcome, Receipt):
+            self._require_charged(outcome, request)
+        return outcome
+
+    def _require_charged(self, receipt: Receipt, request: ChargeRequest) -> None:
+        account = self.book.accounts.get(self.name)
+        if account is None or receipt.seq >= len(account.heads):
+            self.book.refresh()
+            account = self.book.accounts.get(self.name)
+        stands = account is not None and account.heads[receipt.seq : receipt.seq + 1] == [receipt.head]
+        same = (receipt.job, receipt.round, receipt.request) == (request.job, request.round, request.request)
+        if account is None or not stands or not same or receipt.account != account.identity:
+            raise LedgerError("expected a receipt that this holder's ledger holds, got another; nothing was released")
+        if request.noise != SECURE_SOURCE and not receipt.test:
+            raise LedgerError("expected a charge that names its test noise, got one for the production source")
 
     def account(self) -> str:
         """Returns the data set's random identity, or an empty string before its grant."""

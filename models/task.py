@@ -71,6 +71,17 @@ class Task:
     shape: Shape | None = None
     declared_records: int | None = None
 
+    def fresh(self, shape: Shape, seed: int) -> nn.Module:
+        """Returns a new model whose parameters, frozen ones included, are the same wherever the seed is the same.
+
+        Args:
+            shape: Public shape of a record.
+            seed: Public seed in [0, 2**63).
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build(shape)
+
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("expected a task with a name, got an empty one; give it the name reports should show")

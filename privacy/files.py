@@ -8,7 +8,6 @@ from typing import TypeAlias
 
 from privacy.errors import RunError
 
-
 Buffer: TypeAlias = bytes | memoryview
 
 

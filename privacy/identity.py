@@ -68,7 +68,7 @@ class Secret:
         return hmac.new(self.__seed, purpose.encode(), hashlib.sha256).digest()
 
     def identity(self, name: str) -> Identity:
-        """Returns the signing identity of one name under this secret; made once, for it costs as much as a signature."""
+        """Returns the signing identity of one name under this secret; made once, it costs as much as a signature."""
         if name not in self.__identities:
             self.__identities[name] = Identity(self.derive(f"tacit/identity/1/{name}"))
         return self.__identities[name]

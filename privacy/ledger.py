@@ -23,7 +23,9 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import threading
 import time
 import weakref
@@ -116,6 +118,13 @@ class Receipt:
             for name, kind in _RECEIPT_TYPES.items():
                 if type(fields[name]) is not kind:
                     raise TypeError(f"{name} is not a {kind.__name__}")
+            for name, digits in _RECEIPT_HEX.items():
+                if not re.fullmatch(f"[0-9a-f]{{{digits}}}", fields[name]):
+                    raise ValueError(f"{name} is not {digits} hex digits")
+            if fields["seq"] < 0 or fields["round"] < 1 or fields["charges"] < 1:
+                raise ValueError("a count is too small")
+            if not (0 <= fields["spent"] < math.inf and 0 < fields["granted"] < math.inf and 0 < fields["delta"] < 1):
+                raise ValueError("a figure is out of range")
             receipt = cls(**fields)
             signed = receipt.signed_bytes()
             # A second text for the same receipt (a repeated key, other spacing) may be read differently elsewhere.
@@ -127,6 +136,14 @@ class Receipt:
         return receipt
 
 
+_RECEIPT_HEX: Final[Mapping[str, int]] = {
+    "account": 32,
+    "head": 64,
+    "job": 32,
+    "request": 64,
+    "public_key": 64,
+    "signature": 128,
+}
 _RECEIPT_TYPES: Final[Mapping[str, type]] = {
     **dict.fromkeys(("account", "head", "job", "request", "public_key", "signature"), str),
     **dict.fromkeys(("seq", "round", "charges"), int),

@@ -25,12 +25,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from models.task import Shape, Task
+from privacy.accounting import Event
 from privacy.errors import LedgerError, PlanError, RunError
 from privacy.files import write_whole
 from privacy.identity import Identity
@@ -171,16 +171,10 @@ def joins_of(rounds: int, clients: int, cohort: int) -> int:
     return rounds if cohort >= clients else math.ceil(rounds / (clients // cohort))
 
 
-def initial_model(task: Task, shape: Shape, seed: int) -> tuple[torch.nn.Module, Arrays]:
-    """Builds the model and its first trainable parameters, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = task.build(shape)
-    return model, {
-        name: value.detach().cpu().float().numpy().copy()
-        for name, value in model.named_parameters()
-        if value.requires_grad
-    }
+def trainable(model: torch.nn.Module) -> Arrays:
+    """Returns a model's trainable parameters by name; only these travel."""
+    parameters = model.named_parameters()
+    return {name: value.detach().cpu().float().numpy().copy() for name, value in parameters if value.requires_grad}
 
 
 def evaluate(job: Job, model: torch.nn.Module, arrays: Arrays) -> dict[str, float]:
@@ -206,8 +200,8 @@ def run(job: Job, grid: Grid) -> Ending:
         RunError: The checkpoint is damaged or of another job, or nothing can be written.
     """
     await_nodes(grid, job.nodes)
-    model, first = initial_model(job.task, job.shape, job.seed)
-    model.to(job.device)
+    model = job.task.fresh(job.shape, job.seed).to(job.device)
+    first = trainable(model)
     path = job.folder / CHECKPOINT
     if path.exists():
         state = load(path)
@@ -313,6 +307,8 @@ def ask(job: Job, state: State, number: int, cohort: Sequence[int]) -> Iterator[
         "task": job.task.name,
         "plan": job.plan.to_json(),
         "local": job.local.to_json(),
+        # Frozen parameters do not travel: client and server make the same ones from this seed.
+        "seed": job.seed,
         "lr": job.local.lr * job.schedule.factor(number, job.plan.rounds, job.warmup),
     }
     for node in cohort:
@@ -366,6 +362,9 @@ def check(reply: Message, job: Job, state: State, request: Message | None, model
     fields = asked.items() if isinstance(asked, ConfigRecord) else ()
     digest = request_digest({key: value for key, value in fields if isinstance(value, str | int | float)}, model)
     if (receipt.job, receipt.round, receipt.request) != (job.id, state.round + 1, digest):
+        return "missing"
+    # A receipt for less than the plan asks would make the client's spend look smaller than it is.
+    if receipt.event != Event.of_round(job.plan):
         return "missing"
     # The first receipt pins a node to one account and key: a fresh ledger would hide what the old one spent.
     pinned = state.identities.get(reply.metadata.src_node_id, _identity_of(receipt))

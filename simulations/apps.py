@@ -128,9 +128,9 @@ def _finish(job: Job, ending: Ending) -> None:
     session = sessions[job.folder]
     session.ending = ending
     if session.on_round is _print_round:
-        from simulations.run import render
+        from simulations.run import conclude
 
-        print(f"{ending}; report: {render(job.folder)}")
+        print(f"{ending}; report: {conclude(world_of(job.folder), ending)[1]}")
 
 
 def _print_round(line: Mapping[str, Any]) -> None:
@@ -151,7 +151,7 @@ def simulated_client(sources: Sources | None = None) -> ClientApp:
     def find(context: Context) -> Holder:
         return world_of(run_folder(context), sources).holder(context)
 
-    return client_app(find)
+    return client_app(find, simulated=True)
 
 
 server = server_app(_configure, _finish)

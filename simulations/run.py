@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import signal
 import threading
@@ -22,19 +19,17 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from clients.holder import Sources
-from privacy.accounting import Event, attacker_power, best_order, pld_epsilon, prv_epsilon, rdp
-from privacy.errors import BudgetExceeded, LedgerError, RunError
-from privacy.ledger import Account, Receipt
-from privacy.noise import SECURE_SOURCE
-from privacy.plan import Adjacency
-from privacy.report import ClientSpend, Prices, RunFacts, Verdict, partition_picture, write
-from server.app import CHECKPOINT, METRICS, RECEIPTS, Ending, server_app
-from server.checkpoint import load
+from privacy.errors import BudgetExceeded, RunError
+from privacy.files import write_whole
+from privacy.report import RunFacts, build, partition_picture, write
+from server.app import Ending, server_app
 from simulations import apps
+from simulations.evidence import STATUS, facts_of, render
 from simulations.scenario import BY_NAME, MACHINE, Scenario
 from simulations.world import World, now, server_context
 
-_STATUS_FILE: Final = "status.json"
+__all__ = ["Observer", "conclude", "facts_of", "render", "simulate"]
+
 # Whether a picture of the partition can still be read.
 _PICTURE_CLIENTS: Final = 200
 
@@ -112,18 +107,15 @@ def simulate(
     ending = session.ending
     if ending is None:
         raise RunError(f"expected the engine to finish the run, got an early end; resume it from {folder}")
-    (folder / _STATUS_FILE).write_text(json.dumps({"status": str(ending), "finished": now()}) + "\n")
-    if ending is not Ending.INTERRUPTED:
-        # A finished job asks nothing again, so nothing needs to be sent again.
-        shutil.rmtree(folder / "kept", ignore_errors=True)
-    facts = facts_of(world)
-    page = write(facts, folder)[1]
+    facts, page = conclude(world, ending)
+    headline = build(facts)["headline"]
     summary: dict[str, object] = {
         "status": "interrupted" if ending is Ending.INTERRUPTED else str(ending),
         "rounds": len(facts.rounds),
         "metrics": next((dict(line["metrics"]) for line in reversed(facts.rounds) if line["metrics"]), {}),
-        "epsilon": _headline(facts, facts.prices.pld if facts.prices.pld is not None else facts.prices.rdp),
-        "epsilon_replace_one": _headline(facts, facts.prices.pld_replace_one),
+        "epsilon": _figure(headline["epsilon"]),
+        "epsilon_replace_one": _figure(headline["replace_one"]["epsilon"]),
+        "delta_replace_one": headline["replace_one"]["delta"],
         "epsilon_spent": max((c.spent_epsilon or 0.0 for c in facts.clients), default=0.0),
         "budget": plan.epsilon,
         "delta": plan.delta,
@@ -140,11 +132,24 @@ def simulate(
     return summary
 
 
-def _headline(facts: RunFacts, epsilon: float | None) -> float | None:
-    """Returns the figure that may be printed: infinity under test noise, None where it is not one schedule's."""
-    if facts.test_noise:
-        return float("inf")
-    return epsilon if all(client.runs <= 1 for client in facts.clients) else None
+def conclude(world: World, ending: Ending) -> tuple[RunFacts, Path]:
+    """Notes how a run ended, clears what only a running job needs, and writes the report.
+
+    Returns:
+        What the report is made of, and where its page lies.
+    """
+    folder = world.folder
+    write_whole(folder / STATUS, json.dumps({"status": str(ending), "finished": now()}).encode())
+    if ending is not Ending.INTERRUPTED:
+        # A finished job asks nothing again, so nothing needs to be sent again.
+        shutil.rmtree(folder / "kept", ignore_errors=True)
+    facts = facts_of(world)
+    return facts, write(facts, folder)[1]
+
+
+def _figure(printed: float | str) -> float | None:
+    """Returns a figure as the report prints it: a number, infinity, or None for "unknown"."""
+    return None if printed == "unknown" else float(printed)
 
 
 def _new_folder(task: str) -> Path:
@@ -249,137 +254,3 @@ def _devices(device: str) -> tuple[str, ...]:
     import torch
 
     return (device,) if ":" in device else tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-
-
-# -- report -----------------------------------------------------------------------------------------------------
-
-
-def render(folder: Path) -> Path:
-    """Writes the report of a run folder anew, from its receipts and ledgers alone.
-
-    Raises:
-        TacitError: The folder is no run folder, or its ledgers or receipts are damaged.
-    """
-    return write(facts_of(World.open(folder.resolve())), folder)[1]
-
-
-def facts_of(world: World) -> RunFacts:
-    """Collects what a report is made of from a run folder."""
-    settled, folder, scenario = world.settled, world.folder, world.scenario
-    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()] if _has(folder, METRICS) else []
-    receipts = read_receipts(folder)
-    state = load(folder / CHECKPOINT)
-    # A witness names the account that a node's receipts belong to: nodes themselves mean nothing outside the engine.
-    heads = {receipt.head: receipt.account for receipt in receipts}
-    declined = {heads.get(state.witnesses.get(node, ":").partition(":")[2], "") for node in state.declined}
-    world.book.refresh()
-    joined = [account for account in world.book.accounts.values() if settled.id in account.jobs or account.jobs]
-    clients = [_spend(world, account, receipts, account.identity in declined) for account in joined]
-    noise = {receipt.test for receipt in receipts}
-    status = json.loads((folder / _STATUS_FILE).read_text()) if _has(folder, _STATUS_FILE) else {}
-    top = sorted((account.spent_rdp for account in joined), reverse=True)[: scenario.multiplicity]
-    composed = joined[0].grant.epsilon_of(sum(top)) if joined and scenario.multiplicity > 1 else None
-    return RunFacts(
-        job=settled.id,
-        task=world.task.name,
-        task_summary=world.task.summary,
-        record=world.task.record,
-        started=settled.started,
-        finished=str(status.get("finished", now())),
-        status=str(status.get("status", "not finished")),
-        config=scenario.to_mapping(),
-        plan=settled.plan,
-        local=settled.local,
-        rounds=lines,
-        clients=clients,
-        prices=prices_of(world),
-        multiplicity=scenario.multiplicity,
-        multiplicity_epsilon=composed,
-        noise_source="a test source" if True in noise else SECURE_SOURCE,
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        code_hash=settled.code,
-        witness="the server of this simulation, on the same machine",
-        covers=f"all runs in {settled.ledgers}" if settled.ledgers else "this run only",
-        simulation=world.truth(),
-        engine=f"{scenario.engine}, {scenario.workers} worker(s)",
-        device=settled.device,
-        hardware=f"{platform.machine()}, {os.cpu_count()} cores",
-    )
-
-
-_PACKAGES: Final = ("torch", "opacus", "flwr", "dp-accounting", "cryptography", "numpy")
-
-
-def _has(folder: Path, name: str) -> bool:
-    return (folder / name).exists()
-
-
-def read_receipts(folder: Path) -> list[Receipt]:
-    """Reads and verifies every countersigned receipt of a run.
-
-    Raises:
-        LedgerError: One does not verify.
-    """
-    from privacy.identity import verify
-
-    receipts = []
-    path = folder / RECEIPTS
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
-        try:
-            line = json.loads(text)
-            receipt = Receipt.from_json(line["receipt"])
-            verify(line["peer"], b"tacit/countersign/1\n" + line["receipt"].encode(), line["countersignature"])
-        except (ValueError, KeyError, TypeError, LedgerError) as error:
-            raise LedgerError(
-                f"expected whole receipts in {path}, got a damaged one at line {number}: {error}"
-            ) from None
-        receipts.append(receipt)
-    return receipts
-
-
-def _spend(world: World, account: Account, receipts: list[Receipt], declined: bool) -> ClientSpend:
-    mine = [receipt for receipt in receipts if receipt.account == account.identity]
-    # A receipt that the ledger does not contain means that the ledger was rolled back, forked or signed again.
-    sound = all(r.seq < len(account.heads) and account.heads[r.seq] == r.head for r in mine)
-    return ClientSpend(
-        name=account.name,
-        granted_epsilon=account.grant.epsilon,
-        delta=account.grant.delta,
-        spent_epsilon=account.spent,
-        rounds_joined=len({receipt.round for receipt in mine}),
-        charges=account.charges,
-        declined=int(declined),
-        runs=len(account.jobs),
-        receipts_missing=0,
-        test_noise=account.test,
-        history=tuple((receipt.round, receipt.spent) for receipt in sorted(mine, key=lambda r: r.round)),
-        public_key=world.book.secret.identity(account.identity).public_key,
-        ledger_head=account.heads[-1],
-        verdict=Verdict.VERIFIED if sound else Verdict.UNKNOWN,
-    )
-
-
-def prices_of(world: World) -> Prices:
-    """Prices the committed schedule with every accountant."""
-    plan, order = world.settled.plan, world.settled.order
-    event = Event.of_schedule(plan)
-    # Three deltas are enough to see how epsilon moves; each costs a quarter of a second.
-    curve = tuple((delta, pld_epsilon(event, delta)) for delta in (plan.delta, plan.delta / 10, plan.delta / 100))
-    prv, note = prv_epsilon(event, plan.delta)
-    grant = next((a.grant for a in world.book.accounts.values()), None)
-    gate = grant.epsilon_of(rdp(event, grant.order)) if grant else best_order(event, plan.delta)[1]
-    return Prices(
-        schedule=f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {event.steps} steps",
-        steps=event.steps,
-        gate=gate,
-        gate_order=grant.order if grant else order,
-        pld=pld_epsilon(event, plan.delta),
-        pld_replace_one=pld_epsilon(event, plan.delta, Adjacency.REPLACE_ONE),
-        prv=prv,
-        prv_note=note,
-        rdp=best_order(event, plan.delta)[1],
-        at_deltas=curve,
-        tpr=tuple((fpr, attacker_power(curve, fpr)) for fpr in (0.001, 0.01)),
-        accountant=f"dp-accounting {importlib.metadata.version('dp-accounting')} (PLD), "
-        f"opacus {importlib.metadata.version('opacus')} (RDP, PRV)",
-    )

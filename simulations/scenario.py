@@ -204,7 +204,7 @@ class Scenario:
     retries: int = _key(
         -1,
         PRIVACY,
-        "extra charges a client may make after a crash, paid for in advance; -1 = one for every 20 rounds it may join, rounded up",
+        "extra charges after a crash, paid for in advance; -1 = one for every 20 rounds a client may join",
         unit="charges",
         least=-1,
     )
@@ -533,7 +533,7 @@ class Scenario:
             )
             per_client = max(1, (declared_records or 0) // self.clients)
         cohort = self.cohort or self.clients
-        # As often as the server's turns come round to one client; see server.app.joins_of, and the test that they agree.
+        # As often as the server's turns come round to one client (server.app.joins_of; a test holds the two equal).
         turns = self.rounds if cohort >= self.clients else math.ceil(self.rounds / (self.clients // cohort))
         return dataclasses.replace(
             self,

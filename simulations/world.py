@@ -30,7 +30,7 @@ from privacy.errors import BudgetExceeded, DataError, PlanError, RunError
 from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.plan import Local, Mode, Optimizer, Plan
-from server.app import joins_of
+from server.app import CHECKPOINT, joins_of
 from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
 from simulations.scenario import CONFIG_FILE, Scenario
 
@@ -211,6 +211,12 @@ class World:
             records = self.population.records_of(index)
             if found := faults(records, self.population.shape):
                 raise DataError(f"expected sound records at {name}, got {found[0]}; repair the data set")
+            bound = self.settled.plan.records_bound
+            if len(records) > bound:
+                raise DataError(
+                    f"expected at most records-bound = {bound} records at {name}, got {len(records)}; "
+                    "raise records-bound, or use more clients"
+                )
             self.commitments[name] = self.book.secret.commitment(name, content_of(records))
         self._grant(names)
 
@@ -228,9 +234,9 @@ class World:
         if accounts and able < self.scenario.min_replies:
             richest = min(accounts, key=lambda account: account.spent)
             raise BudgetExceeded(
-                f"expected at least {self.scenario.min_replies} ledgers that can pay for the whole job, got {able}: the "
-                f"least used has spent epsilon {richest.spent:.3g} of {richest.grant.epsilon:g}; every further run on "
-                "these data sets needs budget that was not granted"
+                f"expected at least {self.scenario.min_replies} ledgers that can pay for the whole job, got {able}: "
+                f"the least used has spent epsilon {richest.spent:.3g} of {richest.grant.epsilon:g}; "
+                "another run on these data sets needs budget that was not granted"
             )
 
     def _grant(self, names: Sequence[str]) -> None:
@@ -321,17 +327,26 @@ def _ticket(context: Context, request: str) -> Receipt | Word | None:
 
 
 def _unsettled(folder: Path) -> bool:
-    """Says whether a start was killed here after its scenario was written and before its job was settled."""
-    return (folder / CONFIG_FILE).exists() and not (folder / JOB_FILE).exists()
+    """Says whether a start was killed here after its scenario was written and before anything could be charged."""
+    started = (folder / CONFIG_FILE).exists() and not (folder / JOB_FILE).exists()
+    return started and not (folder / CHECKPOINT).exists() and not _charged(folder)
+
+
+def _charged(folder: Path) -> bool:
+    """Says whether a run folder's own ledgers hold a charge; such ledgers are never removed."""
+    ledger = folder / "ledgers" / "ledger.jsonl"
+    return ledger.exists() and b'"kind":"charge"' in ledger.read_bytes()
 
 
 def _forget(folder: Path, made: bool) -> None:
-    """Removes what a failed start wrote into a folder; ledgers that runs share lie elsewhere and stay."""
-    if made:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes what a failed start wrote into a folder: its own few files, and ledgers only if they are unused."""
+    if _charged(folder):
         return
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+    for name in (CONFIG_FILE, JOB_FILE):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "ledgers", ignore_errors=True)
+    if made and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _task(name: str) -> Task:
@@ -388,9 +403,7 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     else:
         epsilon = scenario.epsilon
         noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(scenario.seed)
-        model = task.build(shape)
+    model = task.fresh(shape, scenario.seed)
     check_model(model)
     generator = torch.Generator().manual_seed(scenario.seed)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
 
 from clients import app as clients_app
 from clients.app import client_app, decode, encode
@@ -83,6 +84,7 @@ def request(round=1, *, plan=PLAN, lr=0.5, scale=0.0, witness="", job=JOB, task=
         "plan": plan.to_json(),
         "local": Local(lr=0.5).to_json(),
         "lr": lr,
+        "seed": 1,
         "witness": witness,
     } | extra
     return Message(RecordDict({"arrays": arrays, "job": ConfigRecord(config)}), dst_node_id=2, message_type="train")
@@ -90,7 +92,7 @@ def request(round=1, *, plan=PLAN, lr=0.5, scale=0.0, witness="", job=JOB, task=
 
 def send(holder, message):
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    return client_app(lambda _: holder)(message, context)
+    return client_app(lambda _: holder, simulated=holder.simulated)(message, context)
 
 
 def word_of(reply):
@@ -336,4 +338,67 @@ def test_encode_and_decode_are_inverse_and_refuse_other_shapes():
 
 def test_words_do_not_depend_on_data_and_are_a_closed_set():
     assert {word.value for word in Word} == {"declined", "conflict", "behind", "malformed", "unavailable"}
-    assert clients_app.REQUEST_KEYS == {"job", "round", "task", "plan", "local", "lr", "witness"}
+    assert clients_app.REQUEST_KEYS == {"job", "round", "task", "plan", "local", "lr", "seed", "witness"}
+
+
+# -- what a hostile server or a hostile local process may try --------------------------------------------------------
+
+
+def test_a_shape_that_lies_is_refused_before_any_charge(tmp_path):
+    mine, message = holder(tmp_path), request()
+    name = next(iter(message.content["arrays"]))
+    true = message.content["arrays"][name]
+    message.content["arrays"][name] = Array("float32", (10**6,), "numpy.ndarray", true.data)
+    assert word_of(send(mine, message)) == "malformed"
+    assert spent(mine) == 0
+
+
+def test_g8_a_forged_receipt_releases_nothing(tmp_path):
+    foreign = holder(tmp_path / "foreign")
+
+    def pay(asked):
+        return foreign.book.charge([asked])[0]
+
+    mine = dataclasses.replace(holder(tmp_path / "mine"), pay=pay)
+    assert word_of(send(mine, request())) == "unavailable"
+    assert spent(mine) == 0
+
+
+def test_g8_a_receipt_of_another_request_releases_nothing(tmp_path):
+    mine = holder(tmp_path)
+    old = Receipt.from_json(send(mine, request()).content["receipt"]["receipt"])
+    lazy = dataclasses.replace(mine, pay=lambda asked: old)
+    assert word_of(send(lazy, request(2))) == "unavailable"
+
+
+def test_g11_noise_of_another_source_than_was_charged_releases_nothing(tmp_path):
+    mine = holder(tmp_path, sources=SeededSources())
+    book = mine.book
+
+    def pay(asked):
+        return book.charge([dataclasses.replace(asked, noise=SECURE_SOURCE)])[0]
+
+    assert word_of(send(dataclasses.replace(mine, pay=pay), request())) == "unavailable"
+
+
+def test_frozen_parameters_are_the_same_at_client_and_server(tmp_path):
+    def build(shape):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+        model[1].weight.requires_grad_(False)
+        return model
+
+    task = dataclasses.replace(TASK, name="frozen", build=build)
+    here, there = task.fresh(SHAPE, 5), task.fresh(SHAPE, 5)
+    assert torch.equal(here[1].weight, there[1].weight)
+    assert not torch.equal(here[1].weight, task.fresh(SHAPE, 6)[1].weight)
+
+
+def test_a_redefined_task_of_the_same_name_is_not_trained_with_the_old_model(tmp_path):
+    send(holder(tmp_path / "one"), request())
+    other = dataclasses.replace(TASK, loss=lambda output, target: 0.0 * output.sum(1))
+    built = []
+    mine = dataclasses.replace(
+        holder(tmp_path / "two"), task=dataclasses.replace(other, build=lambda s: built.append(1) or TASK.build(s))
+    )
+    send(mine, request())
+    assert built

@@ -22,18 +22,7 @@ from privacy.ledger import Book, ChargeRequest
 from privacy.plan import Local, Mode, Plan
 from privacy.wire import request_digest
 from server.aggregate import Aggregator, Strategy
-from server.app import (
-    CHECKPOINT,
-    METRICS,
-    RECEIPTS,
-    Ending,
-    Job,
-    Schedule,
-    initial_model,
-    joins_of,
-    run,
-    turns,
-)
+from server.app import CHECKPOINT, METRICS, RECEIPTS, Ending, Job, Schedule, joins_of, run, trainable, turns
 from server.checkpoint import State, load, save
 from simulations.engine import LocalGrid
 from tests.apps.seeded import SeededSources
@@ -278,7 +267,7 @@ def test_a_job_runs_its_rounds_and_leaves_lines_receipts_and_a_checkpoint(tmp_pa
     assert len(receipts) == ROUNDS * CLIENTS
     for line in receipts:
         verify(line["peer"], b"tacit/countersign/1\n" + line["receipt"].encode(), line["countersignature"])
-    _, first = initial_model(TASK, SHAPE, 0)
+    first = trainable(TASK.fresh(SHAPE, 0))
     assert set(load(tmp_path / CHECKPOINT).model) == set(first)
 
 
@@ -399,7 +388,7 @@ def test_a_round_with_too_few_replies_leaves_the_model_as_it_is(tmp_path):
     job, book = make_job(tmp_path, min_replies=CLIENTS)
     with LocalGrid(swapped(honest(book, tmp_path), drop_first), nodes=CLIENTS, run_config={}) as grid:
         assert run(job, grid) is Ending.FINISHED
-    _, first = initial_model(TASK, SHAPE, 0)
+    first = trainable(TASK.fresh(SHAPE, 0))
     assert all(np.array_equal(value, first[name]) for name, value in load(tmp_path / CHECKPOINT).model.items())
     assert all(line["thin"] for line in lines(tmp_path))
 
@@ -417,7 +406,7 @@ def test_clients_that_declined_are_not_asked_again_and_too_few_end_the_job_with_
     # Three joins are allowed; the fourth request is declined by all, and nobody is asked again.
     assert [line["replies"] for line in lines(tmp_path)] == [4, 4, 4, 0]
     assert asked.count(1) == 4
-    _, first = initial_model(TASK, SHAPE, 0)
+    first = trainable(TASK.fresh(SHAPE, 0))
     final = load(tmp_path / CHECKPOINT).model
     assert any(not np.array_equal(value, first[name]) for name, value in final.items())
 
@@ -436,7 +425,7 @@ def test_an_unanswered_round_and_an_error_reply_are_survived(tmp_path):
     assert all((line["replies"], line["missing"]) == (2, 2) for line in lines(tmp_path))
 
 
-def test_only_trainable_parameters_and_seven_words_travel_to_a_client(tmp_path):
+def test_only_trainable_parameters_and_eight_words_travel_to_a_client(tmp_path):
     seen = []
     job, book = make_job(tmp_path, rounds=1)
     app = honest(book, tmp_path)
@@ -447,11 +436,11 @@ def test_only_trainable_parameters_and_seven_words_travel_to_a_client(tmp_path):
 
     with LocalGrid(watch, nodes=CLIENTS, run_config={}) as grid:
         run(job, grid)
-    model, _ = initial_model(TASK, SHAPE, 0)
+    model = TASK.fresh(SHAPE, 0)
     for content in seen:
         assert set(content) == {"arrays", "job"}
         assert list(content["arrays"]) == [n for n, p in model.named_parameters() if p.requires_grad]
-        assert set(content["job"]) == {"job", "round", "task", "plan", "local", "lr", "witness"}
+        assert set(content["job"]) == {"job", "round", "task", "plan", "local", "lr", "seed", "witness"}
 
 
 def test_a_checkpoint_of_another_job_is_refused(tmp_path):

@@ -243,6 +243,11 @@ def test_any_number_of_workers_gives_byte_equal_models(tmp_path):
     assert model_hash(tmp_path / "one") == model_hash(tmp_path / "two")
 
 
+def test_g11_workers_that_bring_other_noise_than_was_charged_release_nothing(tmp_path):
+    with pytest.raises(RunError, match="test noise"):
+        go(tmp_path / "run", client="tests.apps.seeded:client", workers=2)
+
+
 def test_planted_bug_real_noise_makes_two_runs_differ(tmp_path):
     go(tmp_path / "one")
     go(tmp_path / "two")
@@ -319,6 +324,7 @@ def _spoilt(change):
         ({"clients": 2000}, None, DataError, "client"),
         ({"mode": "ghost", "views": 2}, None, PlanError, "mode"),
         ({"device": "cuda"}, None, PlanError, "device"),
+        ({"records_bound": 359, "records_per_client": 300}, None, DataError, "records-bound"),
         ({}, _with_batch_norm, PlanError, "GroupNorm"),
         ({}, _spoilt(lambda train: train.inputs.__setitem__(3, math.nan)), DataError, "finite|NaN"),
         ({}, _spoilt(lambda train: train.targets.__setitem__(3, 99)), DataError, "label|class"),
@@ -354,6 +360,15 @@ def test_resuming_with_another_configuration_is_refused(tmp_path):
     other = dataclasses.replace(Scenario.from_run(tmp_path / "run"), lr=9.0)
     with pytest.raises(RunError, match="lr"):
         simulate(other, resume=tmp_path / "run", observer=Watcher())
+
+
+def test_a_failed_resumption_never_removes_a_ledger_with_charges(tmp_path):
+    go(tmp_path / "run")
+    (tmp_path / "run/job.json").unlink()
+    before = (tmp_path / "run/ledgers/ledger.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"job\.json"):
+        simulate(Scenario.from_run(tmp_path / "run"), resume=tmp_path / "run", observer=Watcher())
+    assert (tmp_path / "run/ledgers/ledger.jsonl").read_bytes() == before
 
 
 def test_resuming_a_finished_run_changes_nothing_but_its_report(tmp_path):
