@@ -58,6 +58,8 @@ def faults(records: Records, shape: Shape) -> list[str]:
         return ["expected at least one record, got none; leave this client out, or give it data"]
     if tuple(records.inputs.shape[1:]) != shape.inputs:
         return [f"expected records of shape {shape.inputs}, got {tuple(records.inputs.shape[1:])}"]
+    if not len(records.inputs) == len(records.valid) == len(records) or records.targets.ndim != 1:
+        return [f"expected one class and one mark for each of {len(records)} records, got other numbers of them"]
     found = []
     for bad, what in (
         (~records.valid, "expected readable records, got {} that could not be read"),
@@ -86,8 +88,8 @@ def sanitize(records: Records, shape: Shape) -> Records:
         records: The records of one client.
         shape: What they should be.
     """
-    if tuple(records.inputs.shape[1:]) != shape.inputs:
-        count = len(records)
+    count = len(records)
+    if tuple(records.inputs.shape) != (count, *shape.inputs) or records.targets.shape != (count,) or records.valid.shape != (count,):
         return Records(
             torch.zeros((count, *shape.inputs)),
             torch.zeros(count, dtype=torch.int64),

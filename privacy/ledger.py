@@ -190,7 +190,8 @@ class Account:
         charges: Number of charges.
         test: Whether a test noise source was ever used.
         commitment: Last keyed commitment to the content.
-        jobs: Per job: plan digest, allowed joins, charges made, and the request charged per round.
+        jobs: Per job: plan digest, allowed joins, charges made, the request charged per round, and the round of each
+            charge entry by its number.
     """
 
     identity: str
@@ -217,6 +218,7 @@ class _JobState:
     event: Event
     charges: int = 0
     rounds: dict[int, str] = dataclasses.field(default_factory=dict)
+    entries: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 class Book:
@@ -403,6 +405,7 @@ class Book:
             account.commitment = body["commitment"] or account.commitment
             job.charges += 1
             job.rounds[body["round"]] = body["request"]
+            job.entries[len(account.heads)] = body["round"]
         else:
             raise ValueError(f"the unknown kind {kind!r}")
 

@@ -61,9 +61,15 @@ _SIMULATION_FIELDS: Final = ("partition", "class_names", "sizes", "label_table",
 
 
 class Verdict(StrEnum):
-    """Whether a client's receipts prove its spend."""
+    """What proves a client's spend.
+
+    ``VERIFIED``: a receipt of its last charge, which signs everything before it. ``LEDGER``: its ledger alone, because
+    that charge was another run's or its update never arrived; every update that did arrive has its receipt.
+    ``UNKNOWN``: nothing, because the two contradict each other.
+    """
 
     VERIFIED = "verified"
+    LEDGER = "ledger only"
     UNKNOWN = "unknown"
 
 
@@ -88,12 +94,14 @@ class ClientSpend:
         charges: Charges in the ledger, retries after a crash included.
         declined: Rounds that this client declined with one of the fixed words.
         runs: Runs in the ledger, this one included.
-        receipts_missing: Releases without a receipt.
+        other_runs: How many of them are not this one.
+        receipts_missing: Updates of this run that arrived, as far as one can tell, and have no receipt here.
+        undelivered: Charges of this run whose update never arrived; they are spent all the same.
         test_noise: Whether the ledger was made with a test noise source; then every figure is infinity.
         history: (round, epsilon spent after it) of this job, rounds ascending.
         public_key: The client's signing key, in hex or base64; empty where it has none.
         ledger_head: Hash of the last ledger entry.
-        verdict: Whether the receipts prove the spend.
+        verdict: What proves the spend.
     """
 
     name: str
@@ -104,7 +112,9 @@ class ClientSpend:
     charges: int
     declined: int
     runs: int
+    other_runs: int
     receipts_missing: int
+    undelivered: int
     test_noise: bool
     history: tuple[tuple[int, float], ...]
     public_key: str
@@ -115,7 +125,7 @@ class ClientSpend:
         """Returns the spend that may be printed: infinity under test noise, None where it is not proven."""
         if self.test_noise:
             return math.inf
-        if self.verdict is not Verdict.VERIFIED or self.receipts_missing > 0 or self.spent_epsilon is None:
+        if self.verdict is Verdict.UNKNOWN or self.receipts_missing > 0 or self.spent_epsilon is None:
             return None
         return None if math.isnan(self.spent_epsilon) else self.spent_epsilon
 
@@ -175,6 +185,8 @@ class RunFacts:
         status: In words, such as "completed".
         config: The resolved scenario, public.
         plan: The plan that every client ran.
+        committed: Whether every ledger of this run committed to exactly this plan, and charged nothing else for it.
+        doubts: Whatever else the run's files contradict each other in, one sentence each; the headline is then unknown.
         local: The learning knobs.
         rounds: One mapping per round: round, metrics, replies, declined, missing, epsilon (largest over
             clients, None where unknown), seconds. Metrics are those of the server's public test set.
@@ -182,7 +194,9 @@ class RunFacts:
         prices: What the committed schedule costs.
         multiplicity: In how many clients' data sets one person may be; 1 where the holders declare "in one".
         multiplicity_epsilon: Epsilon at the plan's delta composed over that many clients and all their runs,
-            one record of the person in each; None where it is unknown. Not used with ``multiplicity`` 1.
+            one record of the person in each; None where the ledgers' spend cannot be added up. Not used with
+            ``multiplicity`` 1.
+        augmented: Whether records are augmented at random.
         noise_source: Name of the source of coins and noise.
         versions: Package names and versions.
         code_hash: Hash of the code that ran.
@@ -207,12 +221,15 @@ class RunFacts:
     status: str
     config: Mapping[str, Any]
     plan: Plan
+    committed: bool
+    doubts: Sequence[str]
     local: Local
     rounds: Sequence[Mapping[str, Any]]
     clients: Sequence[ClientSpend]
     prices: Prices
     multiplicity: int
     multiplicity_epsilon: float | None
+    augmented: bool
     noise_source: str
     versions: Mapping[str, str]
     code_hash: str
@@ -383,15 +400,17 @@ def _some(names: Sequence[str]) -> str:
 def _reasons(facts: RunFacts) -> list[str]:
     """Returns why no finite epsilon may be printed, one sentence each; empty where one may."""
     if not facts.clients:
-        return ["No client's ledger was read."]
+        return [*facts.doubts, "No client's ledger was read."]
     if tested := [client.name for client in facts.clients if client.test_noise]:
         return [f"The noise of {_some(tested)} came from a test source, which is no protection."]
-    reasons = []
+    reasons = list(facts.doubts)
+    if not facts.committed:
+        reasons.append("The ledgers committed to another plan than the one given for this run.")
     for client in facts.clients:
         if client.receipts_missing > 0:
             reasons.append(f"{client.name}: {client.receipts_missing} of its receipts are missing.")
-        elif client.verdict is not Verdict.VERIFIED:
-            reasons.append(f"{client.name}: its receipts do not prove what it spent.")
+        elif client.verdict is Verdict.UNKNOWN:
+            reasons.append(f"{client.name}: its receipts and its ledger contradict each other.")
         elif client.figure() is None:
             reasons.append(f"{client.name}: what it spent is unknown.")
         elif _overspent(client):
@@ -399,7 +418,7 @@ def _reasons(facts: RunFacts) -> list[str]:
     if overrun := _overrun(facts):
         reasons.append(f"{_some(overrun)}: more charges than the {facts.plan.joins} that the plan allows.")
     if len(reasons) > _REASONS:
-        reasons = [*reasons[: _REASONS - 1], f"And {len(reasons) - _REASONS + 1:,} more clients like these."]
+        reasons = [*reasons[: _REASONS - 1], f"And {len(reasons) - _REASONS + 1:,} more reasons like these."]
     if facts.multiplicity > 1 and (fault := _multiplicity_fault(facts)):
         reasons.append(fault)
     if math.isnan(_record_level(facts)[0]):
@@ -414,14 +433,17 @@ def _overspent(client: ClientSpend) -> bool:
 
 def _overrun(facts: RunFacts) -> list[str]:
     """Returns the clients whose only run made more charges than the committed schedule has."""
-    return [client.name for client in facts.clients if client.runs <= 1 and client.charges > facts.plan.joins]
+    return [client.name for client in facts.clients if not client.other_runs and client.charges > facts.plan.joins]
 
 
 def _multiplicity_fault(facts: RunFacts) -> str:
     """Returns what is wrong with the figure for a person in several data sets, or nothing."""
     composed = facts.multiplicity_epsilon
     if composed is None or math.isnan(composed):
-        return f"The cost for a person in {facts.multiplicity} data sets was not composed."
+        return (
+            f"The cost for a person in {facts.multiplicity} data sets was not composed: that needs ledgers which all "
+            "count at one order and at the plan's delta."
+        )
     known = [figure for client in facts.clients if (figure := client.figure()) is not None]
     if known and composed < max(known):
         return f"The cost given for a person in {facts.multiplicity} data sets is below that of one data set."
@@ -430,7 +452,14 @@ def _multiplicity_fault(facts: RunFacts) -> str:
 
 def _one_schedule(facts: RunFacts) -> bool:
     """Whether every ledger holds this schedule and nothing else, at the plan's delta or a larger one."""
-    return all(client.runs <= 1 and client.delta >= facts.plan.delta for client in facts.clients)
+    return facts.committed and all(
+        not client.other_runs and client.delta >= facts.plan.delta for client in facts.clients
+    )
+
+
+def _doubted(facts: RunFacts) -> bool:
+    """Whether the run's files contradict each other, so that even what the ledgers say may not be all."""
+    return bool(facts.doubts) or not facts.committed or not facts.clients
 
 
 def _pld_holds(prices: Prices) -> bool:
@@ -580,7 +609,7 @@ def _budget(facts: RunFacts) -> dict[str, Any]:
     """Returns granted, spent and remaining over all clients, and what happens at the end of a budget."""
     figures = [client.figure() for client in facts.clients]
     known = [figure for figure in figures if figure is not None]
-    complete = bool(figures) and len(known) == len(figures)
+    complete = not _doubted(facts) and len(known) == len(figures)
     left = [_remaining(client) for client in facts.clients]
     known_left = [value for value in left if value is not None]
     return {
@@ -590,6 +619,7 @@ def _budget(facts: RunFacts) -> dict[str, Any]:
         "clients": len(facts.clients),
         "unproven": len(figures) - len(known),
         "charges": sum(client.charges for client in facts.clients),
+        "undelivered": sum(client.undelivered for client in facts.clients),
         "declined": sum(client.declined for client in facts.clients),
         "filter": "RDP filter at orders fixed when the budget was granted, over all runs in the ledger",
         "at_exhaustion": "the client answers with a fixed word, whatever its data, and stays in the job",
@@ -617,6 +647,7 @@ def _client(client: ClientSpend) -> dict[str, Any]:
         "declined": client.declined,
         "runs": client.runs,
         "receipts_missing": client.receipts_missing,
+        "undelivered": client.undelivered,
         "test_noise": client.test_noise,
         "verdict": client.verdict,
         "public_key": client.public_key,
@@ -627,7 +658,7 @@ def _client(client: ClientSpend) -> dict[str, Any]:
 
 def _rounds(facts: RunFacts) -> list[dict[str, Any]]:
     """Returns the rounds with the fields that may be told; no epsilon where a client's is unproven."""
-    unproven = any(client.figure() is None for client in facts.clients)
+    unproven = _doubted(facts) or any(client.figure() is None for client in facts.clients)
     rounds = []
     for record in facts.rounds:
         told = {name: record[name] for name in _ROUND_FIELDS if name in record}
@@ -641,7 +672,8 @@ def _prices(facts: RunFacts) -> dict[str, Any]:
     prices = facts.prices
 
     def price(value: float | None) -> float | str:
-        return INFINITY if facts.test_noise else _figure(value)
+        # The price of a plan that nobody committed to is no price of this run.
+        return INFINITY if facts.test_noise else _figure(value if facts.committed else None)
 
     return {
         "schedule": prices.schedule,
@@ -656,7 +688,7 @@ def _prices(facts: RunFacts) -> dict[str, Any]:
         "prv_note": prices.prv_note,
         "accountants_agree": prices.accountants_agree(),
         "at_deltas": [{"delta": delta, "epsilon": price(epsilon)} for delta, epsilon in prices.at_deltas],
-        "tpr": [{"fpr": fpr, "tpr": 1.0 if facts.test_noise else _figure(rate)} for fpr, rate in prices.tpr],
+        "tpr": [{"fpr": fpr, "tpr": 1.0 if facts.test_noise else price(rate)} for fpr, rate in prices.tpr],
         "accountant": prices.accountant,
         "meaning": "what a client pays that joins as often as it may; for all of it, even if stopped early",
     }
@@ -666,7 +698,8 @@ def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
     """Returns the guarantee chain in order, then what the figures rest on, and who answers for each."""
     plan = facts.plan
     enforced, declared, broken = Standing.ENFORCED, Standing.DECLARED, Standing.BROKEN
-    unproven = not facts.clients or any(client.figure() is None for client in facts.clients)
+    unproven = _doubted(facts) or any(client.figure() is None for client in facts.clients)
+    by_ledger = any(client.verdict is Verdict.LEDGER for client in facts.clients)
     fault = facts.multiplicity > 1 and bool(_multiplicity_fault(facts))
     rows: list[tuple[str, str, Standing]] = [
         (
@@ -674,7 +707,11 @@ def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
             "No charge passes that would exceed the holder's budget, over all runs in its ledger.",
             broken if any(map(_overspent, facts.clients)) else enforced,
         ),
-        ("charge", "The charge is signed, hash-chained and on disk before any record is touched.", enforced),
+        (
+            "charge",
+            "The charge is hash-chained and on disk before any record is touched; its receipt is signed.",
+            enforced,
+        ),
         (
             "sample",
             f"Each record enters each step by its own secret coin, at the public rate {plan.sample_rate:g}.",
@@ -701,20 +738,20 @@ def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
             "Only trainable parameters leave; no loss, no accuracy, no count of a client's data.",
             enforced,
         ),
-        (
-            "examples alone",
-            "No record's gradient depends on another record: modules on a list, and a probe.",
-            enforced,
-        ),
+        ("examples alone", _alone(facts), enforced),
         (
             "schedule",
             f"At most {plan.joins} charges of {plan.steps} steps per client, fixed before the first round.",
-            broken if _overrun(facts) else enforced,
+            broken if _overrun(facts) or not facts.committed else enforced,
         ),
         (
             "receipts",
-            "Each spend shown is proven by a whole chain of receipts.",
-            broken if unproven else enforced,
+            "Every update that arrived has a receipt that its ledger contains; it signs all that was spent before. "
+            "What no receipt covers, here other runs and updates that never arrived, is counted by the ledger alone."
+            if by_ledger
+            else "Every update that arrived has a receipt that its ledger contains; each client's last one signs all "
+            "that it ever spent.",
+            broken if unproven else declared if by_ledger else enforced,
         ),
         (
             "one ledger",
@@ -736,6 +773,16 @@ def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
         ("this code", "The holder ran this code, unchanged. No receipt can prove that.", declared),
     ]
     return [{"name": name, "words": words, "standing": standing} for name, words, standing in rows]
+
+
+def _alone(facts: RunFacts) -> str:
+    """Returns how one record's gradient is kept apart from all others, in words."""
+    words = "No record's gradient depends on another: a list of allowed modules and, beside it, one record at a time"
+    if facts.augmented:
+        words += "; augmentation gets one record at a time"
+    if facts.simulation is not None:
+        words += "; the simulation probed the model before the first round"
+    return f"{words}."
 
 
 def _covered(facts: RunFacts) -> list[str]:
@@ -835,7 +882,11 @@ def _witness(facts: RunFacts) -> dict[str, str]:
 def _mechanism(facts: RunFacts) -> dict[str, Any]:
     """Returns how noise was made and added."""
     plan = facts.plan
-    views = f"{plan.views} augmented views of a record, averaged before clipping" if plan.views > 1 else "none"
+    views = "none"
+    if facts.augmented:
+        views = "each record by itself, at random"
+        if plan.views > 1:
+            views += f"; {plan.views} views of a record, averaged before clipping"
     return {
         "mechanism": "DP-SGD at each client: clip gradients, sum, add Gaussian noise, divide by a constant",
         "clipping": f"flat, L2 norm at most {plan.l2_clip:g} per record; gradients by {plan.mode}",

@@ -722,6 +722,7 @@ def _clients(report: Mapping[str, Any]) -> str:
         ("Most spent", _epsilon(budget["largest_spent"])),
         ("Least left", f"{_EPSILON} {_power(_floor_words(budget['least_remaining']))}"),
         ("Charges", f"{budget['charges']:,}"),
+        ("Never delivered", f"{budget['undelivered']:,}"),
         ("Rounds declined", f"{budget['declined']:,}"),
         ("Spend not proven", f"{budget['unproven']:,} clients" if budget["unproven"] else "none"),
     ]
@@ -733,11 +734,12 @@ def _clients(report: Mapping[str, Any]) -> str:
         )
     heads = [
         "Client", f"#{_EPSILON} spent", f"#{_EPSILON} granted", f"#{_EPSILON} left", f"#{_DELTA}",
-        "#rounds joined", "#charges", "#declined", "#runs", "#receipts missing", "Receipts", "Ledger head",
+        "#rounds joined", "#charges", "#declined", "#runs", "#never delivered", "#receipts missing", "Proof", "Ledger head",
     ]  # fmt: skip
     lead = (
         "Each holder sets its own budget, for the lifetime of its data set. Its ledger refuses what would "
-        f"exceed it: {_safe(budget['filter'])}. When a budget ends, {_safe(budget['at_exhaustion'])}."
+        f"exceed it: {_safe(budget['filter'])}. When a budget ends, {_safe(budget['at_exhaustion'])}. A charge whose "
+        "update was never delivered, after a crash or a lost reply, is spent all the same."
     )
     table = _table(heads, [_client_row(client) for client in shown], kind="clients", caption=caption) if shown else ""
     return _section("Budgets, client by client", _pairs(summary, "facts") + table, "clients", lead)
@@ -767,7 +769,7 @@ def _client_row(client: Mapping[str, Any]) -> list[str]:
     if isinstance(spent, str):
         bar = ""
     receipts = "test noise" if client["test_noise"] else client["verdict"]
-    state = "bad" if isinstance(spent, str) else "good"
+    state = "bad" if isinstance(spent, str) else "good" if client["verdict"] == "verified" else "word"
     key = f' title="public key {_safe(client["public_key"])}"' if client["public_key"] else ""
     return [
         f"<span{key}>{_safe(client['name'])}</span>",
@@ -775,7 +777,8 @@ def _client_row(client: Mapping[str, Any]) -> list[str]:
         _bound(granted),
         _power(_floor_words(client["remaining_epsilon"])),
         _bound(client["delta"]),
-        *(f"{client[name]:,}" for name in ("rounds_joined", "charges", "declined", "runs", "receipts_missing")),
+        *(f"{client[name]:,}" for name in ("rounds_joined", "charges", "declined", "runs", "undelivered")),
+        f"{client['receipts_missing']:,}",
         f'<span class="chip {state}">{_safe(receipts)}</span>',
         f'<code title="{_safe(client["ledger_head"])}">{_safe(str(client["ledger_head"])[:12])}</code>',
     ]

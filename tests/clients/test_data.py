@@ -379,3 +379,13 @@ def test_a_loader_that_fails_or_gives_no_pair_says_so():
     task = dataclasses.replace(task, data=lambda: a_dataset())
     with pytest.raises(DataError, match="pair"):
         load_source(task)
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(4, dtype=torch.int64), torch.zeros((3, 1), dtype=torch.int64)])
+def test_targets_of_another_length_or_shape_never_raise_at_a_holder_and_are_told_in_a_simulation(targets):
+    shape = Shape(inputs=(2,), classes=2)
+    odd = Records(torch.ones(3, 2), targets, torch.ones(3, dtype=torch.bool))
+    clean = sanitize(odd, shape)
+    assert len(clean) == len(targets)
+    assert not clean.valid.any()
+    assert "one class and one mark" in faults(odd, shape)[0]
