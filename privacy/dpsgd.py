@@ -367,9 +367,9 @@ class _Factored:
 
     def add_weighted(self, factor: Tensor, total: Tensor) -> None:
         for inputs, signals, some in zip(
-            self._inputs.split(_ROWS), self._signals.split(_ROWS), factor.split(_ROWS), strict=True
+            *(torch.split(rows, _ROWS) for rows in (self._inputs, self._signals, factor)), strict=True
         ):
-            scaled = signals * some[:, None]
+            scaled = signals * some[:, None]  # (256, out) float64
             if self._weight:
                 total[: self._split].view(scaled.shape[1], -1).addmm_(scaled.T, inputs.double())
             if self._bias:

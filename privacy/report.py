@@ -65,7 +65,7 @@ class Verdict(StrEnum):
 
     ``VERIFIED``: a receipt of its last charge, which signs everything before it. ``LEDGER``: its ledger alone, because
     that charge was another run's or its update never arrived; every update that did arrive has its receipt.
-    ``UNKNOWN``: nothing, because the two contradict each other.
+    ``UNKNOWN``: nothing, because receipts are missing or contradict the ledger.
     """
 
     VERIFIED = "verified"
@@ -777,7 +777,9 @@ def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
 
 def _alone(facts: RunFacts) -> str:
     """Returns how one record's gradient is kept apart from all others, in words."""
-    words = "No record's gradient depends on another: a list of allowed modules and, beside it, one record at a time"
+    words = (
+        "No record's gradient depends on another: modules on an allow-list, anything else is fed one record at a time"
+    )
     if facts.augmented:
         words += "; augmentation gets one record at a time"
     if facts.simulation is not None:

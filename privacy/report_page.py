@@ -734,7 +734,8 @@ def _clients(report: Mapping[str, Any]) -> str:
         )
     heads = [
         "Client", f"#{_EPSILON} spent", f"#{_EPSILON} granted", f"#{_EPSILON} left", f"#{_DELTA}",
-        "#rounds joined", "#charges", "#declined", "#runs", "#never delivered", "#receipts missing", "Proof", "Ledger head",
+        "#rounds joined", "#charges", "#declined", "#runs",
+        "#never delivered", "#receipts missing", "Proof", "Ledger head",
     ]  # fmt: skip
     lead = (
         "Each holder sets its own budget, for the lifetime of its data set. Its ledger refuses what would "

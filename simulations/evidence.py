@@ -1,25 +1,39 @@
-"""The evidence of a run: what its ledgers and receipts say, as the facts that a report is made of."""
+"""The evidence of a run: what its ledgers and receipts say, as the facts that a report is made of.
+
+One rule decides what is proven: every update that the run's log counts must have a receipt that its ledger contains,
+and a charge whose update never arrived is spent all the same. Whatever the files of a run contradict each other in is
+told to the report as a doubt, and the report then prints no finite figure (guarantees G6 and G14).
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from privacy.accounting import Event, attacker_power, best_order, pld_epsilon, prv_epsilon, rdp
-from privacy.errors import LedgerError
+from privacy.errors import LedgerError, RunError
+from privacy.identity import Secret, verify
 from privacy.ledger import Account, Receipt
 from privacy.noise import SECURE_SOURCE
-from privacy.plan import Adjacency
+from privacy.plan import Adjacency, Plan
 from privacy.report import ClientSpend, Prices, RunFacts, Verdict, write
 from server.app import CHECKPOINT, METRICS, RECEIPTS
-from server.checkpoint import load
-from simulations.world import World, now
+from server.checkpoint import State, load
+from simulations.world import World, now, population_words
 
 STATUS: Final = "status.json"
+SERVER_KEY: Final = "server.key"
+
+_PACKAGES: Final = ("torch", "opacus", "flwr", "dp-accounting", "cryptography", "numpy")
+# Scenario keys that hold paths of this machine, which are nobody else's business.
+_PATHS: Final = ("data", "ledgers", "out")
 
 
 def render(folder: Path) -> Path:
@@ -32,21 +46,26 @@ def render(folder: Path) -> Path:
 
 
 def facts_of(world: World) -> RunFacts:
-    """Collects what a report is made of from a run folder."""
+    """Collects what a report is made of from a run folder.
+
+    Raises:
+        LedgerError: The ledgers or the receipts are damaged, or the server's key is missing.
+        RunError: The log of the rounds or the checkpoint is damaged.
+    """
     settled, folder, scenario = world.settled, world.folder, world.scenario
-    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()] if _has(folder, METRICS) else []
-    receipts = read_receipts(folder)
-    state = load(folder / CHECKPOINT)
+    rounds, receipts, state = _read_rounds(folder), read_receipts(folder), load(folder / CHECKPOINT)
+    world.book.refresh()
+    by_account: dict[str, list[Receipt]] = defaultdict(list)
+    for receipt in receipts:
+        by_account[receipt.account].append(receipt)
+    # An account without a charge but with receipts was rolled back.
+    accounts = [a for a in world.book.accounts.values() if a.charges or a.identity in by_account]
+    sound = {a.identity: [r for r in by_account[a.identity] if _contains(world, a, r)] for a in accounts}
+    lost = _lost(rounds, [receipt for found in sound.values() for receipt in found])
     # A witness names the account that a node's receipts belong to: nodes themselves mean nothing outside the engine.
     heads = {receipt.head: receipt.account for receipt in receipts}
     declined = {heads.get(state.witnesses.get(node, ":").partition(":")[2], "") for node in state.declined}
-    world.book.refresh()
-    joined = [account for account in world.book.accounts.values() if settled.id in account.jobs or account.jobs]
-    clients = [_spend(world, account, receipts, account.identity in declined) for account in joined]
-    noise = {receipt.test for receipt in receipts}
-    status = json.loads((folder / STATUS).read_text()) if _has(folder, STATUS) else {}
-    top = sorted((account.spent_rdp for account in joined), reverse=True)[: scenario.multiplicity]
-    composed = joined[0].grant.epsilon_of(sum(top)) if joined and scenario.multiplicity > 1 else None
+    status = json.loads((folder / STATUS).read_text()) if (folder / STATUS).exists() else {}
     return RunFacts(
         job=settled.id,
         task=world.task.name,
@@ -55,19 +74,25 @@ def facts_of(world: World) -> RunFacts:
         started=settled.started,
         finished=str(status.get("finished", now())),
         status=str(status.get("status", "not finished")),
-        config=scenario.to_mapping(),
+        config={key: Path(str(v)).name if key in _PATHS else v for key, v in scenario.to_mapping().items()},
         plan=settled.plan,
+        committed=all(_as_committed(a, settled.id, settled.plan) for a in accounts if settled.id in a.jobs),
+        doubts=_doubts(world, state, rounds, receipts, lost),
         local=settled.local,
-        rounds=lines,
-        clients=clients,
+        rounds=rounds,
+        clients=[
+            _spend(world, account, by_account[account.identity], sound[account.identity], lost, declined)
+            for account in accounts
+        ],
         prices=prices_of(world),
         multiplicity=scenario.multiplicity,
-        multiplicity_epsilon=composed,
-        noise_source="a test source" if True in noise else SECURE_SOURCE,
+        multiplicity_epsilon=composed_epsilon(accounts, scenario.multiplicity, settled.plan.delta),
+        augmented=world.task.augment is not None,
+        noise_source="a test source" if any(account.test for account in accounts) else SECURE_SOURCE,
         versions={name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         code_hash=settled.code,
         witness="the server of this simulation, on the same machine",
-        covers=f"all runs in {settled.ledgers}" if settled.ledgers else "this run only",
+        covers=f"all runs in {Path(settled.ledgers).name}" if settled.ledgers else "this run only",
         simulation=world.truth(),
         engine=f"{scenario.engine}, {scenario.workers} worker(s)",
         device=settled.device,
@@ -75,77 +100,197 @@ def facts_of(world: World) -> RunFacts:
     )
 
 
-_PACKAGES: Final = ("torch", "opacus", "flwr", "dp-accounting", "cryptography", "numpy")
+# -- reading --------------------------------------------------------------------------------------------------------
 
 
-def _has(folder: Path, name: str) -> bool:
-    return (folder / name).exists()
+def _whole_lines(path: Path) -> list[str]:
+    """Returns the lines of a file that end; what a crash tore off comes after the last checkpoint."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def _read_rounds(folder: Path) -> list[dict[str, Any]]:
+    rounds = []
+    for number, text in enumerate(_whole_lines(folder / METRICS), start=1):
+        try:
+            line = json.loads(text)
+            if type(line["round"]) is not int or type(line["replies"]) is not int:
+                raise TypeError("not a round")
+        except (ValueError, KeyError, TypeError):
+            raise RunError(
+                f"expected whole rounds in {folder / METRICS}, got a damaged one at line {number}; restore a backup"
+            ) from None
+        rounds.append(line)
+    return rounds
 
 
 def read_receipts(folder: Path) -> list[Receipt]:
-    """Reads and verifies every countersigned receipt of a run.
+    """Reads and verifies every receipt of a run, which its own server must have countersigned.
 
     Raises:
-        LedgerError: One does not verify.
+        LedgerError: One does not verify, or was countersigned by somebody else, or the server's key is missing.
     """
-    from privacy.identity import verify
-
+    lines = _whole_lines(folder / RECEIPTS)
+    if not lines:
+        return []
+    if not (folder / SERVER_KEY).exists():
+        raise LedgerError(f"expected the key that countersigned in {folder / SERVER_KEY}, got none; restore a backup")
+    peer = Secret.load_or_create(folder / SERVER_KEY).identity("server").public_key
     receipts = []
-    path = folder / RECEIPTS
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+    for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
             receipt = Receipt.from_json(line["receipt"])
-            verify(line["peer"], b"tacit/countersign/1\n" + line["receipt"].encode(), line["countersignature"])
+            if line["peer"] != peer:
+                raise LedgerError("expected this run's own server to have countersigned, got another one")
+            verify(peer, b"tacit/countersign/1\n" + line["receipt"].encode(), line["countersignature"])
         except (ValueError, KeyError, TypeError, LedgerError) as error:
             raise LedgerError(
-                f"expected whole receipts in {path}, got a damaged one at line {number}: {error}"
+                f"expected whole receipts in {folder / RECEIPTS}, got a damaged one at line {number}: {error}"
             ) from None
         receipts.append(receipt)
     return receipts
 
 
-def _spend(world: World, account: Account, receipts: list[Receipt], declined: bool) -> ClientSpend:
-    mine = [receipt for receipt in receipts if receipt.account == account.identity]
-    # A receipt that the ledger does not contain means that the ledger was rolled back, forked or signed again.
-    sound = all(r.seq < len(account.heads) and account.heads[r.seq] == r.head for r in mine)
+# -- judging --------------------------------------------------------------------------------------------------------
+
+
+def _contains(world: World, account: Account, receipt: Receipt) -> bool:
+    """Whether a ledger contains a receipt of this run; if not, it was rolled back, forked or signed again."""
+    job = account.jobs.get(receipt.job)
+    return (
+        job is not None
+        and receipt.job == world.settled.id
+        and job.entries.get(receipt.seq) == receipt.round
+        and account.heads[receipt.seq] == receipt.head
+        and (receipt.request, receipt.event) == (job.rounds[receipt.round], job.event)
+        and receipt.public_key == world.book.secret.identity(account.identity).public_key
+        and receipt.charges <= account.charges
+        and receipt.spent <= account.spent * (1 + 1e-9)
+    )
+
+
+def _lost(rounds: Sequence[Mapping[str, Any]], sound: Sequence[Receipt]) -> set[int]:
+    """Returns the rounds in which more updates arrived than there are receipts."""
+    arrived = Counter(round for _, round in {(receipt.account, receipt.round) for receipt in sound})
+    return {line["round"] for line in rounds if arrived[line["round"]] < line["replies"]}
+
+
+def _as_committed(account: Account, job: str, plan: Plan) -> bool:
+    """Whether an account committed to exactly this plan for a job, and its charges are what it committed to."""
+    state = account.jobs[job]
+    priced = sum(other.charges * rdp(other.event, account.grant.order) for other in account.jobs.values())
+    return (
+        (state.plan, state.joins, state.event) == (plan.digest(), plan.joins, Event.of_round(plan))
+        and state.charges <= plan.joins
+        and math.isclose(account.spent_rdp, priced, rel_tol=1e-9)
+    )
+
+
+def _doubts(
+    world: World,
+    state: State,
+    rounds: Sequence[Mapping[str, Any]],
+    receipts: Sequence[Receipt],
+    lost: Collection[int],
+) -> list[str]:
+    """Returns what the files of a run contradict each other in, one sentence each."""
+    doubts = []
+    granted = {account.population for account in world.book.accounts.values() if account.charges}
+    if granted - {population_words(world.scenario, world.task)}:
+        doubts.append("The ledgers were granted for another split, or another multiplicity, than the scenario says.")
+    if state.job != world.settled.id:
+        doubts.append("The checkpoint is that of another job.")
+    for what, found, name in (("rounds", rounds, METRICS), ("receipts", receipts, RECEIPTS)):
+        if len(found) < (wanted := state.lines.get(name, 0)):
+            doubts.append(f"The checkpoint knows of {wanted:,} {what}, {len(found):,} are here.")
+    if lost:
+        doubts.append(f"In {len(lost):,} rounds more updates arrived than there are receipts that the ledgers contain.")
+    known = {account.identity for account in world.book.accounts.values()}
+    if strangers := {receipt.account for receipt in receipts} - known:
+        doubts.append(f"{len(strangers):,} ledgers are gone: receipts name accounts that no ledger here has.")
+    return doubts
+
+
+def _spend(
+    world: World,
+    account: Account,
+    receipts: Sequence[Receipt],
+    sound: Sequence[Receipt],
+    lost: Collection[int],
+    declined: Collection[str],
+) -> ClientSpend:
+    job = account.jobs.get(world.settled.id)
+    received = {receipt.seq: receipt for receipt in sound}
+    unseen = set(job.rounds).difference(receipt.round for receipt in sound) if job is not None else set()
+    missing = len(unseen.intersection(lost))
+    verdict = Verdict.VERIFIED if len(account.heads) - 1 in received else Verdict.LEDGER
     return ClientSpend(
         name=account.name,
         granted_epsilon=account.grant.epsilon,
         delta=account.grant.delta,
         spent_epsilon=account.spent,
-        rounds_joined=len({receipt.round for receipt in mine}),
+        rounds_joined=len({receipt.round for receipt in sound}),
         charges=account.charges,
-        declined=int(declined),
+        declined=int(account.identity in declined),
         runs=len(account.jobs),
-        receipts_missing=0,
+        other_runs=len(account.jobs.keys() - {world.settled.id}),
+        receipts_missing=missing,
+        undelivered=max(0, job.charges - len(received) - missing) if job is not None else 0,
         test_noise=account.test,
-        history=tuple((receipt.round, receipt.spent) for receipt in sorted(mine, key=lambda r: r.round)),
+        history=tuple((receipt.round, receipt.spent) for _, receipt in sorted(received.items())),
         public_key=world.book.secret.identity(account.identity).public_key,
         ledger_head=account.heads[-1],
-        verdict=Verdict.VERIFIED if sound else Verdict.UNKNOWN,
+        verdict=verdict if len(sound) == len(receipts) and not missing else Verdict.UNKNOWN,
     )
+
+
+# -- pricing --------------------------------------------------------------------------------------------------------
+
+
+def composed_epsilon(accounts: Sequence[Account], multiplicity: int, delta: float) -> float | None:
+    """Returns epsilon for a person with one record in each of several data sets, whichever they are.
+
+    Args:
+        accounts: All accounts with a charge.
+        multiplicity: In how many data sets one person may be, >= 1.
+        delta: At which the figure is to hold.
+
+    Returns:
+        The largest composition over that many accounts. None where there is nothing to compose, or accounts count at
+        different orders, whose divergences do not add up, or at another delta.
+    """
+    grants = {(account.grant.order, account.grant.delta) for account in accounts}
+    if multiplicity == 1 or len(grants) != 1 or accounts[0].grant.delta != delta:
+        return None
+    top = sorted((account.spent_rdp for account in accounts), reverse=True)[:multiplicity]
+    return accounts[0].grant.epsilon_of(sum(top))
 
 
 def prices_of(world: World) -> Prices:
     """Prices the committed schedule with every accountant."""
-    plan, order = world.settled.plan, world.settled.order
+    plan = world.settled.plan
     event = Event.of_schedule(plan)
     # Three deltas are enough to see how epsilon moves; each costs a quarter of a second.
     curve = tuple((delta, pld_epsilon(event, delta)) for delta in (plan.delta, plan.delta / 10, plan.delta / 100))
     prv, note = prv_epsilon(event, plan.delta)
-    grant = next((a.grant for a in world.book.accounts.values()), None)
-    gate = grant.epsilon_of(rdp(event, grant.order)) if grant else best_order(event, plan.delta)[1]
+    best = best_order(event, plan.delta)
+    # Accounts may hold different orders. At another order every figure is valid too, but at a larger delta none is.
+    filters = {
+        grant.order: grant.epsilon_of(rdp(event, grant.order))
+        for grant in {account.grant for account in world.book.accounts.values()}
+        if grant.delta <= plan.delta
+    }
+    order, gate = max(filters.items(), key=lambda item: item[1], default=best)
     return Prices(
         schedule=f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {event.steps} steps",
         steps=event.steps,
         gate=gate,
-        gate_order=grant.order if grant else order,
-        pld=pld_epsilon(event, plan.delta),
+        gate_order=order,
+        pld=curve[0][1],
         pld_replace_one=pld_epsilon(event, plan.delta, Adjacency.REPLACE_ONE),
         prv=prv,
         prv_note=note,
-        rdp=best_order(event, plan.delta)[1],
+        rdp=best[1],
         at_deltas=curve,
         tpr=tuple((fpr, attacker_power(curve, fpr)) for fpr in (0.001, 0.01)),
         accountant=f"dp-accounting {importlib.metadata.version('dp-accounting')} (PLD), "

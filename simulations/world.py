@@ -473,10 +473,14 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
 
 
 def population_words(scenario: Scenario, task: Task) -> str:
-    """Returns public words that differ whenever the same records might be split in another way."""
+    """Returns public words that differ whenever the same records, or the same persons, might be split in another way.
+
+    They stand in every grant, so neither the split nor the multiplicity can be changed after the fact.
+    """
     data = task.data if isinstance(task.data, str) else task.name
     place = f" at {Path(scenario.data).expanduser().resolve()}" if scenario.data else ""
-    return f"{data}{place}, {_partition_words(scenario)} over {scenario.clients} clients, seed {scenario.seed}"
+    split = f"{_partition_words(scenario)} over {scenario.clients} clients, seed {scenario.seed}"
+    return f"{data}{place}, {split}, one person in at most {scenario.multiplicity} of them"
 
 
 def _partition_words(scenario: Scenario) -> str:

@@ -6,6 +6,7 @@ Nothing here is imported by the library. Each planted bug is a change that a tir
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -136,7 +137,7 @@ Patch = Callable[[object, str, object], None]
 
 def without_clipping(patch: Patch) -> None:
     def clip_and_add(self: dpsgd._Clipper, parts: list[dpsgd._Part], valid: Tensor) -> Tensor:
-        return add_up(self, parts, valid.float())
+        return add_up(self, parts, valid.double())
 
     patch(dpsgd._Clipper, "clip_and_add", clip_and_add)
 
@@ -148,7 +149,7 @@ def zero_times_infinity(patch: Patch) -> None:
 
 def clipping_after_the_sum(patch: Patch) -> None:
     def clip_and_add(self: dpsgd._Clipper, parts: list[dpsgd._Part], valid: Tensor) -> Tensor:
-        total = add_up(self, parts, valid.float())
+        total = add_up(self, parts, valid.double())
         return total * min(1.0, self._bound / max(total.norm().item(), 1e-30))
 
     patch(dpsgd._Clipper, "clip_and_add", clip_and_add)
@@ -179,6 +180,64 @@ def keeping_a_running_sum(patch: Patch) -> None:
     patch(dpsgd._Clipper, "clip_and_add", clip_and_add)
 
 
+def summing_in_float32(patch: Patch) -> None:
+    def dense(self: dpsgd._Dense, factor: Tensor, total: Tensor) -> None:
+        total += torch.mv(self._gradients.T, factor.float())
+
+    def factored(self: dpsgd._Factored, factor: Tensor, total: Tensor) -> None:
+        scaled = self._signals * factor.float()[:, None]
+        if self._weight:
+            total[: self._split] += (scaled.T @ self._inputs).flatten()
+        if self._bias:
+            total[self._split :] += scaled.sum(0)
+
+    patch(dpsgd._Dense, "add_weighted", dense)
+    patch(dpsgd._Factored, "add_weighted", factored)
+
+
+def augmenting_the_batch(patch: Patch) -> None:
+    def augmented(self: dpsgd._Clipper, augment: dpsgd.AugmentFn, inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack([augment(inputs, generator) for _ in range(self._view_count)], 1)
+
+    patch(dpsgd._Clipper, "_augmented", augmented)
+
+
+def seeding_views_by_place_in_the_pass(patch: Patch) -> None:
+    right = dpsgd._Clipper._augmented
+
+    def augmented(self: dpsgd._Clipper, augment: dpsgd.AugmentFn, inputs: Tensor, rows: Tensor, seed: int) -> Tensor:
+        return right(self, augment, inputs, torch.arange(len(rows)), seed)
+
+    patch(dpsgd._Clipper, "_augmented", augmented)
+
+
+def dropping_the_whole_pass(patch: Patch) -> None:
+    right = dpsgd._Clipper._attempt
+
+    def attempt(
+        self: dpsgd._Clipper, inputs: Tensor, targets: Tensor, valid: Tensor, rows: Tensor, seed: int
+    ) -> Tensor:
+        part = right(self, inputs, targets, valid, rows, seed)
+        return torch.zeros_like(self.flat, dtype=torch.float64) if part is None else part
+
+    patch(dpsgd._Clipper, "_attempt", attempt)
+
+
+def keeping_the_callers_precision(patch: Patch) -> None:
+    patch(dpsgd, "_full_float32", lambda device: contextlib.nullcontext())
+
+
+def one_pass_for_the_whole_sample(patch: Patch) -> None:
+    right = dpsgd._Clipper.sum
+
+    def everything_at_once(self: dpsgd._Clipper, *records: Tensor, **_: object) -> Tensor:
+        self.records_per_pass = max(1, len(records[3]))
+        return right(self, *records)  # type: ignore[arg-type]
+
+    patch(dpsgd._Clipper, "sum", everything_at_once)
+
+
 def dividing_by_the_sample(patch: Patch) -> None:
     def private_gradient(
         self: dpsgd.PrivateTrainer, inputs: Tensor, targets: Tensor, valid: Tensor, source: Seeded
@@ -192,9 +251,9 @@ def dividing_by_the_sample(patch: Patch) -> None:
 
 
 def add_up(clipper: dpsgd._Clipper, parts: list[dpsgd._Part], factor: Tensor) -> Tensor:
-    total = torch.empty_like(clipper.flat)
+    total = torch.zeros_like(clipper.flat, dtype=torch.float64)
     start = 0
     for part in parts:
-        part.weighted_sum(factor, total[start : start + part.width])
+        part.add_weighted(factor, total[start : start + part.width])
         start += part.width
     return total

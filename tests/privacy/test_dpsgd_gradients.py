@@ -155,14 +155,14 @@ def test_the_physical_batch_changes_nothing_but_rounding(mode: Mode) -> None:
 
 def check_interruption(mode: Mode) -> None:
     """Interrupts a sum after its second physical batch and compares the next sum with an undisturbed one."""
-    passes = 0
+    records = 0
 
-    def interrupting(batch: Tensor, _: torch.Generator) -> Tensor:
-        nonlocal passes
-        passes += 1
-        if passes == 3:
+    def interrupting(views: Tensor, _: torch.Generator) -> Tensor:
+        nonlocal records
+        records += 1
+        if records == 8:
             raise KeyboardInterrupt
-        return batch
+        return views
 
     inputs, targets = planted.image_batch(10)
     trainer = planted.make_trainer(mode=mode, physical_batch=3, augment=interrupting)
@@ -183,8 +183,14 @@ def test_the_interruption_check_fails_on_a_sum_kept_between_batches(monkeypatch:
         check_interruption(Mode.HOOKS)
 
 
-def shaky(batch: Tensor, generator: torch.Generator) -> Tensor:
-    return batch + torch.randn(batch.shape, generator=generator)
+def shaky(views: Tensor, generator: torch.Generator) -> Tensor:
+    return views + torch.randn(views.shape, generator=generator)
+
+
+def views_of(record: Tensor, row: int, seed: int, count: int) -> Tensor:
+    """What augmentation makes of one record in one row, ``(K, ...)``."""
+    generator = torch.Generator().manual_seed(dpsgd._seed_of(seed, dpsgd._Use.VIEWS, row))
+    return shaky(record.repeat(count, 1), generator)
 
 
 def test_several_views_are_averaged_before_the_clip() -> None:
@@ -194,8 +200,8 @@ def test_several_views_are_averaged_before_the_clip() -> None:
     trainer = planted.make_trainer(
         model, mode=Mode.FUNCTORCH, l2_clip=clip, views=views, augment=shaky, physical_batch=256
     )
-    generator = torch.Generator().manual_seed(77)
-    seen = torch.stack([shaky(inputs, generator) for _ in range(views)], 1)
+    seen = torch.stack([views_of(record, row, 77, views) for row, record in enumerate(inputs)])
+    assert (seen[:, 0] - seen[:, 1]).abs().amin(1).gt(0).all()
     before, after = torch.zeros(2, trainer.size, dtype=torch.float64)
     for record, target in zip(seen, targets, strict=True):
         mean = planted.gradient(model, planted.cross_entropy, record, target)
@@ -214,9 +220,126 @@ def test_one_augmented_view_agrees_with_plain_autograd(mode: Mode) -> None:
     model = planted.image_model()
     inputs, targets = planted.image_batch(5)
     trainer = planted.make_trainer(model, mode=mode, l2_clip=CLIP, augment=shaky)
-    seen = shaky(inputs, torch.Generator().manual_seed(77))
+    seen = torch.cat([views_of(record, row, 77, 1) for row, record in enumerate(inputs)])
     expected = planted.oracle(model, planted.cross_entropy, seen, targets, CLIP)
     assert close(trainer.clipped_sum(inputs, targets, everyone(inputs), seed=77), expected)
+
+
+def check_views_alone(mode: Mode, views: int) -> None:
+    """A record's views are the same whichever other records are sampled, and in whichever physical batch."""
+    inputs, targets = planted.image_batch(9)
+    clippers = [
+        planted.make_trainer(mode=mode, views=views, augment=shaky, l2_clip=CLIP, physical_batch=size)._clipper
+        for size in (2 * views, 256)
+    ]
+    alone = [clippers[0].sum(inputs, targets, everyone(inputs), torch.tensor([row]), 5) for row in range(len(inputs))]
+    for rows in ([4], [2, 4, 7], list(range(9))):
+        together = [c.sum(inputs, targets, everyone(inputs), torch.tensor(rows), 5) for c in clippers]
+        for total in together:
+            assert close(total, torch.stack([alone[row] for row in rows]).sum(0))
+
+
+MODES_AND_VIEWS = [*((mode, 1) for mode in planted.MODES), (Mode.FUNCTORCH, 3)]
+
+
+@pytest.mark.parametrize(("mode", "views"), MODES_AND_VIEWS)
+def test_the_views_of_a_record_do_not_depend_on_which_others_are_sampled(mode: Mode, views: int) -> None:
+    check_views_alone(mode, views)
+
+
+@pytest.mark.parametrize(("mode", "views"), MODES_AND_VIEWS)
+def test_the_check_of_views_fails_where_the_place_in_the_pass_seeds_them(
+    mode: Mode, views: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted.seeding_views_by_place_in_the_pass(monkeypatch.setattr)
+    with pytest.raises(AssertionError):
+        check_views_alone(mode, views)
+
+
+def test_seeds_of_rows_and_uses_differ_in_the_bits_that_a_generator_reads() -> None:
+    seeds = [dpsgd._seed_of(seed, use, row) for seed in (0, 1, 2**62) for use in dpsgd._Use for row in range(1000)]
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    # 6,000 draws of 32 bits: a chance of 0.4 % for one accidental pair, and these are no draws but constants.
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)
+
+
+def test_augmentation_in_place_changes_neither_records_nor_other_views() -> None:
+    def in_place(views: Tensor, generator: torch.Generator) -> Tensor:
+        return views.add_(torch.randn(views.shape, generator=generator))
+
+    inputs, targets = planted.image_batch(5)
+    before = inputs.clone()
+    sums = [
+        planted.make_trainer(mode=Mode.FUNCTORCH, views=3, augment=augment).clipped_sum(
+            inputs, targets, everyone(inputs), seed=3
+        )
+        for augment in (in_place, shaky)
+    ]
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("mode", planted.MODES)
+def test_a_view_that_is_not_finite_contributes_nothing_and_moves_nobody(mode: Mode) -> None:
+    def breaking(views: Tensor, _: torch.Generator) -> Tensor:
+        return views / (views[:, :1] != 7)
+
+    inputs, targets = planted.image_batch(6)
+    inputs[2, 0] = 7.0
+    others = torch.arange(6) != 2
+    total = planted.make_trainer(mode=mode, augment=breaking).clipped_sum(inputs, targets, everyone(inputs))
+    assert torch.equal(total, planted.make_trainer(mode=mode).clipped_sum(inputs, targets, others))
+
+
+CPU = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def check_precision(mode: Mode) -> None:
+    """A caller's fast and imprecise settings change no bit of the sum, and are as they were afterwards."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 64))
+    inputs = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    trainer = planted.make_trainer(model, mode=mode)
+    expected = trainer.clipped_sum(inputs, torch.arange(64), everyone(inputs))
+    before = CPU.fp32_precision
+    try:
+        CPU.fp32_precision = "bf16"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            measured = trainer.clipped_sum(inputs, torch.arange(64), everyone(inputs))
+            assert torch.is_autocast_enabled("cpu")
+        assert CPU.fp32_precision == "bf16"
+    finally:
+        CPU.fp32_precision = before
+    assert torch.equal(measured, expected)
+
+
+@pytest.mark.parametrize("mode", planted.MODES)
+def test_reduced_precision_that_a_caller_chose_is_off_in_the_clipped_pass(mode: Mode) -> None:
+    check_precision(mode)
+
+
+@pytest.mark.parametrize("mode", planted.MODES)
+def test_the_precision_check_fails_where_the_callers_settings_stay(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted.keeping_the_callers_precision(monkeypatch.setattr)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_precision(mode)
+
+
+def interrupt() -> None:
+    with dpsgd._full_float32(torch.device("cpu")):
+        assert CPU.fp32_precision == "ieee"
+        raise KeyboardInterrupt
+
+
+def test_precision_settings_come_back_after_an_error() -> None:
+    before = CPU.fp32_precision
+    try:
+        CPU.fp32_precision = "bf16"
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+        assert CPU.fp32_precision == "bf16"
+    finally:
+        CPU.fp32_precision = before
 
 
 @pytest.mark.parametrize("mode", planted.MODES)

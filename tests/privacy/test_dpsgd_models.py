@@ -229,12 +229,34 @@ def test_the_probe_finds_a_clip_that_does_not_hold(mode: Mode, plant: object, mo
         probe(planted.image_model(), planted.cross_entropy, planted.image_batch, mode=mode, l2_clip=0.1)
 
 
-def test_the_probe_finds_an_augmentation_that_mixes_records() -> None:
-    def mixup(batch: Tensor, generator: torch.Generator) -> Tensor:
-        return 0.5 * batch + 0.5 * batch.flip(0)
+def mixup(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Textbook mixup: with probability one half, what it is given is blended with its mean."""
+    if torch.rand((), generator=generator) < 0.5:
+        return 0.5 * batch + 10 * batch.mean(0)
+    return batch
 
+
+@pytest.mark.parametrize("mode", planted.MODES)
+def test_the_probe_finds_records_mixed_by_augmentation_under_some_seeds_only(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Record by record there is nothing to mix with.
+    probe(planted.image_model(), planted.cross_entropy, planted.image_batch, mode=mode, augment=mixup)
+    planted.augmenting_the_batch(monkeypatch.setattr)
     with pytest.raises(PlanError, match="another one's gradient"):
-        probe(planted.image_model(), planted.cross_entropy, planted.image_batch, mode=Mode.HOOKS, augment=mixup)
+        probe(planted.image_model(), planted.cross_entropy, planted.image_batch, mode=mode, augment=mixup)
+
+
+def test_the_probe_finds_an_augmentation_that_remembers_records() -> None:
+    last = torch.zeros(1, 16)
+
+    def blending(views: Tensor, generator: torch.Generator) -> Tensor:
+        nonlocal last
+        blended, last = views + last, views
+        return blended
+
+    with pytest.raises(PlanError, match=r"another one's gradient|seen before"):
+        probe(planted.image_model(), planted.cross_entropy, planted.image_batch, mode=Mode.HOOKS, augment=blending)
 
 
 def test_the_probe_refuses_records_that_do_not_fit_the_model() -> None:
@@ -261,7 +283,8 @@ def test_the_mode_is_chosen_on_synthetic_records_among_the_safe_ones() -> None:
 
     chosen = choose_mode(planted.image_model(), planted.cross_entropy, make_batch, expected_batch=5.5, physical_batch=4)
     assert chosen in planted.MODES
-    assert asked == [4]
+    # One batch to time, and one full pass for each mode that is tried on a CPU.
+    assert asked == [4, 4, 4]
     assert choose_mode(with_layer(Mixing()), planted.cross_entropy, make_batch, expected_batch=5.5) is Mode.FUNCTORCH
 
 

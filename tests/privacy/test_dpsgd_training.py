@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from privacy.dpsgd import PrivateTrainer
+from privacy.dpsgd import MOST_EXAMPLES_IN_MEMORY, PrivateTrainer
 from privacy.errors import PlanError
 from privacy.noise import Keystream, RandomSource
 from privacy.plan import Local, Mode, Optimizer
@@ -236,3 +236,77 @@ def test_impossible_arguments_are_refused_with_a_remedy() -> None:
         planted.make_trainer(mode=Mode.HOOKS, views=2)
     with pytest.raises(PlanError, match="l2_clip"):
         planted.make_trainer(l2_clip=1e-30)
+
+
+@pytest.mark.parametrize("size", [65_537, 10**12])
+def test_a_plan_may_not_ask_for_passes_beyond_the_public_cap(size: int) -> None:
+    assert MOST_EXAMPLES_IN_MEMORY == 65_536
+    with pytest.raises(PlanError, match="physical_batch and views of at most 65536"):
+        planted.make_trainer(physical_batch=size)
+    with pytest.raises(PlanError, match="physical_batch and views of at most 65536"):
+        planted.make_trainer(mode=Mode.FUNCTORCH, views=size)
+
+
+def check_passes(views: int, physical_batch: int) -> None:
+    """No pass over records is larger than the one rehearsed, however many records there are."""
+    seen: list[tuple[int, ...]] = []
+
+    def measured(output: Tensor, target: Tensor) -> Tensor:
+        return planted.cross_entropy(output, target)
+
+    trainer = planted.make_trainer(
+        loss=measured, mode=Mode.FUNCTORCH, sample_rate=1.0, views=views, physical_batch=physical_batch, steps=1
+    )
+    right = trainer._clipper.parts
+    trainer._clipper.parts = (
+        lambda stacked, targets, seed: (  # type: ignore[method-assign]
+            seen.append(tuple(stacked.shape[:2])) or right(stacked, targets, seed)  # type: ignore[func-returns-value]
+        )
+    )
+    trainer.rehearse(planted.image_batch)
+    rehearsed = seen.pop()
+    assert rehearsed == (max(1, physical_batch // views), views)
+    trainer.rehearse(planted.image_batch)
+    assert not seen  # once for each trainer
+    inputs, targets = planted.image_batch(41)
+    trainer.train(torch.zeros(trainer.size), inputs, targets, torch.ones(41, dtype=torch.bool), Keystream(), lr=0.1)
+    assert sum(records for records, _ in seen) == 41
+    assert all(records <= rehearsed[0] and k == views for records, k in seen)
+
+
+@pytest.mark.parametrize(("views", "physical_batch"), [(1, 16), (3, 16), (5, 2)])
+def test_no_pass_over_records_is_larger_than_the_one_rehearsed(views: int, physical_batch: int) -> None:
+    check_passes(views, physical_batch)
+
+
+def test_the_check_of_passes_fails_where_the_sample_sets_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted.one_pass_for_the_whole_sample(monkeypatch.setattr)
+    with pytest.raises(AssertionError):
+        check_passes(1, 16)
+
+
+@pytest.mark.parametrize("mode", planted.MODES)
+def test_a_rehearsal_moves_nothing_that_training_can_see(mode: Mode) -> None:
+    inputs, targets = planted.image_batch(20)
+    records = (inputs, targets, torch.ones(20, dtype=torch.bool))
+    trained, rehearsed = planted.make_trainer(mode=mode), planted.make_trainer(mode=mode)
+    rehearsed.rehearse(planted.image_batch)
+    start = torch.zeros(trained.size)
+    assert torch.equal(
+        trained.train(start, *records, planted.Seeded(1), lr=0.3),
+        rehearsed.train(start, *records, planted.Seeded(1), lr=0.3),
+    )
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), RuntimeError("can't allocate memory")])
+def test_a_rehearsal_that_does_not_fit_in_memory_is_refused_with_the_remedy(error: Exception) -> None:
+    def exhausting(views: Tensor, _: torch.Generator) -> Tensor:
+        raise error
+
+    with pytest.raises(PlanError, match="lower physical_batch"):
+        planted.make_trainer(augment=exhausting).rehearse(planted.image_batch)
+
+
+def test_a_rehearsal_of_records_that_the_model_cannot_read_is_refused() -> None:
+    with pytest.raises(PlanError, match="synthetic records"):
+        planted.make_trainer(nn.Linear(5, 3)).rehearse(planted.image_batch)

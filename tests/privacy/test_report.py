@@ -64,7 +64,9 @@ def a_client(name: str = "client-0", rounds: int = 30, **changes: Any) -> Client
         "charges": rounds,
         "declined": 0,
         "runs": 1,
+        "other_runs": 0,
         "receipts_missing": 0,
+        "undelivered": 0,
         "test_noise": False,
         "history": history,
         "public_key": "a3" * 32,
@@ -103,6 +105,8 @@ def a_run(clients: int = 3, rounds: int = 30, **changes: Any) -> RunFacts:
         "status": "completed",
         "config": {"clients": clients, "epsilon": 3.0},
         "plan": a_plan(rounds=rounds, joins=rounds + 2),
+        "committed": True,
+        "doubts": (),
         "local": Local(lr=2.0),
         "rounds": [
             {
@@ -120,6 +124,7 @@ def a_run(clients: int = 3, rounds: int = 30, **changes: Any) -> RunFacts:
         "prices": some_prices(),
         "multiplicity": 1,
         "multiplicity_epsilon": None,
+        "augmented": False,
         "noise_source": "aes-256-ctr keystream",
         "versions": {"opacus": "1.6.0"},
         "code_hash": "9f" * 32,
@@ -240,13 +245,52 @@ def test_the_headline_quotes_the_whole_committed_schedule_and_refunds_nothing() 
 
 
 def test_several_runs_in_a_ledger_are_priced_by_the_filter_not_by_one_runs_pld() -> None:
-    clients = [a_client("a"), a_client("b", runs=2, charges=77, spent_epsilon=2.9412)]
+    clients = [a_client("a"), a_client("b", runs=2, other_runs=1, charges=77, spent_epsilon=2.9412)]
     headline = build(a_run(clients=2, covers="all runs in ledgers"))["headline"]
     assert headline["epsilon"] == 2.7134
     headline = build(dataclasses.replace(a_run(), clients=clients))["headline"]
     assert headline["epsilon"] == 2.9412
     assert headline["replace_one"]["epsilon"] == pytest.approx(2 * 2.9412)
     assert headline["replace_one"]["delta"] == pytest.approx(1e-5 * (1 + math.exp(2.9412)))
+
+
+def test_g3_a_ledger_whose_only_run_is_another_one_is_not_taken_for_this_schedule() -> None:
+    clients = [a_client("a"), a_client("b", rounds_joined=0, runs=1, other_runs=1, charges=4, spent_epsilon=2.9997)]
+    report = build(dataclasses.replace(a_run(), clients=clients))
+    assert report["headline"]["epsilon"] == 2.9997
+    assert "over all their runs" in report["headline"]["basis"]
+    assert report["covered"][2].startswith("Every run")
+
+
+def test_a_spend_that_only_the_ledger_tells_counts_in_full_and_is_not_called_proven() -> None:
+    facts = with_client(verdict=Verdict.LEDGER, undelivered=2)
+    report = build(facts)
+    assert report["headline"]["epsilon"] == 2.7134
+    assert (report["clients"][-1]["verdict"], report["clients"][-1]["undelivered"]) == ("ledger only", 2)
+    assert report["budget"]["undelivered"] == 2
+    standings = {row["name"]: row["standing"] for row in report["assumptions"]}
+    assert standings["receipts"] == "declared by holder"
+    page = render(report)
+    assert "never delivered" in page
+    assert '<span class="chip word">ledger only</span>' in page
+
+
+def test_augmentation_is_said_to_be_record_by_record_and_only_where_there_is_some() -> None:
+    words = {
+        augmented: next(
+            row["words"] for row in build(a_run(augmented=augmented))["assumptions"] if "alone" in row["name"]
+        )
+        for augmented in (False, True)
+    }
+    assert "augmentation gets one record at a time" in words[True]
+    assert "augmentation" not in words[False]
+
+
+def test_only_a_simulation_claims_to_have_probed_the_model() -> None:
+    for simulation in (None, a_simulation()):
+        rows = build(a_run(simulation=simulation))["assumptions"]
+        words = next(row["words"] for row in rows if row["name"] == "examples alone")
+        assert ("probed" in words) == (simulation is not None)
 
 
 def test_a_holder_with_a_smaller_delta_is_not_priced_at_the_plans_delta() -> None:
@@ -302,6 +346,8 @@ DOUBTS = {
     "more charges than committed": with_client(charges=33),
     "more spent than granted": with_client(granted_epsilon=1.0),
     "no ledger was read": a_run(clients=0),
+    "another plan was committed": a_run(committed=False),
+    "the files contradict each other": a_run(doubts=("The checkpoint is that of another job.",)),
     "multiplicity without a figure": a_run(multiplicity=2),
     "multiplicity cheaper than one": a_run(multiplicity=2, multiplicity_epsilon=0.3),
     "no accountant gave a figure": a_run(prices=some_prices(pld=None, gate=math.nan)),
@@ -349,6 +395,23 @@ def test_an_unproven_client_also_hides_its_history_and_the_rounds_largest_epsilo
     assert {spent for _, spent in odd["history"]} == {"unknown"}
     assert {record["epsilon"] for record in report["rounds"]} == {"unknown"}
     assert report["budget"]["largest_spent"] == report["budget"]["least_remaining"] == "unknown"
+
+
+@pytest.mark.parametrize("doubt", ["another plan was committed", "the files contradict each other"])
+def test_a_doubt_about_the_whole_run_hides_every_total(doubt: str) -> None:
+    report = build(DOUBTS[doubt])
+    assert report["budget"]["largest_spent"] == report["budget"]["least_remaining"] == "unknown"
+    assert {record["epsilon"] for record in report["rounds"]} == {"unknown"}
+    assert build(a_run())["budget"]["largest_spent"] == pytest.approx(2.8731)
+
+
+def test_the_price_of_a_plan_that_nobody_committed_to_is_not_printed() -> None:
+    prices = build(a_run(committed=False))["prices"]
+    assert {prices[name] for name in ("gate", "rdp", "pld", "pld_replace_one", "prv")} == {"unknown"}
+    assert (
+        {entry["epsilon"] for entry in prices["at_deltas"]} == {entry["tpr"] for entry in prices["tpr"]} == {"unknown"}
+    )
+    assert build(a_run())["prices"]["pld"] == 2.7134
 
 
 def test_test_noise_at_one_client_prints_infinity_everywhere() -> None:
