@@ -218,6 +218,10 @@ class _Worker:
         self.shapes = dict(zip(self.trainer.names, self.trainer.shapes, strict=True))
         self._start = _Shared()
 
+    def synthetic(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns public records of the right shape, inputs ``(count, *shape)`` and classes ``(count,)``."""
+        return self.task.synthetic(self.shape, count, torch.Generator().manual_seed(0))
+
     def start(self, arrays: ArrayRecord) -> torch.Tensor:
         """Returns the broadcast model as a flat vector; decoded once per cohort, read-only by convention."""
         start: torch.Tensor = self._start.get(arrays, lambda shared: decode(shared, self.shapes))
@@ -255,6 +259,8 @@ def answer(request: Request, holder: Holder) -> Release | Word:
         return Word.CONFLICT
     worker = _worker(holder, request)
     start = worker.start(request.arrays)
+    # What does not run or fit in memory fails here, for a reason that no record has a part in.
+    worker.trainer.rehearse(worker.synthetic)
     # From here on the charge is spent whatever happens; nothing above has touched a record.
     receipt = holder.charge(
         request.charge_of(holder.name, noise=noise_name(holder.sources), commitment=holder.commitment)

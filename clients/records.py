@@ -89,7 +89,11 @@ def sanitize(records: Records, shape: Shape) -> Records:
         shape: What they should be.
     """
     count = len(records)
-    if tuple(records.inputs.shape) != (count, *shape.inputs) or records.targets.shape != (count,) or records.valid.shape != (count,):
+    if (
+        tuple(records.inputs.shape) != (count, *shape.inputs)
+        or records.targets.shape != (count,)
+        or records.valid.shape != (count,)
+    ):
         return Records(
             torch.zeros((count, *shape.inputs)),
             torch.zeros(count, dtype=torch.int64),

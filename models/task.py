@@ -47,7 +47,8 @@ class Task:
             first is the headline.
         synthetic: Random public records of a shape, for probes and timing: inputs ``(n, *inputs)``, classes
             ``(n,)``.
-        augment: One random view of a batch, record by record, never mixing records; None for no augmentation.
+        augment: Random views of one record: gets it K times, shape ``(K, *inputs)`` on the CPU, and returns K views of
+            it. It never sees two records, so it cannot mix them. None for no augmentation.
         defaults: Scenario keys that this task sets, by their kebab-case names; flags and files override them.
         shape: Public shape of the records; required where ``data`` is a callable, ignored for built-in
             sources, which know their own.

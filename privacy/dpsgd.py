@@ -16,7 +16,7 @@ are float64 (u = 2**-53), so that what one record adds is bounded as follows, fo
 - A norm is a sum of P squares, off by a relative P u / 2 + O(u) <= 2**-21 at most, so that one contribution has a norm
   of at most ``C (1 - SHRINK)(1 + 2**-21)``.
 - A sum of n contributions in which each passes through at most d additions is off by at most ``d u n C``. One product
-  reduces at most m = min(physical batch, 256) rows, and the products of n rows are added up, hence d <= m + n / m + 3.
+  reduces at most m = min(physical batch, 256) rows, and the products of n rows are added up, hence d <= m + n / m + 20.
   Adding one record may change every rounding in the sum, so both sums count: ``2 d u n C``. That is at most
   ``C 2**-20`` as long as ``d n <= 2**32``: up to a million sampled records at physical batches from 256, up to 65,000
   at physical batch 1.
@@ -308,6 +308,9 @@ def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
 def _squares(rows: Tensor) -> Tensor:
     """Returns squared L2 norms of rows ``(B, n)`` in float64, shape ``(B,)``."""
     # In float32 squares overflow from 2e19 and a long sum loses more than SHRINK.
+    if rows.numel() <= _PIECE:
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return norm.square()
     total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for some, columns in _pieces(rows):
         total[some] += torch.linalg.vector_norm(rows[some, columns], dim=1, dtype=torch.float64).square()
@@ -320,6 +323,9 @@ class _Dense:
 
     def __init__(self, gradients: Tensor) -> None:
         self._gradients = gradients.flatten(1)
+        if gradients.numel() <= _PIECE:
+            # Read twice, converted once; where it is larger, a second copy would fall out of the cache.
+            self._gradients = self._gradients.double()
         self.width = self._gradients.shape[1]
 
     def squares(self) -> Tensor:
@@ -665,23 +671,30 @@ class _Clipper:
         """Returns the clipped sum over the rows ``chosen`` in physical batches, float64 ``(P,)``, CPU.
 
         Guarantees:
-            Bound: as `clip_and_add`. A row that makes the model raise contributes exactly zero, and the rows beside it
-                what they would contribute without it: they are run again one at a time. (To drop the whole physical
-                batch instead would let one record remove all the others' contributions.)
+            Bound: as `clip_and_add`. A row that makes the model raise, run by itself, contributes exactly zero.
             Memory: no pass is larger than the one that `rehearse` makes.
         """
         total = torch.zeros(self.flat.shape[0], dtype=torch.float64)
         with _full_float32(self._device):
             for rows in torch.split(chosen, self.records_per_pass) if len(chosen) else ():
-                part = self._attempt(inputs, targets, valid, rows, seed)
-                if part is not None:
-                    total += part
-                    continue
-                for row in torch.split(rows, 1):
-                    part = self._attempt(inputs, targets, valid, row, seed)
-                    if part is not None:
-                        total += part
+                total += self._sum_of_pass(inputs, targets, valid, rows, seed)
         return total
+
+    def _sum_of_pass(self, inputs: Tensor, targets: Tensor, valid: Tensor, rows: Tensor, seed: int) -> Tensor:
+        """Returns the clipped sum over the rows of one pass, float64 ``(P,)``, CPU; halves it where the model raises.
+
+        Only the rows that raise by themselves are left out: to drop the pass would let one record remove all the
+        others' contributions. Halves, because that keeps both the passes and the additions in a row few.
+        """
+        total = self._attempt(inputs, targets, valid, rows, seed)
+        if total is not None:
+            return total
+        if len(rows) == 1:
+            return torch.zeros(self.flat.shape[0], dtype=torch.float64)
+        halves = torch.tensor_split(rows, 2)
+        return self._sum_of_pass(inputs, targets, valid, halves[0], seed).add_(
+            self._sum_of_pass(inputs, targets, valid, halves[1], seed)
+        )
 
     def _attempt(self, inputs: Tensor, targets: Tensor, valid: Tensor, rows: Tensor, seed: int) -> Tensor | None:
         """Returns the clipped sum over the rows of one pass, float64 ``(P,)``, CPU; None where the model raised."""
@@ -690,7 +703,7 @@ class _Clipper:
             parts = self.parts(stacked, labels, _seed_of(seed, _Use.DROPOUT, int(rows[0])))
             return self.clip_and_add(parts, usable).cpu()
         except (TacitError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            # About public shapes, or about the machine: running row by row would hide it and not help.
+            # About public shapes, or about the machine: running fewer rows would hide it and not help.
             raise
         except (ArithmeticError, LookupError, RuntimeError, ValueError):
             # What a record's content makes the model raise may not be seen outside.

@@ -402,3 +402,14 @@ def test_a_redefined_task_of_the_same_name_is_not_trained_with_the_old_model(tmp
     )
     send(mine, request())
     assert built
+
+
+def test_g12_a_plan_that_does_not_fit_in_memory_is_refused_before_any_record_is_read(tmp_path, monkeypatch):
+    def never():
+        raise AssertionError("data was read")
+
+    mine = holder(tmp_path, load=never)
+    assert word_of(send(mine, request(plan=dataclasses.replace(PLAN, physical_batch=10**9)))) == "malformed"
+    monkeypatch.setattr(PrivateTrainer, "rehearse", lambda *_: (_ for _ in ()).throw(PlanError("does not fit")))
+    assert word_of(send(mine, request())) == "malformed"
+    assert spent(mine) == 0

@@ -182,7 +182,7 @@ def keeping_a_running_sum(patch: Patch) -> None:
 
 def summing_in_float32(patch: Patch) -> None:
     def dense(self: dpsgd._Dense, factor: Tensor, total: Tensor) -> None:
-        total += torch.mv(self._gradients.T, factor.float())
+        total += torch.mv(self._gradients.float().T, factor.float())
 
     def factored(self: dpsgd._Factored, factor: Tensor, total: Tensor) -> None:
         scaled = self._signals * factor.float()[:, None]

@@ -267,19 +267,21 @@ def test_the_augmentation_check_fails_where_it_gets_the_batch(
 
 
 def check_raising(mode: Mode) -> None:
-    """One record with an unknown token or class: it adds exactly nothing, and the others stay."""
+    """Records with an unknown token or class: they add exactly nothing, and the others stay."""
     torch.manual_seed(13)
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 3))
     trainer = planted.make_trainer(model, mode=mode, l2_clip=CLIP, physical_batch=4)
     inputs = torch.randint(7, (10, 5), generator=torch.Generator().manual_seed(2))
     targets, valid = torch.arange(10) % 3, torch.ones(10, dtype=torch.bool)
-    others = torch.arange(10) != 5
-    expected = trainer.clipped_sum(inputs, targets, others)
-    for token, label in ((10_000, 0), (-3, 0), (2, 99)):
-        changed, labels = inputs.clone(), targets.clone()
-        changed[5, 2], labels[5] = token, label
-        assert not trainer.clipped_sum(changed[5:6], labels[5:6], valid[5:6]).any()
-        assert (trainer.clipped_sum(changed, labels, valid) - expected).norm() <= 4 * ROUNDING
+    for bad in ([5], [0, 9], [4, 5, 6, 7], list(range(10))):
+        others = torch.ones(10, dtype=torch.bool)
+        others[bad] = False
+        expected = trainer.clipped_sum(inputs, targets, others)
+        for token, label in ((10_000, 0), (-3, 0), (2, 99)):
+            changed, labels = inputs.clone(), targets.clone()
+            changed[bad, 2], labels[bad] = token, label
+            assert not trainer.clipped_sum(changed[bad], labels[bad], valid[bad]).any()
+            assert (trainer.clipped_sum(changed, labels, valid) - expected).norm() <= 4 * ROUNDING
 
 
 @pytest.mark.parametrize("mode", planted.MODES)
