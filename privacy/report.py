@@ -867,7 +867,12 @@ def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
 
 def _witness(facts: RunFacts) -> dict[str, str]:
     """Returns what the receipts prove and what they cannot."""
-    if facts.witness.strip():
+    if facts.witness.strip() and facts.simulation is not None:
+        rollback = (
+            "Detectable only against receipts that somebody keeps elsewhere: in a simulation every key and every file "
+            "lies on one machine, and all of them rolled back together cannot be told apart from an earlier state."
+        )
+    elif facts.witness.strip():
         rollback = "Detectable: a ledger rolled back, forked or signed again contradicts a receipt held elsewhere."
     else:
         rollback = (

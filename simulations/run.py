@@ -240,7 +240,11 @@ def _run_engine(world: World, client: str) -> None:
         def on_round(line: Mapping[str, Any]) -> None:
             if line["round"] and not line["replies"] and grid.failures:
                 # One failing client is a straggler; all of them failing is a fault of the task, to be told at once.
-                raise RunError(f"expected updates, got only failures: {grid.failures[-1].reason}; see TACIT_TRACE=1")
+                kind, _, text = grid.failures[-1].reason.partition(">:<")
+                raise RunError(
+                    f"expected updates, got only failures; the last was {kind.rpartition('.')[2].strip(chr(39))}: "
+                    f"{text.strip('<>').strip(chr(39))}; mend the task or its data, then resume"
+                )
             apps.sessions[folder].on_round(line)
 
         watched = dataclasses.replace(job, on_round=on_round)

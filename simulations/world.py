@@ -230,7 +230,9 @@ class World:
         turns = joins_of(plan.rounds, self.scenario.clients, self.scenario.cohort)
         whole = dataclasses.replace(Event.of_round(plan), steps=plan.steps * turns)
         accounts = self.book.accounts.values()
-        able = sum(account.grant.affords(account.spent_rdp, whole) for account in accounts)
+        # In a large population accounts are opened when a client is first asked: these have everything left.
+        unopened = self.population.clients - len(accounts)
+        able = unopened + sum(account.grant.affords(account.spent_rdp, whole) for account in accounts)
         if accounts and able < self.scenario.min_replies:
             richest = min(accounts, key=lambda account: account.spent)
             raise BudgetExceeded(
