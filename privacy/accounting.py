@@ -286,7 +286,7 @@ def pld_epsilon(event: Event, delta: float, adjacency: Adjacency = Adjacency.ADD
     """Returns the tight epsilon of a committed schedule, by Google's privacy loss distributions.
 
     Guarantees:
-        Pessimistic: losses are rounded up (to 1e-4; to 3e-4 up to 2000 steps), so the figure is never below the true one.
+        Pessimistic: losses are rounded up, to 1e-4 (3e-4 up to 2000 steps), so the figure is never below the true one.
 
     References:
         Koskela et al. (2020); Doroshenko et al. (2022), "Connect the dots".
