@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol, final
 
 import numpy as np
+import torch
 
 from clients.data import Records, faults, sanitize
 from models.task import Shape, Task
@@ -23,6 +25,8 @@ from privacy.errors import DataError, LedgerError
 from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.noise import SECURE_SOURCE, Keystream, RandomSource
+
+_log = logging.getLogger("tacit.client")
 
 
 class Sources(Protocol):
@@ -186,13 +190,22 @@ class Holder:
         Raises:
             DataError: Only in a simulation: a record is faulty, or there is none.
         """
-        records = self.load()
         if self.simulated:
+            records = self.load()
             if found := faults(records, self.shape):
                 raise DataError(f"expected sound records at {self.name}, got {found[0]}; repair the data set")
             return records
-        # A real holder must look the same on the wire whatever its data: faulty records take part as nothing.
-        return sanitize(records, self.shape)
+        # A real holder must look the same on the wire whatever its data: faulty records take part as nothing, and so
+        # does a data set that cannot be read. The preflight tells its owner; nobody else may learn of it.
+        try:
+            return sanitize(self.load(), self.shape)
+        except Exception:
+            _log.exception("the records could not be read and take part as nothing; this stays on this machine")
+            return Records(
+                torch.zeros((0, *self.shape.inputs)),
+                torch.zeros(0, dtype=torch.int64),
+                torch.zeros(0, dtype=torch.bool),
+            )
 
 
 def content_of(records: Records) -> bytes:

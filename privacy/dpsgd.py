@@ -702,11 +702,12 @@ class _Clipper:
             stacked, labels, usable = self.examples(inputs, targets, valid, rows, seed)
             parts = self.parts(stacked, labels, _seed_of(seed, _Use.DROPOUT, int(rows[0])))
             return self.clip_and_add(parts, usable).cpu()
-        except (TacitError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            # About public shapes, or about the machine: running fewer rows would hide it and not help.
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            # About the machine: running fewer rows would hide it and not help.
             raise
-        except (ArithmeticError, LookupError, RuntimeError, ValueError):
-            # What a record's content makes the model raise may not be seen outside.
+        except Exception:
+            # What a record's content makes the task raise may not be seen outside, whatever the task calls it. Faults
+            # of the public shapes came out in the rehearsal.
             return None
 
     def rehearse(self, make_batch: MakeBatch) -> None:

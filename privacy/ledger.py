@@ -315,7 +315,7 @@ class Book:
             raise LedgerError(
                 f"expected at least {base} bytes in {self._path}, got {size}: it was cut; restore it from a backup"
             )
-        tail = os.pread(self._file, len(batch), base)
+        tail = self._read(len(batch), base)
         if not batch.startswith(tail):
             raise LedgerError(f"expected {self._path} to hold its intent, got other bytes; restore a backup")
         if len(tail) < len(batch):
@@ -328,17 +328,25 @@ class Book:
                     f"expected to finish a torn charge in {self._path}, got {error.strerror}; free some space"
                 ) from None
 
+    def _read(self, count: int, start: int) -> bytes:
+        """Returns ``count`` bytes from ``start``, or as many as there are; one system call reads 2 GiB at most."""
+        parts = []
+        while count > 0 and (part := os.pread(self._file, count, start)):
+            parts.append(part)
+            count, start = count - len(part), start + len(part)
+        return b"".join(parts)
+
     def _catch_up(self) -> None:
         size = os.fstat(self._file).st_size
         if size < self._size:
             raise LedgerError(f"expected {self._path} to grow only, got {size} bytes after {self._size}; it was cut")
         if size == self._size:
             return
-        added = os.pread(self._file, size - self._size, self._size)
+        added = self._read(size - self._size, self._size)
         if not added.endswith(b"\n"):
             # Whoever wrote it is dead, for the lock is ours.
             self._finish_torn_append()
-            added = os.pread(self._file, os.fstat(self._file).st_size - self._size, self._size)
+            added = self._read(os.fstat(self._file).st_size - self._size, self._size)
         if not added.endswith(b"\n"):
             raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
         for number, line in enumerate(added[:-1].split(b"\n"), start=1):

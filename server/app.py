@@ -206,6 +206,11 @@ def run(job: Job, grid: Grid) -> Ending:
     if path.exists():
         state = load(path)
         require_same(job, state, first)
+        if gone := set(state.witnesses) - set(grid.get_node_ids()):
+            raise RunError(
+                f"expected the nodes that the run began with, {len(gone)} of them are gone; under Ray and flwr run "
+                "nodes get new numbers at every start, so such a run cannot be resumed: begin a new one, or use engine local"
+            )
         job.aggregator.moments, job.aggregator.updates = state.moments, state.updates
         for name in (METRICS, RECEIPTS):
             _cut(job.folder / name, state.lines.get(name, 0))
@@ -277,12 +282,14 @@ def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dic
         state.witnesses[node] = f"{receipt.seq}:{receipt.head}"
         state.identities[node] = _identity_of(receipt)
         state.spent[receipt.account] = receipt.spent
+    tested = any(receipt.test for *_, receipt in updates)
     due = number % job.evaluate_every == 0 or number == job.plan.rounds
     line = {
         "round": number,
         "rounds": job.plan.rounds,
         "metrics": evaluate(job, model, state.model) if due else {},
-        "epsilon": max(state.spent.values(), default=None),
+        # Test noise protects nothing: no figure is better than a small one.
+        "epsilon": None if tested else max(state.spent.values(), default=None),
         "budget": job.plan.epsilon,
         "replies": len(updates),
         "declined": words.count("declined"),

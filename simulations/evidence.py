@@ -26,9 +26,10 @@ from privacy.plan import Adjacency, Plan
 from privacy.report import ClientSpend, Prices, RunFacts, Verdict, write
 from server.app import CHECKPOINT, METRICS, RECEIPTS
 from server.checkpoint import State, load
-from simulations.world import World, now, population_words
+from simulations.world import JOB_FILE, World, now, population_words
 
 STATUS: Final = "status.json"
+_PLD_EPSILON: Final = 100
 SERVER_KEY: Final = "server.key"
 
 _PACKAGES: Final = ("torch", "opacus", "flwr", "dp-accounting", "cryptography", "numpy")
@@ -42,6 +43,8 @@ def render(folder: Path) -> Path:
     Raises:
         TacitError: The folder is no run folder, or its ledgers or receipts are damaged.
     """
+    if not (folder / JOB_FILE).exists():
+        raise RunError(f"expected a run folder that has started, got {folder} without {JOB_FILE}; resume it first")
     return write(facts_of(World.open(folder.resolve())), folder)[1]
 
 
@@ -270,10 +273,16 @@ def prices_of(world: World) -> Prices:
     """Prices the committed schedule with every accountant."""
     plan = world.settled.plan
     event = Event.of_schedule(plan)
-    # Three deltas are enough to see how epsilon moves; each costs a quarter of a second.
-    curve = tuple((delta, pld_epsilon(event, delta)) for delta in (plan.delta, plan.delta / 10, plan.delta / 100))
-    prv, note = prv_epsilon(event, plan.delta)
     best = best_order(event, plan.delta)
+    # Loss distributions of a schedule that protects next to nothing take minutes and gigabytes, for a figure that
+    # nobody needs exactly.
+    tight = best[1] <= _PLD_EPSILON
+    # Three deltas are enough to see how epsilon moves.
+    curve = tuple(
+        (delta, pld_epsilon(event, delta) if tight else best_order(event, delta)[1])
+        for delta in (plan.delta, plan.delta / 10, plan.delta / 100)
+    )
+    prv, note = prv_epsilon(event, plan.delta) if tight else (None, f"not asked: epsilon above {_PLD_EPSILON}")
     # Accounts may hold different orders. At another order every figure is valid too, but at a larger delta none is.
     filters = {
         grant.order: grant.epsilon_of(rdp(event, grant.order))
@@ -286,8 +295,8 @@ def prices_of(world: World) -> Prices:
         steps=event.steps,
         gate=gate,
         gate_order=order,
-        pld=curve[0][1],
-        pld_replace_one=pld_epsilon(event, plan.delta, Adjacency.REPLACE_ONE),
+        pld=curve[0][1] if tight else None,
+        pld_replace_one=pld_epsilon(event, plan.delta, Adjacency.REPLACE_ONE) if tight else None,
         prv=prv,
         prv_note=note,
         rdp=best[1],

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import signal
 import threading
@@ -26,7 +28,7 @@ from server.app import Ending, server_app
 from simulations import apps
 from simulations.evidence import STATUS, facts_of, render
 from simulations.scenario import BY_NAME, MACHINE, Scenario
-from simulations.world import World, now, server_context
+from simulations.world import World, code_hash, now, server_context
 
 __all__ = ["Observer", "conclude", "facts_of", "render", "simulate"]
 
@@ -75,16 +77,25 @@ def simulate(
     Raises:
         TacitError: The scenario cannot be run; nothing is left behind, or everything is resumable.
     """
-    began = time.perf_counter()
+    folder = (resume or out or _new_folder(scenario.task)).resolve()
     if resume is not None:
         _require_same(scenario, Scenario.from_run(resume))
-        world = World.open(resume.resolve(), sources, scenario)
+    with _alone(folder):
+        return _simulate(scenario, folder, resume is not None, observer, client, sources)
+
+
+def _simulate(
+    scenario: Scenario, folder: Path, resumed: bool, observer: Observer, client: str, sources: Sources | None
+) -> dict[str, object]:
+    began = time.perf_counter()
+    if resumed:
+        world = World.open(folder, sources, scenario)
+        _note_code(world)
     else:
-        folder = (out or _new_folder(scenario.task)).resolve()
         world = World.create(scenario, folder, sources)
     apps.adopt(world)
     _picture(world)
-    plan, folder = world.settled.plan, world.folder
+    plan = world.settled.plan
     observer.started(
         {
             "run": str(folder),
@@ -94,7 +105,7 @@ def simulate(
             "plan": dataclasses.asdict(plan),
             "engine": world.scenario.engine,
             "device": world.settled.device,
-            "resumed": resume is not None,
+            "resumed": resumed,
         }
     )
     with _interruptible(observer) as interrupted:
@@ -116,7 +127,7 @@ def simulate(
         "epsilon": _figure(headline["epsilon"]),
         "epsilon_replace_one": _figure(headline["replace_one"]["epsilon"]),
         "delta_replace_one": headline["replace_one"]["delta"],
-        "epsilon_spent": max((c.spent_epsilon or 0.0 for c in facts.clients), default=0.0),
+        "epsilon_spent": _most_spent(facts),
         "budget": plan.epsilon,
         "delta": plan.delta,
         "seconds": time.perf_counter() - began,
@@ -147,9 +158,48 @@ def conclude(world: World, ending: Ending) -> tuple[RunFacts, Path]:
     return facts, write(facts, folder)[1]
 
 
+def _most_spent(facts: RunFacts) -> float | None:
+    """Returns the largest spend that may be printed: infinity under test noise, None where one is not proven."""
+    figures = [client.figure() for client in facts.clients]
+    return None if None in figures else max((figure for figure in figures if figure is not None), default=0.0)
+
+
 def _figure(printed: float | str) -> float | None:
     """Returns a figure as the report prints it: a number, infinity, or None for "unknown"."""
     return None if printed == "unknown" else float(printed)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a run folder to one process; the lock lies beside it, because a start that fails leaves no folder.
+
+    Raises:
+        RunError: Another process works in the folder.
+    """
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise RunError(f"expected to write beside {folder}, got: {error.strerror}; choose another folder") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RunError(f"expected {folder} to be free, got one that another process runs in; wait for it") from None
+    try:
+        yield
+    finally:
+        # Removed while it is still locked: whoever waits to open it makes a new one.
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _note_code(world: World) -> None:
+    """Adds the code that goes on with a run to the code that began it, where they differ; the report prints both."""
+    if not world.settled.code.endswith(code_hash()):
+        world.settled = dataclasses.replace(world.settled, code=f"{world.settled.code}, then {code_hash()}")
+        world.settled.save(world.folder)
 
 
 def _new_folder(task: str) -> Path:
@@ -238,7 +288,7 @@ def _run_engine(world: World, client: str) -> None:
         job = apps.job_of(world, apps.sessions[folder])
 
         def on_round(line: Mapping[str, Any]) -> None:
-            if line["round"] and not line["replies"] and grid.failures:
+            if line["missing"] and not line["replies"] and not line["declined"] and grid.failures:
                 # One failing client is a straggler; all of them failing is a fault of the task, to be told at once.
                 kind, _, text = grid.failures[-1].reason.partition(">:<")
                 raise RunError(

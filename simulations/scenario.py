@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from privacy.errors import PlanError, RunError
+from privacy.files import write_whole
 from privacy.plan import Mode, Optimizer, check_delta, require
 
 Value = str | int | float
@@ -282,7 +283,7 @@ class Scenario:
     engine: str = _key("local", MACHINE, "local = in this process; ray = Flower's simulation", choices=("local", "ray"))
     workers: int = _key(1, MACHINE, "worker processes of the local engine; 1 = none beside this one", least=1)
     threads: int = _key(1, MACHINE, "threads of each worker", least=1)
-    device: str = _key("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps")
+    device: str = _key("auto", MACHINE, "auto, cpu, cuda or cuda:N")
 
     ledgers: str = _key(
         "", FOLDERS, "folder of ledgers that runs share, and that refuse together; empty = in the run folder"
@@ -394,7 +395,7 @@ class Scenario:
 
     def save(self, folder: Path) -> None:
         """Writes the scenario into a run folder."""
-        (folder / CONFIG_FILE).write_text(json.dumps(self.to_mapping(), indent=2) + "\n")
+        write_whole(folder / CONFIG_FILE, json.dumps(self.to_mapping(), indent=2).encode() + b"\n")
 
     @classmethod
     def from_run(cls, folder: Path) -> Self:
@@ -440,8 +441,8 @@ class Scenario:
             f"expected warmup-rounds <= rounds, got {self.warmup_rounds} > {self.rounds}",
         )
         require(
-            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
-            f"expected device to be auto, cpu, cuda, cuda:N or mps, got {self.device!r}",
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            f"expected device to be auto, cpu, cuda or cuda:N, got {self.device!r}",
         )
         for rule in _RULES:
             if not rule.applies(values) and values[rule.name] != BY_NAME[rule.name].default:

@@ -22,10 +22,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from clients.app import parse_request
 from clients.data import Source, load_source
 from clients.holder import Holder, Kept, SecureSources, Sources, content_of, noise_name
-from clients.records import faults
+from clients.records import Records, faults
 from models.task import Shape, Task, find_task
 from privacy.accounting import Event, Grant, best_order, solve_noise
-from privacy.dpsgd import check_model, choose_mode, probe, supported_modes
+from privacy.dpsgd import PrivateTrainer, check_model, choose_mode, probe, supported_modes
 from privacy.errors import BudgetExceeded, DataError, PlanError, RunError
 from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
@@ -211,14 +211,18 @@ class World:
             records = self.population.records_of(index)
             if found := faults(records, self.population.shape):
                 raise DataError(f"expected sound records at {name}, got {found[0]}; repair the data set")
-            bound = self.settled.plan.records_bound
-            if len(records) > bound:
-                raise DataError(
-                    f"expected at most records-bound = {bound} records at {name}, got {len(records)}; "
-                    "raise records-bound, or use more clients"
-                )
+            self._require_bound(name, records)
             self.commitments[name] = self.book.secret.commitment(name, content_of(records))
         self._grant(names)
+
+    def _require_bound(self, name: str, records: Records) -> None:
+        """Refuses a client with more records than the plan declares: delta would mean less than it says (G2)."""
+        bound = self.settled.plan.records_bound
+        if len(records) > bound:
+            raise DataError(
+                f"expected at most records-bound = {bound} records at {name}, got {len(records)}; "
+                "raise records-bound, or use more clients"
+            )
 
     def _require_budget(self) -> None:
         """Refuses a job that too few ledgers can pay to its end; a start that must fail should cost nothing.
@@ -255,6 +259,11 @@ class World:
             raise RunError(f"expected {self.population.clients} nodes, got one with partition {index}; set clients")
         name = self.name_of(index)
 
+        def load() -> Records:
+            records = self.population.records_of(index)
+            self._require_bound(name, records)
+            return records
+
         def pay(request: ChargeRequest) -> Receipt | Word:
             paid = self._paid.pop((name, request.request), None) or _ticket(context, request.request)
             if paid is not None:
@@ -267,7 +276,7 @@ class World:
             name=name,
             task=self.task,
             shape=self.population.shape,
-            load=lambda: self.population.records_of(index),
+            load=load,
             book=self.book,
             kept=self.kept,
             sources=self.sources,
@@ -461,6 +470,8 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
         weight_decay=scenario.weight_decay,
         proximal_mu=scenario.proximal_mu,
     )
+    # What does not run or fit in memory must fail before a ledger pays for it: an engine charges whole cohorts at once.
+    PrivateTrainer(model, task.loss, plan=plan, local=local, augment=task.augment, device=device).rehearse(make_batch)
     return Settled(
         id=os.urandom(16).hex(),
         plan=plan,
@@ -494,7 +505,7 @@ def _device(wanted: str) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = wanted.partition(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
     if not there.get(kind, False):
         raise PlanError(f"expected a device that this machine has, got {wanted}; use auto or cpu")
     return wanted

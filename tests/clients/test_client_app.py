@@ -216,8 +216,14 @@ def test_g14_a_ledger_behind_the_last_receipt_refuses_to_train(tmp_path):
     assert "arrays" in send(mine, request(2, witness=f"{receipt.seq}:{receipt.head}")).content
 
 
+def _unreadable():
+    raise DataError("row 7 of patients.csv is broken")
+
+
 HOSTILE = {
     "clean": records,
+    "unreadable": _unreadable,
+    "targets of no shape": lambda: dataclasses.replace(records(), targets=torch.tensor(3)),
     "empty": lambda: records(0),
     "one record": lambda: records(1),
     "NaN": lambda: _spoil(math.nan),
@@ -264,8 +270,22 @@ def test_g12_a_crash_at_a_real_holder_leaves_as_a_fixed_word_without_its_text(tm
     assert "4711" in caplog.text
 
 
-def test_g12_planted_bug_a_raised_fault_is_visible_on_the_wire(tmp_path):
-    # The simulated holder does what a real one must not: it tells. The same check must see the difference.
+def test_g12_planted_bug_dropping_bad_records_by_refusing_shows_on_the_wire(tmp_path, monkeypatch):
+    # A holder that refuses to train on bad data answers a word where others answer a model.
+    monkeypatch.setattr("clients.holder.sanitize", lambda records, shape: _only_sound(records))
+    monkeypatch.setattr(Holder, "records", lambda self: _only_sound(self.load()))
+    replies = {kind: send(holder(tmp_path / kind, load=HOSTILE[kind]), request()) for kind in ("clean", "NaN")}
+    assert "receipt" in replies["clean"].content
+    assert "receipt" not in replies["NaN"].content
+
+
+def _only_sound(records):
+    if not records.inputs.isfinite().all():
+        raise DataError("bad records")
+    return records
+
+
+def test_g12_in_a_simulation_a_fault_is_a_plain_error(tmp_path):
     mine = holder(tmp_path, load=HOSTILE["NaN"], simulated=True)
     with pytest.raises(DataError, match="mine"):
         send(mine, request())
@@ -381,7 +401,7 @@ def test_g11_noise_of_another_source_than_was_charged_releases_nothing(tmp_path)
     assert word_of(send(dataclasses.replace(mine, pay=pay), request())) == "unavailable"
 
 
-def test_frozen_parameters_are_the_same_at_client_and_server(tmp_path):
+def test_the_same_seed_makes_the_same_frozen_parameters_wherever_the_model_is_built():
     def build(shape):
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
         model[1].weight.requires_grad_(False)
@@ -413,3 +433,18 @@ def test_g12_a_plan_that_does_not_fit_in_memory_is_refused_before_any_record_is_
     monkeypatch.setattr(PrivateTrainer, "rehearse", lambda *_: (_ for _ in ()).throw(PlanError("does not fit")))
     assert word_of(send(mine, request())) == "malformed"
     assert spent(mine) == 0
+
+
+def test_g12_a_task_that_chokes_on_one_record_looks_on_the_wire_like_any_other(tmp_path):
+    def augment(views, generator):
+        assert float(views.max()) <= 1.5, "a record that the task did not expect"
+        return views
+
+    task, seen = dataclasses.replace(TASK, augment=augment), []
+    for number, spoilt in enumerate((1.0, 2.0)):
+        data = records()
+        data.inputs[0] = spoilt
+        mine = dataclasses.replace(holder(tmp_path / str(number), load=lambda data=data: data), task=task)
+        plan = dataclasses.replace(PLAN, sample_rate=1.0, noise_multiplier=100.0)
+        seen.append(_wire(send(mine, request(plan=plan))))
+    assert seen[0] == seen[1]

@@ -482,3 +482,13 @@ def test_spare_charges_follow_the_turns_of_one_client(rounds, clients, cohort):
 
     scenario = Scenario(rounds=rounds, clients=clients, cohort=cohort).resolved(100 * clients)
     assert scenario.retries == max(1, -(-joins_of(rounds, clients, cohort) // 20))
+
+
+def test_a_run_whose_nodes_got_other_numbers_is_not_resumed(tmp_path):
+    job, book = make_job(tmp_path)
+    with LocalGrid(honest(book, tmp_path), nodes=CLIENTS, run_config={}) as grid:
+        run(dataclasses.replace(job, stopping=lambda: True), grid)
+        monkey = lambda: [node + 1000 for node in range(1, CLIENTS + 1)]  # noqa: E731
+        grid.get_node_ids = monkey
+        with pytest.raises(RunError, match="new numbers"):
+            run(job, grid)

@@ -26,7 +26,7 @@ from privacy.plan import Adjacency
 from server.checkpoint import load
 from simulations import world as world_module
 from simulations.partition import Split
-from simulations.run import facts_of, render, simulate
+from simulations.run import _alone, facts_of, render, simulate
 from simulations.scenario import Scenario
 from simulations.world import World, populate, settle
 from tests.apps.seeded import SeededSources
@@ -230,7 +230,8 @@ def test_g7_another_split_of_the_same_records_cannot_use_the_same_ledgers(tmp_pa
 
 def test_g6_a_run_with_test_noise_prints_infinity_everywhere(tmp_path):
     summary = go(tmp_path / "run", seeded=True)
-    assert summary["epsilon"] == math.inf
+    assert summary["epsilon"] == summary["epsilon_spent"] == math.inf
+    assert '"epsilon": null' in (tmp_path / "run/metrics.jsonl").read_text()
     headline = json.loads((tmp_path / "run/report.json").read_text())["headline"]
     assert headline["epsilon"] == "infinity"
 
@@ -349,6 +350,47 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(tmp_path, monkeypat
 
 def test_a_client_smaller_than_its_batch_works(tmp_path):
     assert go(tmp_path / "run", clients=400, cohort=4, sample_rate=1.0, records_per_client=200)["rounds"] == 3
+
+
+def test_a_folder_that_another_process_runs_in_is_refused(tmp_path):
+    with _alone(tmp_path / "run"):
+        with pytest.raises(RunError, match="another process"):
+            go(tmp_path / "run")
+        # Nothing is left behind, and the lock is still held.
+        assert not (tmp_path / "run").exists()
+    assert go(tmp_path / "run")["status"] == "finished"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_g2_a_large_population_is_held_to_its_records_bound_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(world_module, "_EAGER_CLIENTS", 2)
+    with pytest.raises(RunError, match="records-bound"):
+        go(tmp_path / "run", records_bound=300, records_per_client=300)
+
+
+def test_a_job_that_cannot_run_is_found_out_before_any_ledger_pays(tmp_path, monkeypatch):
+    def refuse(self, make_batch):
+        raise PlanError("expected memory for the pass, there is too little")
+
+    monkeypatch.setattr("privacy.dpsgd.PrivateTrainer.rehearse", refuse)
+    with pytest.raises(PlanError, match="memory"):
+        go(tmp_path / "run", ledgers=str(tmp_path / "shared"))
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_run_with_next_to_no_noise_still_ends_with_a_report(tmp_path):
+    summary = go(tmp_path / "run", noise_multiplier=0.05)
+    assert summary["epsilon"] > 100
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_a_resumption_by_other_code_is_written_down(tmp_path):
+    go(tmp_path / "run")
+    settled = json.loads((tmp_path / "run/job.json").read_text())
+    (tmp_path / "run/job.json").write_text(json.dumps(settled | {"code": "0" * 64}))
+    simulate(Scenario.from_run(tmp_path / "run"), resume=tmp_path / "run", observer=Watcher())
+    report = (tmp_path / "run/report.json").read_text()
+    assert f"{'0' * 64}, then {settled['code']}" in report
 
 
 def test_a_folder_in_use_is_refused_and_untouched(tmp_path):
