@@ -209,7 +209,8 @@ def run(job: Job, grid: Grid) -> Ending:
         if gone := set(state.witnesses) - set(grid.get_node_ids()):
             raise RunError(
                 f"expected the nodes that the run began with, {len(gone)} of them are gone; under Ray and flwr run "
-                "nodes get new numbers at every start, so such a run cannot be resumed: begin a new one, or use engine local"
+                "nodes get new numbers at every start, so such a run cannot be resumed: begin a new one, or use engine "
+                "local"
             )
         job.aggregator.moments, job.aggregator.updates = state.moments, state.updates
         for name in (METRICS, RECEIPTS):
