@@ -196,13 +196,14 @@ def decode(arrays: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]) -> torch.
 
 def encode(flat: np.ndarray[tuple[int], np.dtype[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> ArrayRecord:
     """Writes flat trainable parameters as named arrays; the inverse of `decode`."""
-    arrays, start = {}, 0
+    # One by one: the record's constructor would build every array a second time.
+    record, start = ArrayRecord(), 0
     for name, shape in shapes.items():
         stop = start + math.prod(shape)
         data = write_float32(flat[start:stop].reshape(shape))
-        arrays[name] = Array(dtype="float32", shape=shape, stype="numpy.ndarray", data=data)
+        record[name] = Array("float32", shape, "numpy.ndarray", data)
         start = stop
-    return ArrayRecord(arrays)
+    return record
 
 
 class _Worker:
