@@ -10,6 +10,7 @@ folder, engine or disk, 130 stopped with Ctrl-C (and resumable).
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import json
 import math
@@ -18,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -134,15 +135,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the ``tacit`` command.
 
     Args:
-        argv: Arguments without the program's name; None reads the process' own.
+        argv: Arguments without the program's name; None reads the process' own, and ends the process afterwards.
 
     Returns:
         The exit code; see the module's docstring.
     """
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    if argv is None:
+        _leave(code)
+    return code
+
+
+def _run(argv: list[str]) -> int:
     from privacy.errors import RunError, TacitError
 
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        return _dispatch(argv)
     except TacitError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -625,5 +633,18 @@ def _finite(value: object) -> object:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once.
+
+    Everything is on disk and every worker has ended by now. Taking PyTorch and its friends apart module by module, as
+    Python does at exit, would only keep a person waiting for another second.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
