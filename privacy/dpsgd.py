@@ -476,11 +476,15 @@ def _seed_of(seed: int, use: _Use, row: int) -> int:
     return seed
 
 
+class _ShapeError(PlanError):
+    """About public shapes: raised for every record or for none, so it may be seen."""
+
+
 def _losses(loss: LossFn, outputs: Tensor, targets: Tensor) -> Tensor:
     """Returns the losses of a batch, refusing a loss that is not one number an example."""
     losses = loss(outputs, targets)
     if losses.shape != outputs.shape[:1]:
-        raise PlanError(
+        raise _ShapeError(
             f"expected a loss per example of shape {tuple(outputs.shape[:1])}, got {tuple(losses.shape)}; "
             'use reduction="none": a mean over the batch would not be clipped example by example'
         )
@@ -572,7 +576,7 @@ class _Clipper:
         for layer, trainable, least, most in self._layers:
             if not least <= inputs.dim() <= most:
                 # Shapes are public: this raises for every record or for none.
-                raise PlanError(
+                raise _ShapeError(
                     f"expected a batch of {least} or more dimensions before {type(layer).__name__}, got "
                     f"{inputs.dim()}, which it would read as one example; put nn.Unflatten before it"
                 )
@@ -702,12 +706,11 @@ class _Clipper:
             stacked, labels, usable = self.examples(inputs, targets, valid, rows, seed)
             parts = self.parts(stacked, labels, _seed_of(seed, _Use.DROPOUT, int(rows[0])))
             return self.clip_and_add(parts, usable).cpu()
-        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            # About the machine: running fewer rows would hide it and not help.
+        except (_ShapeError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            # About public shapes, or about the machine: running fewer rows would hide it and not help.
             raise
         except Exception:
-            # What a record's content makes the task raise may not be seen outside, whatever the task calls it. Faults
-            # of the public shapes came out in the rehearsal.
+            # What a record's content makes the task raise may not be seen outside, whatever the task calls it.
             return None
 
     def rehearse(self, make_batch: MakeBatch) -> None:
