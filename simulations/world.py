@@ -124,7 +124,7 @@ class World:
         Raises:
             TacitError: The scenario cannot be run; the message says why.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _unsettled(folder):
+        if folder.exists() and not _free(folder) and not _unsettled(folder):
             raise RunError(f"expected a new run folder, got {folder} which is in use; choose another or --resume it")
         sources = sources or SecureSources()
         task = _task(scenario.task)
@@ -335,6 +335,11 @@ def _ticket(context: Context, request: str) -> Receipt | Word | None:
         return None
     text = str(ticket["outcome"])
     return Receipt.from_json(text) if text.startswith("{") else Word(text)
+
+
+def _free(folder: Path) -> bool:
+    """Says whether a folder holds nothing but what a start left that was killed while it wrote its first file."""
+    return folder.is_dir() and all(entry.name.startswith(f".{CONFIG_FILE}.") for entry in folder.iterdir())
 
 
 def _unsettled(folder: Path) -> bool:
