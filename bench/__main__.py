@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,12 +60,16 @@ def timed(command: list[str], *, cwd: Path, env: dict[str, str]) -> tuple[float,
     return seconds, done.stdout
 
 
-def simulate_here(keys: dict[str, object], folder: Path) -> list[dict[str, float]]:
+def simulate_here(
+    keys: dict[str, object], folder: Path, on_round: Callable[[Mapping[str, object]], None] = lambda line: None
+) -> list[dict[str, float]]:
     """Runs one job in this process; returns its rounds' lines."""
     from simulations.run import simulate
     from tacit import Scenario
 
     class Quiet:
+        round = staticmethod(on_round)
+
         def __getattr__(self, name: str) -> Callable[..., None]:
             return lambda *_: None
 
@@ -124,39 +128,52 @@ def dp_job(repeat: int) -> dict[str, object]:
     }
 
 
+# The peers' own command runs their two clients one after the other; told otherwise, Flower runs both at once.
+FLOWER_WAYS = {
+    "as the peers run it": (),
+    "clients at once": ("--federation-config", "num-supernodes=2 client-resources-num-cpus=1"),
+}
+
+
 def flower(repeat: int) -> dict[str, object]:
     """The peers' private job as a plain Flower app under ``flwr run``; needs no network, installs nothing."""
     _need_peers()
     flags = [f"--{name}={value}" for name, value in PEER_JOB.items()]
-    ratios, process_ratios = [], []
-    for _ in range(max(1, repeat // 2)):
+    ratios: dict[str, list[float]] = {}
+    for _ in range(repeat):
         with scratch() as folder:
-            # Flower's run uses the app folder's own name; the peers' folder is only read.
-            shutil.copytree(PEERS / "flower_app", folder / "app")
-            env = os.environ | {
-                "FLWR_HOME": str(folder / "home"),
-                "FLWR_TELEMETRY_ENABLED": "0",
-                "FLWR_DISABLE_UPDATE_CHECK": "1",
-                "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            }
-            try:
-                command = [str(Path(sys.executable).parent / "flwr"), "run", ".", "--stream"]
-                seconds, output = timed(command, cwd=folder / "app", env=env)
-            finally:
-                _stop_superlink(folder / "home")
-            found = re.search(r"TRAIN_SECONDS ([0-9.]+)", output)
-            if not found:
-                raise Skipped(f"flwr run printed no TRAIN_SECONDS: {output[-300:]}")
             our_seconds, _ = tacit("simulate", *flags, "--quiet", f"--out={folder / 'run'}")
             lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-            ratios.append(float(found[1]) / sum(line["seconds"] for line in lines))
-            process_ratios.append(seconds / our_seconds)
-    return {
-        "TRAIN_SECONDS / our rounds (at least 10)": statistics.median(ratios),
-        "flwr run / tacit simulate, whole process (at least 4)": statistics.median(process_ratios),
-    }
+        for way, words in FLOWER_WAYS.items():
+            seconds, train_seconds = _flwr_run(words)
+            ours = sum(line["seconds"] for line in lines)
+            ratios.setdefault(f"TRAIN_SECONDS / our rounds, {way} (at least 10)", []).append(train_seconds / ours)
+            ratios.setdefault(f"whole process, {way} (at least 4)", []).append(seconds / our_seconds)
+    return {row: statistics.median(values) for row, values in ratios.items()}
+
+
+def _flwr_run(words: Sequence[str]) -> tuple[float, float]:
+    """Runs the peers' app once; returns the seconds of the whole process, and what it prints as TRAIN_SECONDS."""
+    with scratch() as folder:
+        # Flower's run uses the app folder's own name; the peers' folder is only read.
+        shutil.copytree(PEERS / "flower_app", folder / "app")
+        env = os.environ | {
+            "FLWR_HOME": str(folder / "home"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        try:
+            command = [str(Path(sys.executable).parent / "flwr"), "run", ".", "--stream", *words]
+            seconds, output = timed(command, cwd=folder / "app", env=env)
+        finally:
+            _stop_superlink(folder / "home")
+        found = re.search(r"TRAIN_SECONDS ([0-9.]+)", output)
+        if not found:
+            raise Skipped(f"flwr run printed no TRAIN_SECONDS: {output[-300:]}")
+        return seconds, float(found[1])
 
 
 def _stop_superlink(home: Path) -> None:
@@ -169,7 +186,11 @@ def _stop_superlink(home: Path) -> None:
 
 
 def engine(repeat: int) -> dict[str, object]:
-    """What a client's round of a 100,000-parameter model costs beyond training, loading data and evaluating."""
+    """What a client's round of a 100,000-parameter model costs beyond training, loading data and evaluating.
+
+    The first round is not counted: there a process rehearses its training once, and files are made that later rounds
+    fill again.
+    """
     from clients import holder as clients_holder
     from privacy.dpsgd import PrivateTrainer
     from privacy.ledger import Book, Receipt
@@ -203,16 +224,23 @@ def engine(repeat: int) -> dict[str, object]:
     ]
     from_json = Receipt.from_json
     Receipt.from_json = lambda text: _added(spent, "chain", from_json, text)  # type: ignore[method-assign,assignment]
-    clients, rounds, engines, chains = 50, 8, [], []
+    clients, rounds, engines, chains = 50, 9, [], []
     try:
         for _ in range(repeat):
             spent.clear()
             with scratch() as folder:
                 keys = {"task": "bench.tasks:WIDE", "clients": clients, "rounds": rounds, "steps-per-round": 1}
-                lines = simulate_here(keys | {"mode": "hooks"}, folder / "run")
-            total = sum(line["seconds"] for line in lines)
-            engines.append(1e3 * (total - spent["other"] - spent["chain"]) / (clients * rounds))
-            chains.append(1e3 * spent["chain"] / (clients * rounds))
+                counted: list[dict[str, float]] = []
+
+                def on_round(line: Mapping[str, object], counted: list[dict[str, float]] = counted) -> None:
+                    counted.append(dict(spent))
+
+                lines = simulate_here(keys | {"mode": "hooks"}, folder / "run", on_round)
+            first, last = counted[0], counted[-1]
+            other, chain = ((last[row] - first[row]) * 1e3 / (clients * (rounds - 1)) for row in ("other", "chain"))
+            total = 1e3 * sum(line["seconds"] for line in lines[1:]) / (clients * (rounds - 1))
+            engines.append(total - other - chain)
+            chains.append(chain)
     finally:
         for restore in undo:
             restore()
@@ -220,6 +248,7 @@ def engine(repeat: int) -> dict[str, object]:
     return {
         "engine, messages and record conversion (ms per client, at most 1)": statistics.median(engines),
         "ledger, keep, receipts and checkpoint beside it (ms per client)": statistics.median(chains),
+        "both together (ms per client)": statistics.median(map(sum, zip(engines, chains, strict=True))),
     }
 
 
@@ -319,7 +348,7 @@ def main() -> None:
     print(time.strftime("%Y-%m-%d"), *facts, sep="  ")
     figures: dict[str, object] = {}
     for name in arguments.names or BENCHES:
-        print(f"\n{name}: {BENCHES[name].__doc__}", flush=True)
+        print(f"\n{name}: {(BENCHES[name].__doc__ or '').strip()}", flush=True)
         try:
             figures[name] = rows = BENCHES[name](arguments.repeat)
         except Skipped as reason:

@@ -14,7 +14,6 @@ names and shapes and a ConfigRecord ``receipt``; or, with no arrays, a ConfigRec
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,7 @@ from privacy.dpsgd import PrivateTrainer
 from privacy.errors import PlanError
 from privacy.ledger import ChargeRequest, Word
 from privacy.plan import Local, Plan, require
+from privacy.vault import private_logger
 from privacy.wire import model_digest, read_float32, request_digest, write_float32
 
 REQUEST_KEYS: Final = frozenset({"job", "round", "task", "plan", "local", "lr", "seed", "witness"})
@@ -38,7 +38,8 @@ _TEXT_BYTES: Final = 8 * 1024
 _JOB: Final = re.compile(r"[0-9a-f]{32}")
 _WITNESS: Final = re.compile(r"(?:|\d{1,12}:[0-9a-f]{64})")
 
-_log = logging.getLogger("tacit.client")
+# Details of a fault stay with the holder; they reach only what a deployment attaches here, a `SealedLog`.
+_log = private_logger("tacit.client")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -229,11 +230,11 @@ class _Worker:
         return start
 
 
-_workers: dict[tuple[str, str, int, str], _Worker] = {}
+_workers: dict[tuple[Plan, Local, int, str], _Worker] = {}
 
 
 def _worker(holder: Holder, request: Request) -> _Worker:
-    key = (request.plan.digest(), request.local.to_json(), request.seed, holder.device)
+    key = (request.plan, request.local, request.seed, holder.device)
     worker = _workers.get(key)
     if worker is None or worker.task is not holder.task or worker.shape != holder.shape:
         # One job at a time: an older job's model would only hold memory.
@@ -305,7 +306,7 @@ def client_app(find: Callable[[Context], Holder], *, simulated: bool = False) ->
     def train(message: Message, context: Context) -> Message:
         try:
             content = content_of(message, context)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if simulated:
                 raise
             # An exception's presence and text could tell something about the data: one word leaves, the rest stays.

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
-import zlib
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol, final
@@ -21,12 +21,14 @@ import torch
 
 from clients.data import Records, faults, sanitize
 from models.task import Shape, Task
-from privacy.errors import DataError, LedgerError
-from privacy.files import write_whole
+from privacy.errors import DataError, LedgerError, PlanError
+from privacy.files import Buffer, write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.noise import SECURE_SOURCE, Keystream, RandomSource
+from privacy.vault import Safe, private_logger
 
-_log = logging.getLogger("tacit.client")
+# Details of a fault stay with the holder; they reach only what a deployment attaches here, a `SealedLog`.
+_log = private_logger("tacit.client")
 
 
 class Sources(Protocol):
@@ -72,16 +74,30 @@ class Kept:
 
     A retry of the same request is answered with these bytes and costs nothing (guarantee G9). Losing a kept release
     is safe: the retry is then charged anew and drawn with fresh coins and noise.
+
+    A real holder keeps them in a `Safe`: the files then hold only ciphertext, each bound to its name, and one that was
+    altered or swapped counts as lost.
     """
 
     _MAGIC: Final = b"tacit/kept/1\n"
 
-    def __init__(self, folder: Path, *, durable: bool) -> None:
-        """Keeps releases under ``folder``; ``durable`` syncs each to disk (a power cut then loses none)."""
-        self._folder, self._durable = folder, durable
+    def __init__(self, folder: Path, *, durable: bool, safe: Safe | None = None) -> None:
+        """Keeps releases under ``folder``.
+
+        Args:
+            folder: Where; made when the first one is kept.
+            durable: Whether each is synced to disk, so that a power cut loses none.
+            safe: What seals them; None leaves them readable, for a simulation.
+        """
+        self._folder, self._durable, self._safe = folder, durable, safe
+        self._spares: list[Path] = []
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the files hold only ciphertext."""
+        return self._safe is not None
 
     def _path(self, job: str, account: str, request: str) -> Path:
-        # A name of its own for each request: replacing a file in place makes some file systems write it out at once.
         return self._folder / f"{job}-{account}-{request[:16]}.release"
 
     def put(self, release: Release) -> None:
@@ -92,22 +108,40 @@ class Kept:
         """
         receipt = release.receipt
         path = self._path(receipt.job, receipt.account, receipt.request)
-        body = np.ascontiguousarray(release.parameters, dtype="<f4").data
-        # Against a torn or rotten file, not against an attacker: who can write here can also read the ledger's key.
-        header = json.dumps({"receipt": receipt.to_json(), "crc32": zlib.crc32(body)})
-        write_whole(path, self._MAGIC, header.encode(), b"\n", body, durable=self._durable)
+        body = np.ascontiguousarray(release.parameters, dtype="<f4").view(np.uint8).data
+        # Against a rotten file, not against an attacker: that takes a safe.
+        header = json.dumps({"receipt": receipt.to_json(), "sum": _sum(body)})
+        parts: tuple[Buffer, ...] = (self._MAGIC, header.encode(), b"\n", body)
+        if self._safe is not None:
+            parts = (self._safe.seal(path.name, *parts),)
+        write_whole(path, *parts, durable=self._durable, spare=self._spare())
+
+    def _spare(self) -> Path | None:
+        """Takes a file that an earlier round left, if there is one; other processes take theirs from the same ones."""
+        self._spares = self._spares or list(self._folder.glob("*.spare"))
+        while self._spares:
+            spare, mine = self._spares.pop(), self._folder / f".{os.getpid()}.{threading.get_ident()}.new"
+            try:
+                os.rename(spare, mine)
+            except OSError:
+                continue
+            return mine
+        return None
 
     def get(self, job: str, account: str, request: str) -> Release | None:
         """Returns the kept release of exactly this request, or None."""
+        path = self._path(job, account, request)
         try:
-            content = self._path(job, account, request).read_bytes()
-        except OSError:
+            content = path.read_bytes()
+            if self._safe is not None:
+                content = self._safe.open(path.name, content)
+        except (OSError, LedgerError):
             return None
         header, _, body = content.removeprefix(self._MAGIC).partition(b"\n")
         try:
             fields = json.loads(header)
             receipt = Receipt.from_json(fields["receipt"])
-            whole = zlib.crc32(body) == fields["crc32"]
+            whole = _sum(body) == fields["sum"]
         except (ValueError, KeyError, TypeError, LedgerError):
             return None
         if not whole or (receipt.job, receipt.account, receipt.request) != (job, account, request):
@@ -117,7 +151,11 @@ class Kept:
     def clear(self) -> None:
         """Forgets all kept releases: for when their round is over and nobody will ask for it again."""
         for path in self._folder.glob("*.release"):
-            path.unlink(missing_ok=True)
+            path.replace(path.with_suffix(".spare"))
+
+
+def _sum(body: bytes | memoryview) -> int:
+    return int(np.frombuffer(body, dtype="<u4").sum(dtype=np.uint64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -150,31 +188,24 @@ class Holder:
     device: str = "cpu"
     simulated: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.simulated and not self.kept.sealed:
+            raise PlanError("expected a real holder's releases to be kept in a safe, got none; give its Kept a Safe")
+
     def charge(self, request: ChargeRequest) -> Receipt | Word:
         """Gates and charges one request; on disk when it returns a receipt.
 
         Guarantees:
-            Checked: whoever paid, the receipt is for exactly this request and stands in this holder's own ledger.
+            Checked: whoever paid, the receipt is for exactly this request, stands in this holder's own ledger, and
+                has paid for nothing yet.
 
         Raises:
-            LedgerError: A receipt was handed over that the ledger does not hold, or for another source of noise.
+            LedgerError: A receipt was handed over that does not pay for this release; see `Book.claim`.
         """
         outcome = self.pay(request) if self.pay is not None else self.book.charge([request])[0]
         if isinstance(outcome, Receipt):
-            self._require_charged(outcome, request)
+            self.book.claim(outcome, request)
         return outcome
-
-    def _require_charged(self, receipt: Receipt, request: ChargeRequest) -> None:
-        account = self.book.accounts.get(self.name)
-        if account is None or receipt.seq >= len(account.heads):
-            self.book.refresh()
-            account = self.book.accounts.get(self.name)
-        stands = account is not None and account.heads[receipt.seq : receipt.seq + 1] == [receipt.head]
-        same = (receipt.job, receipt.round, receipt.request) == (request.job, request.round, request.request)
-        if account is None or not stands or not same or receipt.account != account.identity:
-            raise LedgerError("expected a receipt that this holder's ledger holds, got another; nothing was released")
-        if request.noise != SECURE_SOURCE and not receipt.test:
-            raise LedgerError("expected a charge that names its test noise, got one for the production source")
 
     def account(self) -> str:
         """Returns the data set's random identity, or an empty string before its grant."""
@@ -199,7 +230,7 @@ class Holder:
         # does a data set that cannot be read. The preflight tells its owner; nobody else may learn of it.
         try:
             return sanitize(self.load(), self.shape)
-        except Exception:
+        except (Exception, SystemExit):
             _log.exception("the records could not be read and take part as nothing; this stays on this machine")
             return Records(
                 torch.zeros((0, *self.shape.inputs)),

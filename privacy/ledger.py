@@ -1,9 +1,14 @@
 """The ledger: what was spent on which data set, for ever, and the gate that refuses to overspend.
 
-One `Book` is one file, ``ledger.jsonl``: an append-only list of JSON lines, each bound to the one before it in its
-account by a SHA-256 chain. An account is a data set of one holder under a random identity that is made once; what the
-data set contains may change, its account and all its spend stay (guarantee G7). A deployed client's book holds its own
-accounts; a simulation's book holds those of all its clients, so that a cohort is charged with one fsync.
+One `Book` is one file, ``ledger.jsonl``: an append-only list of JSON lines, each signed by the holder and bound to the
+one before it in its account by a SHA-256 chain. An account is a data set of one holder under a random identity that is
+made once; what the data set contains may change, its account and all its spend stay (guarantee G7). A deployed client's
+book holds its own accounts; a simulation's book holds those of all its clients, so that a cohort is charged with one
+fsync. Accounts belong to a population, the persons whose records they hold; a second population is let in only by the
+holder's signed statement that no person is in both, because another split of the same records would hide their spend.
+
+The signature in a charge entry is that of its `Receipt`, which names the entry's hash and so covers the chain: who
+has the ledger has every receipt. Entries of version 1 were not signed; they are still read, and counted as unsigned.
 
 Order (guarantee G8): `Book.charge` returns only after the entries are on disk. Nothing may touch private data before.
 A crash in between over-counts, never under-counts.
@@ -36,14 +41,16 @@ from typing import Any, Final, Self
 
 from privacy.accounting import Event, Grant, rdp
 from privacy.errors import LedgerError, TacitError
+from privacy.files import sync_folder
 from privacy.identity import Secret, verify
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit, canonical
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _GENESIS: Final = "0" * 64
 # An entry is well under 2 KiB; a longer line is not ours and is not parsed.
 _LINE_BYTES: Final = 16 * 1024
+_ENTRY_KEYS: Final = frozenset({"v", "account", "seq", "prev", "kind", "time", "body", "hash", "sig"})
 
 
 class Word(StrEnum):
@@ -185,20 +192,28 @@ class Account:
         identity: Random data-set identity, 32 hex digits.
         grant: The budget and its order.
         population: What the grant says this data set is part of (public words).
+        apart: Populations of which the holder's signed statement says that no person is in this one too.
+        public_key: The holder's Ed25519 key for this account.
         heads: SHA-256 of every entry, by its number.
+        link: What the next entry names as the one before it: SHA-256 of the last entry's hash and signature.
+        unsigned: Number of entries of version 1, which are chained but not signed; all others are both.
         spent_rdp: Everything charged, in Renyi divergence at the grant's order.
         charges: Number of charges.
         test: Whether a test noise source was ever used.
         commitment: Last keyed commitment to the content.
-        jobs: Per job: plan digest, allowed joins, charges made, the request charged per round, and the round of each
-            charge entry by its number.
+        jobs: Per job: plan digest, allowed joins, charges made, the request charged per round, the round of each
+            charge entry by its number, and the number of each round's latest charge entry.
     """
 
     identity: str
     name: str
     grant: Grant
     population: str
+    apart: tuple[str, ...] = ()
+    public_key: str = ""
     heads: list[str] = dataclasses.field(default_factory=list)
+    link: str = _GENESIS
+    unsigned: int = 0
     spent_rdp: float = 0.0
     charges: int = 0
     test: bool = False
@@ -219,6 +234,7 @@ class _JobState:
     charges: int = 0
     rounds: dict[int, str] = dataclasses.field(default_factory=dict)
     entries: dict[int, int] = dataclasses.field(default_factory=dict)
+    latest: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 class Book:
@@ -227,8 +243,12 @@ class Book:
     Several processes may hold the same book: every charge takes the file's lock and first reads what others added.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, population: str | None = None) -> None:
         """Opens the book in ``folder``, making an empty one where there is none.
+
+        Args:
+            folder: Where the book lies.
+            population: Whose accounts are meant; needed only where the book holds several populations.
 
         Raises:
             LedgerError: The book is damaged, cut, foreign, or of a newer version; it is left as it is.
@@ -240,7 +260,9 @@ class Book:
         self._path = folder / "ledger.jsonl"
         self._intent = folder / "ledger.intent"
         self._accounts: dict[str, Account] = {}
-        self._by_name: dict[str, Account] = {}
+        self._populations: dict[str, dict[str, Account]] = {}
+        self._population = population
+        self._claimed: set[str] = set()
         self._size = 0
         self._process = os.getpid()
         self._threads = threading.RLock()
@@ -248,7 +270,7 @@ class Book:
             self.secret = Secret.load_or_create(folder / "ledger.key")
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             # A synced file whose name is not on disk yet could be lost with all its spend.
-            _sync_folder(folder)
+            sync_folder(folder)
         except OSError as error:
             raise LedgerError(
                 f"expected ledgers that can be read and written in {folder}, got {error.strerror}"
@@ -269,8 +291,24 @@ class Book:
 
     @property
     def accounts(self) -> Mapping[str, Account]:
-        """Accounts by the holder's own names, as last read."""
-        return self._by_name
+        """Accounts of the book's population by the holder's own names, as last read.
+
+        Raises:
+            LedgerError: The book holds several populations, and it was not opened for one of them.
+        """
+        if self._population is None:
+            if len(self._populations) > 1:
+                raise LedgerError(
+                    f"expected to be told which of the populations in {self._path} is meant, got none; name one of "
+                    f"{sorted(self._populations)}"
+                )
+            self._population = next(iter(self._populations), None)
+        return self._populations.get(self._population or "", {})
+
+    @property
+    def populations(self) -> frozenset[str]:
+        """The populations whose accounts the book holds."""
+        return frozenset(self._populations)
 
     def refresh(self) -> None:
         """Reads what other processes appended."""
@@ -349,39 +387,61 @@ class Book:
             added = self._read(os.fstat(self._file).st_size - self._size, self._size)
         if not added.endswith(b"\n"):
             raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
+        last: dict[str, tuple[int, dict[str, Any]]] = {}
         for number, line in enumerate(added[:-1].split(b"\n"), start=1):
-            self._apply(line, number)
+            entry = self._apply(line, number)
+            last[entry["account"]] = number, entry
+        # An account's last entry binds all before it, so its signature vouches for the whole chain.
+        for number, entry in last.values():
+            self._require_signed(entry, number)
         self._size += len(added)
 
-    def _apply(self, line: bytes, number: int) -> None:
-        """Checks one line against its chain and adds it to its account."""
+    def _apply(self, line: bytes, number: int) -> dict[str, Any]:
+        """Checks one line against its chain and adds it to its account; returns the entry."""
         if len(line) > _LINE_BYTES:
             raise self._damaged(number, "an overlong line")
         try:
-            entry = _loads(line)
-            stated = entry.pop("hash")
+            entry: dict[str, Any] = _loads(line)
             version, identity, seq, prev = entry["v"], entry["account"], entry["seq"], entry["prev"]
-            kind, body = entry["kind"], entry["body"]
             if (type(version), type(identity), type(seq)) != (int, str, int):
                 raise TypeError("another type")
-            unchanged = canonical(entry | {"hash": stated}) == line and _digest(entry) == stated
+            unchanged = canonical(entry) == line and _digest(entry) == entry["hash"]
+            known = set(entry) == _ENTRY_KEYS - ({"sig"} if version == 1 else set())
         except (ValueError, TypeError, KeyError, AttributeError):
             raise self._damaged(number, "a line that is not an entry") from None
-        if version != _VERSION:
-            raise self._damaged(number, f"an entry of version {version!r} (this program knows {_VERSION})")
-        if not unchanged:
+        if version not in (1, _VERSION):
+            raise self._damaged(number, f"an entry of version {version!r} (this program knows 1 to {_VERSION})")
+        if not unchanged or not known:
             raise self._damaged(number, "an entry whose hash does not match it")
         account = self._accounts.get(identity)
-        expected = (len(account.heads), account.heads[-1]) if account else (0, _GENESIS)
+        expected = (len(account.heads), account.link) if account else (0, _GENESIS)
         if (seq, prev) != expected:
             raise self._damaged(number, "an entry out of its chain")
+        if version == 1 and account is not None and account.unsigned < len(account.heads):
+            raise self._damaged(number, "an unsigned entry after signed ones")
         try:
-            self._add(account, identity, kind, body)
+            self._add(account, entry)
         except (KeyError, TypeError, ValueError, TacitError) as error:
             raise self._damaged(number, f"an entry that cannot be read ({error})") from None
-        self._accounts[identity].heads.append(stated)
+        return entry
 
-    def _add(self, account: Account | None, identity: str, kind: str, body: dict[str, Any]) -> None:
+    def _require_signed(self, entry: dict[str, Any], number: int) -> None:
+        """Refuses an entry that its account's key did not sign; entries of version 1 have no signature."""
+        if entry["v"] == 1:
+            return
+        account = self._accounts[entry["account"]]
+        try:
+            if entry["kind"] == "charge":
+                message = _receipt(account, entry, entry["hash"]).signed_bytes()
+            else:
+                message = _statement(entry["hash"])
+            verify(account.public_key, message, entry["sig"])
+        except (LedgerError, KeyError, TypeError, ValueError):
+            raise self._damaged(number, "an entry without the holder's signature") from None
+
+    def _add(self, account: Account | None, entry: Mapping[str, Any]) -> None:
+        """Adds an entry that is known to be unbroken and in its place."""
+        identity, kind, body = entry["account"], entry["kind"], entry["body"]
         if (kind == "grant") != (account is None):
             raise ValueError("an account starts with exactly one grant")
         if account is None:
@@ -393,12 +453,23 @@ class Book:
                 adjacency=Adjacency(body["adjacency"]),
                 records_bound=body["records_bound"],
             )
-            if body["name"] in self._by_name:
+            population, apart = body["population"], tuple(body["apart"]) if entry["v"] > 1 else ()
+            if body["name"] in self._populations.get(population, {}):
                 raise ValueError(f"a second account named {body['name']!r}")
             if body["key"] != self.secret.identity(identity).public_key:
                 raise ValueError("it belongs to another ledger.key")
-            account = Account(identity=identity, name=body["name"], grant=grant, population=body["population"])
-            self._accounts[identity] = self._by_name[account.name] = account
+            if not set(apart) >= self._populations.keys() - {population}:
+                raise ValueError("another population without the statement that no person is in both")
+            account = Account(
+                identity=identity,
+                name=body["name"],
+                grant=grant,
+                population=population,
+                apart=apart,
+                public_key=body["key"],
+            )
+            self._accounts[identity] = account
+            self._populations.setdefault(population, {})[account.name] = account
         elif kind == "commit":
             if body["job"] in account.jobs:
                 raise ValueError("a second commitment to one job")
@@ -413,40 +484,51 @@ class Book:
             account.commitment = body["commitment"] or account.commitment
             job.charges += 1
             job.rounds[body["round"]] = body["request"]
-            job.entries[len(account.heads)] = body["round"]
+            job.entries[entry["seq"]] = body["round"]
+            job.latest[body["round"]] = entry["seq"]
+            if entry["v"] > 1 and (body["charges"], body["test"]) != (account.charges, account.test):
+                raise ValueError("it miscounts its account")
         else:
             raise ValueError(f"the unknown kind {kind!r}")
+        account.heads.append(entry["hash"])
+        account.link = _link(entry)
+        account.unsigned += entry["v"] == 1
 
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def grant(self, grants: Mapping[str, Grant], *, population: str) -> None:
+    def grant(self, grants: Mapping[str, Grant], *, population: str, no_person_in_common: bool = False) -> None:
         """Opens an account for each name that has none; existing accounts keep their budget and their spend.
 
         Args:
             grants: Budgets by the holder's own names of its data sets.
-            population: Public words for what these data sets are parts of. All accounts of a book share it, because
-                another split of the same records would hide their spend under other names.
+            population: Public words for the persons whose records these data sets are parts of.
+            no_person_in_common: The holder's statement that nobody in this population is in any other that the book
+                holds. It is written into the grant and signed with it; without it another population is refused.
 
         Raises:
-            LedgerError: The book belongs to another population.
+            LedgerError: The book belongs to another population, and no statement was made.
         """
         with self._locked():
             self._catch_up()
-            for account in self._by_name.values():
-                if account.population != population:
-                    raise LedgerError(
-                        f"expected the ledgers of {population!r}, got those of {account.population!r}: another split "
-                        "of the same records would hide their spend; use a folder of its own, or the same settings"
-                    )
-                break
-            lines = b""
+            others = sorted(self._populations.keys() - {population})
+            known = self._populations.get(population)
+            if others and known is None and not no_person_in_common:
+                raise LedgerError(
+                    f"expected the ledgers of {population!r}, got those of {others[0]!r}: another split of the same "
+                    "records would hide their spend; use a folder of its own, or the same settings, or state "
+                    "no-person-in-common where nobody is in both"
+                )
+            apart = sorted(set(others).union(*(account.apart for account in (known or {}).values())))
+            lines = []
             for name, grant in grants.items():
-                if name not in self._by_name:
+                if name not in (known or {}):
                     identity = os.urandom(16).hex()
-                    key = self.secret.identity(identity).public_key
-                    body = dataclasses.asdict(grant) | {"name": name, "population": population, "key": key}
-                    lines += _entry(identity, 0, _GENESIS, "grant", body)[0]
+                    key = self.secret.identity(identity)
+                    fields = {"name": name, "population": population, "apart": apart, "key": key.public_key}
+                    entry = _entry(identity, 0, _GENESIS, "grant", dataclasses.asdict(grant) | fields)
+                    lines.append(entry | {"sig": key.sign(_statement(entry["hash"]))})
             self._append(lines)
+            self._population = population
 
     def charge(self, requests: Sequence[ChargeRequest]) -> list[Receipt | Word]:
         """Charges a cohort: gates each request, writes all entries, and syncs once.
@@ -470,43 +552,89 @@ class Book:
             raise LedgerError("expected at most one request per account, got two for one; charge them one by one")
         with self._locked():
             self._catch_up()
-            lines, answers = [], []
+            entries: list[dict[str, Any]] = []
+            outcomes: list[Receipt | Word] = []
             for request in requests:
-                account = self._by_name.get(request.name)
+                account = self.accounts.get(request.name)
                 if account is None:
                     raise LedgerError(f"expected an account named {request.name!r}, got none; grant it a budget first")
                 word = _gate(account, request)
                 if word is None:
-                    lines.append(_charge_lines(account, request))
-                answers.append(word)
-            self._append(b"".join(lines))
-            return [
-                word if word is not None else self._receipt(self._by_name[request.name], request)
-                for word, request in zip(answers, requests, strict=True)
-            ]
+                    added, receipt = self._charge_entries(account, request)
+                    entries += added
+                outcomes.append(word or receipt)
+            self._append(entries)
+            return outcomes
 
-    def _receipt(self, account: Account, request: ChargeRequest) -> Receipt:
-        identity = self.secret.identity(account.identity)
-        receipt = Receipt(
-            account=account.identity,
-            seq=len(account.heads) - 1,
-            head=account.heads[-1],
-            job=request.job,
-            round=request.round,
-            request=request.request,
-            event=Event.of_round(request.plan),
-            spent=account.spent,
-            granted=float(account.grant.epsilon),
-            delta=float(account.grant.delta),
-            charges=account.charges,
-            test=account.test,
-            public_key=identity.public_key,
-        )
-        return dataclasses.replace(receipt, signature=identity.sign(receipt.signed_bytes()))
+    def _charge_entries(self, account: Account, request: ChargeRequest) -> tuple[list[dict[str, Any]], Receipt]:
+        """Returns the signed entries of one charge, and its receipt, whose signature the charge entry carries."""
+        key = self.secret.identity(account.identity)
+        seq, prev = len(account.heads), account.link
+        entries: list[dict[str, Any]] = []
+        event = Event.of_round(request.plan)
+        if request.job not in account.jobs:
+            body = {
+                "job": request.job,
+                "plan": request.plan.digest(),
+                "joins": request.plan.joins,
+                "event": event.to_dict(),
+            }
+            commit = _entry(account.identity, seq, prev, "commit", body)
+            entries.append(commit | {"sig": key.sign(_statement(commit["hash"]))})
+            seq, prev = seq + 1, _link(entries[0])
+        body = {
+            "job": request.job,
+            "round": request.round,
+            "request": request.request,
+            "event": event.to_dict(),
+            "commitment": request.commitment,
+            "noise": request.noise,
+            # A rolled-back ledger that charges the same request within the same second must still get another hash.
+            "nonce": os.urandom(16).hex(),
+            # What the receipt says is written down too: it must not change when an accountant's rounding does.
+            "spent": account.grant.epsilon_of(account.spent_rdp + rdp(event, account.grant.order)),
+            "charges": account.charges + 1,
+            "test": account.test or request.noise != SECURE_SOURCE,
+        }
+        charge = _entry(account.identity, seq, prev, "charge", body)
+        receipt = _receipt(account, charge, charge["hash"])
+        receipt = dataclasses.replace(receipt, signature=key.sign(receipt.signed_bytes()))
+        entries.append(charge | {"sig": receipt.signature})
+        return entries, receipt
 
-    def _append(self, lines: bytes) -> None:
-        if not lines:
+    def claim(self, receipt: Receipt, request: ChargeRequest) -> None:
+        """Takes the one release that a charge pays for.
+
+        Guarantees:
+            Once: no two releases are made under one charge by this process, whoever hands over its receipt; a charge
+                that a later one for the same round has replaced pays for nothing any more (guarantee G9).
+
+        Raises:
+            LedgerError: The receipt is for another request, is not this book's latest for it, was claimed before, or
+                does not name the test noise that is about to be used.
+        """
+        account = self.accounts.get(request.name)
+        if account is None or receipt.seq >= len(account.heads):
+            self.refresh()
+            account = self.accounts.get(request.name)
+        asked, got = ((of.job, of.round, of.request) for of in (request, receipt))
+        if account is None or receipt.account != account.identity or asked != got:
+            raise LedgerError("expected a receipt for this request, got another; nothing was released")
+        job = account.jobs.get(request.job)
+        if job is None or job.latest.get(request.round) != receipt.seq or account.heads[receipt.seq] != receipt.head:
+            raise LedgerError("expected a receipt that this holder's ledger holds, got another; nothing was released")
+        if request.noise != SECURE_SOURCE and not receipt.test:
+            raise LedgerError("expected a charge that names its test noise, got one for the production source")
+        with self._threads:
+            if receipt.head in self._claimed:
+                raise LedgerError("expected a charge that paid for nothing yet, got one already used; charge it anew")
+            self._claimed.add(receipt.head)
+
+    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Writes signed entries with one sync, and then counts them."""
+        if not entries:
             return
+        lines = b"".join(map(_line, entries))
         temporary, announced = self._intent.with_suffix(".new"), False
         try:
             # Synced before it takes its name: after a power cut an empty intent would lock a sound ledger for ever.
@@ -531,7 +659,9 @@ class Book:
             raise LedgerError(
                 f"expected to write a charge to {self._path}, got {error.strerror}; free some space, nothing was spent"
             ) from None
-        self._catch_up()
+        self._size += len(lines)
+        for entry in entries:
+            self._add(self._accounts.get(entry["account"]), entry)
 
 
 def _loads(text: str | bytes) -> Any:
@@ -550,20 +680,13 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is not a number")
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _digest(entry: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(entry)).hexdigest()
+    """Returns the SHA-256 of an entry without its hash and its signature."""
+    return hashlib.sha256(canonical({key: entry[key] for key in entry if key not in ("hash", "sig")})).hexdigest()
 
 
-def _entry(identity: str, seq: int, prev: str, kind: str, body: Mapping[str, Any]) -> tuple[bytes, str]:
-    """Returns one line of the book and its hash."""
+def _entry(identity: str, seq: int, prev: str, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an entry with its hash, to be signed."""
     entry = {
         "v": _VERSION,
         "account": identity,
@@ -573,12 +696,51 @@ def _entry(identity: str, seq: int, prev: str, kind: str, body: Mapping[str, Any
         "time": int(time.time()),
         "body": body,
     }
-    digest = _digest(entry)
-    line = canonical(entry | {"hash": digest}) + b"\n"
-    # What could not be read back must not be written: it would lock the ledger for ever.
+    return entry | {"hash": _digest(entry)}
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """Returns one line of the book.
+
+    Raises:
+        LedgerError: It is too long. What could not be read back must not be written: it would lock the ledger.
+    """
+    line = canonical(entry) + b"\n"
     if len(line) > _LINE_BYTES:
         raise LedgerError(f"expected an entry of at most {_LINE_BYTES} bytes, got {len(line)}; use shorter names")
-    return line, digest
+    return line
+
+
+def _link(entry: Mapping[str, Any]) -> str:
+    """Returns what the entry after this one names it by; signatures are in it, or one could be changed unseen."""
+    if entry["v"] == 1:
+        return str(entry["hash"])
+    return hashlib.sha256(f"{entry['hash']}{entry['sig']}".encode()).hexdigest()
+
+
+def _statement(digest: str) -> bytes:
+    """Returns what is signed for an entry that is not a charge."""
+    return b"tacit/entry/2\n" + digest.encode()
+
+
+def _receipt(account: Account, entry: Mapping[str, Any], head: str) -> Receipt:
+    """Returns the receipt that a charge entry stands for, not signed yet."""
+    body = entry["body"]
+    return Receipt(
+        account=account.identity,
+        seq=entry["seq"],
+        head=head,
+        job=body["job"],
+        round=body["round"],
+        request=body["request"],
+        event=Event.from_dict(body["event"]),
+        spent=body["spent"],
+        granted=float(account.grant.epsilon),
+        delta=float(account.grant.delta),
+        charges=body["charges"],
+        test=body["test"],
+        public_key=account.public_key,
+    )
 
 
 def _gate(account: Account, request: ChargeRequest) -> Word | None:
@@ -597,28 +759,3 @@ def _gate(account: Account, request: ChargeRequest) -> Word | None:
     if request.plan.unit is not account.grant.unit or request.plan.adjacency is not account.grant.adjacency:
         return Word.CONFLICT
     return None if account.grant.affords(account.spent_rdp, Event.of_round(request.plan)) else Word.DECLINED
-
-
-def _charge_lines(account: Account, request: ChargeRequest) -> bytes:
-    seq, prev, lines = len(account.heads), account.heads[-1], b""
-    event = Event.of_round(request.plan).to_dict()
-    if request.job not in account.jobs:
-        body = {
-            "job": request.job,
-            "plan": request.plan.digest(),
-            "joins": request.plan.joins,
-            "event": event,
-        }
-        lines, prev = _entry(account.identity, seq, prev, "commit", body)
-        seq += 1
-    body = {
-        "job": request.job,
-        "round": request.round,
-        "request": request.request,
-        "event": event,
-        "commitment": request.commitment,
-        "noise": request.noise,
-        # A rolled-back ledger that charges the same request within the same second must still get another hash.
-        "nonce": os.urandom(16).hex(),
-    }
-    return lines + _entry(account.identity, seq, prev, "charge", body)[0]

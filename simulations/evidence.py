@@ -199,7 +199,7 @@ def _doubts(
     """Returns what the files of a run contradict each other in, one sentence each."""
     doubts = []
     granted = {account.population for account in world.book.accounts.values() if account.charges}
-    if granted - {population_words(world.scenario, world.task)}:
+    if (granted | {world.settled.population}) - {population_words(world.scenario, world.task)}:
         doubts.append("The ledgers were granted for another split, or another multiplicity, than the scenario says.")
     if state.job != world.settled.id:
         doubts.append("The checkpoint is that of another job.")

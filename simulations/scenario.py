@@ -215,6 +215,13 @@ class Scenario:
         "in how many clients' data sets one person may be; 1 = holders declare that nobody is in two",
         least=1,
     )
+    persons: str = _key(
+        "unstated",
+        PRIVACY,
+        "apart = you state that nobody in this data set is in another one whose ledgers the folder of ledgers holds; "
+        "they record it, signed",
+        choices=("unstated", "apart"),
+    )
     views: int = _key(1, PRIVACY, "augmented views of a record, averaged before clipping", least=1)
     mode: str = _key(
         "auto",

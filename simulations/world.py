@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self
@@ -26,7 +25,7 @@ from clients.records import Records, faults
 from models.task import Shape, Task, find_task
 from privacy.accounting import Event, Grant, best_order, solve_noise
 from privacy.dpsgd import PrivateTrainer, check_model, choose_mode, probe, supported_modes
-from privacy.errors import BudgetExceeded, DataError, PlanError, RunError
+from privacy.errors import BudgetExceeded, DataError, PlanError, RunError, TacitError
 from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.plan import Local, Mode, Optimizer, Plan
@@ -190,7 +189,7 @@ class World:
             task=task,
             source=source,
             population=population,
-            book=Book(Path(settled.ledgers) if settled.ledgers else folder / "ledgers"),
+            book=Book(Path(settled.ledgers) if settled.ledgers else folder / "ledgers", settled.population),
             kept=Kept(folder / "kept", durable=False),
             sources=sources,
         )
@@ -250,7 +249,19 @@ class World:
         grant = Grant(
             epsilon=plan.epsilon, delta=plan.delta, order=self.settled.order, records_bound=plan.records_bound
         )
-        self.book.grant({name: grant for name in names}, population=self.settled.population)
+        apart = self.scenario.persons == "apart"
+        if apart and (other := self._same_records()):
+            raise PlanError(
+                f"expected data of other persons where persons is apart, got another split of the same: {other!r}; "
+                "use its settings, or another folder of ledgers"
+            )
+        self.book.grant({name: grant for name in names}, population=self.settled.population, no_person_in_common=apart)
+
+    def _same_records(self) -> str:
+        """Returns another population of the book that is the same data set split anew, or an empty string."""
+        data = f"{_data_words(self.scenario, self.task)}, "
+        others = self.book.populations - {self.settled.population}
+        return next((other for other in sorted(others) if other.startswith(data)), "")
 
     def holder(self, context: Context) -> Holder:
         """Returns the data holder that a context belongs to."""
@@ -338,30 +349,55 @@ def _ticket(context: Context, request: str) -> Receipt | Word | None:
 
 
 def _free(folder: Path) -> bool:
-    """Says whether a folder holds nothing but what a start left that was killed while it wrote its first file."""
-    return folder.is_dir() and all(entry.name.startswith(f".{CONFIG_FILE}.") for entry in folder.iterdir())
+    """Says whether a folder holds nothing but what a start left that was killed in its first write, or its clean-up."""
+    return folder.is_dir() and all(
+        _is_draft(entry) or (entry.name == "ledgers" and not _charged(folder) and all(map(_is_of_a_book, _in(entry))))
+        for entry in folder.iterdir()
+    )
 
 
 def _unsettled(folder: Path) -> bool:
     """Says whether a start was killed here after its scenario was written and before anything could be charged."""
-    started = (folder / CONFIG_FILE).exists() and not (folder / JOB_FILE).exists()
-    return started and not (folder / CHECKPOINT).exists() and not _charged(folder)
+    if (folder / JOB_FILE).exists() or (folder / CHECKPOINT).exists() or _charged(folder):
+        return False
+    try:
+        # Somebody else's config.json is not a run that was killed.
+        Scenario.from_run(folder)
+    except TacitError:
+        return False
+    return True
 
 
 def _charged(folder: Path) -> bool:
-    """Says whether a run folder's own ledgers hold a charge; such ledgers are never removed."""
-    ledger = folder / "ledgers" / "ledger.jsonl"
-    return ledger.exists() and b'"kind":"charge"' in ledger.read_bytes()
+    """Says whether a run folder's own ledgers hold a charge, or announce one; such ledgers are never removed."""
+    files = (folder / "ledgers" / name for name in ("ledger.jsonl", "ledger.intent"))
+    return any(path.is_file() and b'"kind":"charge"' in path.read_bytes() for path in files)
+
+
+def _is_draft(path: Path) -> bool:
+    return path.name.startswith((f".{CONFIG_FILE}.", f".{JOB_FILE}."))
+
+
+def _is_of_a_book(path: Path) -> bool:
+    return path.is_file() and path.name.startswith(("ledger.", ".ledger."))
+
+
+def _in(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _forget(folder: Path, made: bool) -> None:
     """Removes what a failed start wrote into a folder: its own few files, and ledgers only if they are unused."""
     if _charged(folder):
         return
-    for name in (CONFIG_FILE, JOB_FILE):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "ledgers", ignore_errors=True)
-    if made and folder.is_dir() and not any(folder.iterdir()):
+    book = folder / "ledgers"
+    for path in (folder / JOB_FILE, *filter(_is_draft, _in(folder)), *filter(_is_of_a_book, _in(book))):
+        path.unlink(missing_ok=True)
+    if book.is_dir() and not _in(book):
+        book.rmdir()
+    # Last, for a kill before this leaves a start that can be gone on with.
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    if made and folder.is_dir() and not _in(folder):
         folder.rmdir()
 
 
@@ -495,10 +531,13 @@ def population_words(scenario: Scenario, task: Task) -> str:
 
     They stand in every grant, so neither the split nor the multiplicity can be changed after the fact.
     """
-    data = task.data if isinstance(task.data, str) else task.name
-    place = f" at {Path(scenario.data).expanduser().resolve()}" if scenario.data else ""
     split = f"{_partition_words(scenario)} over {scenario.clients} clients, seed {scenario.seed}"
-    return f"{data}{place}, {split}, one person in at most {scenario.multiplicity} of them"
+    return f"{_data_words(scenario, task)}, {split}, one person in at most {scenario.multiplicity} of them"
+
+
+def _data_words(scenario: Scenario, task: Task) -> str:
+    place = f" at {Path(scenario.data).expanduser().resolve()}" if scenario.data else ""
+    return f"{task.data if isinstance(task.data, str) else task.name}{place}"
 
 
 def _partition_words(scenario: Scenario) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import mpmath
 
 from privacy.accounting import Grant
+from privacy.identity import Secret
 from privacy.ledger import Book, ChargeRequest
 from privacy.plan import Mode, Plan
 
@@ -92,21 +93,64 @@ def open_book(folder: Path, grant: Grant | None = None, names: Sequence[str] = (
     return book
 
 
-def rechain(lines: Sequence[bytes], change: Callable[[dict[str, Any]], None]) -> bytes:
-    """Rewrites a ledger as a forger with write access would: changes entries, then repairs every hash."""
-    out, heads = b"", {}
+def rechain(lines: Sequence[bytes], change: Callable[[dict[str, Any]], None], key: Path | None = None) -> bytes:
+    """Rewrites a ledger as a forger with write access would: changes entries, then repairs every hash.
+
+    Args:
+        lines: The ledger's lines.
+        change: Changes one entry in place.
+        key: The holder's ``ledger.key``: with it, the forger is the holder and repairs the signatures too.
+    """
+    out, links, grants = b"", {}, {}
     for line in lines:
         entry = json.loads(line)
-        del entry["hash"]
+        old = {name: entry.pop(name) for name in ("hash", "sig") if name in entry}
         change(entry)
-        entry["prev"] = heads.get(str(entry["account"]), "0" * 64)
-        text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
-        heads[str(entry["account"])] = hashlib.sha256(text).hexdigest()
-        out += json.dumps(
-            entry | {"hash": heads[str(entry["account"])]}, sort_keys=True, separators=(",", ":")
-        ).encode()
-        out += b"\n"
+        account = str(entry["account"])
+        entry["prev"] = links.get(account, "0" * 64)
+        entry["hash"] = hashlib.sha256(_text(entry)).hexdigest()
+        grants.setdefault(account, entry["body"])
+        if entry["v"] != 1:
+            signed = _signed_bytes(entry, grants[account]) if key else b""
+            identity = Secret(key.read_bytes()).identity(account) if key else None
+            entry["sig"] = identity.sign(signed) if identity else old["sig"]
+            links[account] = hashlib.sha256(f"{entry['hash']}{entry['sig']}".encode()).hexdigest()
+        else:
+            links[account] = entry["hash"]
+        out += _text(entry) + b"\n"
     return out
+
+
+def as_version_1(lines: Sequence[bytes]) -> bytes:
+    """Rewrites a ledger as version 1 of this program wrote it: without signatures, and without what came with them."""
+
+    def older(entry: dict[str, Any]) -> None:
+        entry["v"] = 1
+        for name in ("apart", "spent", "charges", "test"):
+            entry["body"].pop(name, None)
+
+    return rechain(lines, older)
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _signed_bytes(entry: dict[str, Any], grant: dict[str, Any]) -> bytes:
+    """Returns what the holder signs for an entry: for a charge, its receipt."""
+    if entry["kind"] != "charge" or not isinstance(entry["body"], dict):
+        return b"tacit/entry/2\n" + entry["hash"].encode()
+    body = entry["body"]
+    names = ("job", "round", "request", "event", "spent", "charges", "test")
+    fields = {name: body.get(name) for name in names} | {
+        "account": entry["account"],
+        "seq": entry["seq"],
+        "head": entry["hash"],
+        "granted": grant["epsilon"],
+        "delta": grant["delta"],
+        "public_key": grant["key"],
+    }
+    return b"tacit/receipt/1\n" + _text(fields)
 
 
 def charge_until_refused(folder: Path, job: str, attempts: int) -> int:

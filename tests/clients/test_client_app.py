@@ -1,6 +1,9 @@
 """The guarantee chain at a client: its order (G8), its retries (G9), and what leaves it (G12)."""
 
 import dataclasses
+import io
+import json
+import logging
 import math
 
 import numpy as np
@@ -11,17 +14,20 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from clients import app as clients_app
+from clients import holder as clients_holder
 from clients.app import client_app, decode, encode
-from clients.holder import Holder, Kept, SecureSources, noise_name
+from clients.holder import Holder, Kept, Release, SecureSources, noise_name
 from clients.records import Records
 from models.shape import Shape
 from models.task import TASKS
 from privacy.accounting import Event, Grant, rdp, solve_noise
 from privacy.dpsgd import PrivateTrainer
 from privacy.errors import DataError, PlanError
+from privacy.identity import Secret
 from privacy.ledger import Book, Receipt, Word
 from privacy.noise import SECURE_SOURCE, Keystream
 from privacy.plan import Local, Mode, Plan
+from privacy.vault import Safe, SealedLog, read_log
 from tests.apps.seeded import SeededSources
 
 SHAPE = Shape(inputs=(1, 8, 8), classes=10)
@@ -41,6 +47,7 @@ PLAN = Plan(
     mode=Mode.HOOKS,
 )
 JOB = "0123456789abcdef" * 2
+SECRET = Secret(bytes(range(32)))
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +74,7 @@ def holder(folder, *, load=records, simulated=False, epsilon=3.0, sources=None):
         shape=SHAPE,
         load=load,
         book=book,
-        kept=Kept(folder / "kept", durable=True),
+        kept=Kept(folder / "kept", durable=True, safe=None if simulated else Safe(SECRET, "kept")),
         sources=sources or SecureSources(),
         simulated=simulated,
     )
@@ -183,8 +190,10 @@ def test_g9_killed_between_charge_and_keep_a_retry_is_charged_anew_with_fresh_no
     assert [a.data for a in again.content["arrays"].values()] != [a.data for a in first.content["arrays"].values()]
 
 
-def test_a_damaged_kept_release_is_never_sent(tmp_path):
-    mine = holder(tmp_path)
+@pytest.mark.parametrize("safe", [None, Safe(SECRET, "kept")], ids=["simulated", "sealed"])
+def test_a_damaged_kept_release_is_never_sent(tmp_path, safe):
+    kept = Kept(tmp_path / "kept", durable=True, safe=safe)
+    mine = dataclasses.replace(holder(tmp_path), kept=kept, simulated=safe is None)
     send(mine, request())
     (path,) = (tmp_path / "kept").iterdir()
     content = bytearray(path.read_bytes())
@@ -192,6 +201,128 @@ def test_a_damaged_kept_release_is_never_sent(tmp_path):
     path.write_bytes(bytes(content))
     send(mine, request())
     assert mine.book.accounts["mine"].charges == 2
+
+
+def kept_after_two_rounds(folder, *, safe):
+    """Sends two requests; returns the holder, its kept releases by file, and the arguments to ask for each."""
+    kept = Kept(folder / "kept", durable=True, safe=safe)
+    mine = dataclasses.replace(holder(folder), kept=kept, simulated=safe is None)
+    asked = {}
+    for round in (1, 2):
+        receipt = Receipt.from_json(send(mine, request(round)).content["receipt"]["receipt"])
+        key = (receipt.job, receipt.account, receipt.request)
+        (path,) = set((folder / "kept").iterdir()) - set(asked)
+        asked[path] = key
+    return mine, {path: mine.kept.get(*key) for path, key in asked.items()}, asked
+
+
+def readable(path, release):
+    """Returns what of a release can be read in its file."""
+    content, parameters = path.read_bytes(), release.parameters.tobytes()
+    receipt = release.receipt
+    found = {"parameters"} if any(parameters[at : at + 6] in content for at in range(len(parameters) - 6)) else set()
+    for name in ("account", "head", "job", "request", "signature", "public_key"):
+        text = getattr(receipt, name)
+        if text.encode() in content or bytes.fromhex(text) in content:
+            found.add(name)
+    return found | {word for word in ("spent", "granted", "receipt") if word.encode() in content}
+
+
+def test_g8_a_real_holders_kept_release_is_ciphertext(tmp_path):
+    _, releases, _ = kept_after_two_rounds(tmp_path, safe=Safe(SECRET, "kept"))
+    for path, release in releases.items():
+        assert len(path.read_bytes()) > release.parameters.nbytes
+        assert readable(path, release) == set()
+
+
+def test_g8_planted_bug_a_kept_release_in_the_clear_is_found(tmp_path):
+    _, releases, _ = kept_after_two_rounds(tmp_path, safe=None)
+    for path, release in releases.items():
+        assert {"parameters", "account", "signature", "spent"} <= readable(path, release)
+
+
+def test_g9_a_kept_release_that_was_altered_or_swapped_is_not_sent_and_its_retry_is_charged_anew(tmp_path):
+    mine, releases, asked = kept_after_two_rounds(tmp_path, safe=Safe(SECRET, "kept"))
+    (first, one), (second, two) = ((path, path.read_bytes()) for path in releases)
+    assert mine.kept.get(*asked[first]) is not None
+    for at in (*range(80), *range(80, len(one) - 17, 13), *range(len(one) - 17, len(one))):
+        first.write_bytes(one[:at] + bytes([one[at] ^ 1]) + one[at + 1 :])
+        assert mine.kept.get(*asked[first]) is None
+    for other in (*(one[:length] for length in range(0, len(one), 37)), one + b"\0", two):
+        first.write_bytes(other)
+        assert mine.kept.get(*asked[first]) is None
+    second.write_bytes(one)
+    assert mine.kept.get(*asked[second]) is None
+    charges = mine.book.accounts["mine"].charges
+    for round, path in ((1, first), (2, second)):
+        again = send(mine, request(round)).content["arrays"]
+        data = b"".join(array.numpy().tobytes() for array in again.values())
+        assert data != releases[path].parameters.tobytes()
+    assert mine.book.accounts["mine"].charges == charges + 2
+
+
+def test_g8_a_real_holder_without_a_safe_is_refused(tmp_path):
+    real = holder(tmp_path)
+    with pytest.raises(PlanError, match="safe"):
+        dataclasses.replace(real, kept=Kept(tmp_path / "kept", durable=True))
+
+
+def test_a_spare_file_is_filled_again_and_keeps_nothing_of_what_it_held(tmp_path):
+    """Filling a file again costs a tenth of making one; a shorter release must not end in a longer one's tail."""
+    mine, releases, asked = kept_after_two_rounds(tmp_path, safe=None)
+    mine.kept.clear()
+    assert [mine.kept.get(*key) for key in asked.values()] == [None, None]
+    spares = {path.stat().st_ino for path in (tmp_path / "kept").iterdir()}
+    release = next(iter(releases.values()))
+    short = Release(release.parameters[:3], release.receipt)
+    other = Kept(tmp_path / "kept", durable=False)
+    other.put(short)
+    (path,) = (tmp_path / "kept").glob("*.release")
+    assert path.stat().st_ino in spares
+    key = (release.receipt.job, release.receipt.account, release.receipt.request)
+    again = other.get(*key)
+    assert again is not None
+    assert again.parameters.tolist() == short.parameters.tolist()
+    # Whoever believes that the spare is still there makes a file of its own.
+    mine.kept._spares = [path.with_name("gone.spare")]
+    mine.kept.put(release)
+    assert mine.kept.get(*key).parameters.tolist() == release.parameters.tolist()
+
+
+@pytest.mark.parametrize("where", ["loading", "training"])
+def test_g12_a_program_that_exits_in_a_holders_loader_or_model_says_nothing(tmp_path, monkeypatch, where):
+    """Libraries call sys.exit with a text; it would pass every handler of exceptions and end up at the relay."""
+
+    def leave(*_, **__):
+        raise SystemExit("patient 271828")
+
+    mine = holder(tmp_path, load=leave if where == "loading" else records)
+    if where == "training":
+        monkeypatch.setattr(PrivateTrainer, "train", leave)
+    reply = send(mine, request())
+    assert reply.has_content()
+    assert ("receipt" if where == "loading" else "refusal") in reply.content
+    assert "271828" not in str(reply.content)
+
+
+def test_g9_planted_bug_without_a_safe_a_forged_release_would_be_sent(tmp_path):
+    mine, releases, asked = kept_after_two_rounds(tmp_path, safe=None)
+    path = next(iter(releases))
+    magic, header, body = path.read_bytes().split(b"\n", 2)
+    forged = bytes(len(body))
+    header = json.dumps(json.loads(header) | {"sum": 0}).encode()
+    path.write_bytes(b"\n".join((magic, header, forged)))
+    assert not mine.kept.get(*asked[path]).parameters.any()
+
+
+@pytest.mark.parametrize("other", [None, Safe(SECRET, "log"), Safe(Secret(bytes(32)), "kept")])
+def test_a_kept_release_of_another_key_counts_as_lost(tmp_path, other):
+    mine, releases, asked = kept_after_two_rounds(tmp_path, safe=Safe(SECRET, "kept"))
+    for path in releases:
+        assert Kept(tmp_path / "kept", durable=True, safe=other).get(*asked[path]) is None
+    _, releases, asked = kept_after_two_rounds(tmp_path / "plain", safe=None)
+    for path in releases:
+        assert Kept(tmp_path / "plain" / "kept", durable=True, safe=mine.kept._safe).get(*asked[path]) is None
 
 
 def test_an_exhausted_budget_is_answered_with_a_fixed_word_and_reads_no_data(tmp_path):
@@ -257,17 +388,86 @@ def test_g12_at_a_real_holder_hostile_data_looks_on_the_wire_like_any_other(tmp_
     assert all(wire == seen["clean"] for wire in seen.values()), seen
 
 
-def test_g12_a_crash_at_a_real_holder_leaves_as_a_fixed_word_without_its_text(tmp_path, monkeypatch, caplog):
+def _crash(*_, **__):
+    raise RuntimeError("patient 4711")
+
+
+FAULTS = {"unreadable records": {"load": _crash}, "a crash in training": {}}
+
+
+def _places_that_tell(folder, monkeypatch, capfd, *, fault, handlers):
+    """Lets a real holder meet a fault and returns where the text of it can be read afterwards.
+
+    ``handlers`` are those of the client's logger, instead of what pytest attaches to it.
+    """
+    mine = holder(folder, **FAULTS[fault])
+    if fault == "a crash in training":
+        monkeypatch.setattr(PrivateTrainer, "train", _crash)
+    streams = {"root logger": io.StringIO(), "flwr's logger": io.StringIO()}
+    monkeypatch.setattr(clients_app._log, "handlers", handlers)
+    # A plain program has no handler at the root, and Python then prints; one with a handler there gets its records.
+    for number, at_root in enumerate(([], [logging.StreamHandler(streams["root logger"])])):
+        monkeypatch.setattr(logging.getLogger(), "handlers", at_root)
+        flower = logging.getLogger("flwr")
+        monkeypatch.setattr(flower, "handlers", [*flower.handlers, logging.StreamHandler(streams["flwr's logger"])])
+        reply = send(mine, request(number + 1))
+        streams[f"reply {number}"] = io.StringIO(repr(reply.content) + repr(reply.metadata))
+        arrays = reply.content.array_records.values()
+        assert not any(b"4711" in array.data for record in arrays for array in record.values())
+    printed = capfd.readouterr()
+    texts = {name: stream.getvalue() for name, stream in streams.items()} | {"out": printed.out, "err": printed.err}
+    files = {path.name: path.read_text("latin-1") for path in folder.rglob("*") if path.is_file()}
+    return {name for name, text in (texts | files).items() if "4711" in text or "patient" in text}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_g12_details_of_a_fault_reach_nobody_where_no_log_is_attached(tmp_path, monkeypatch, capfd, fault):
+    nothing = [logging.NullHandler()]
+    assert _places_that_tell(tmp_path, monkeypatch, capfd, fault=fault, handlers=nothing) == set()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_g12_details_of_a_fault_stay_in_the_holders_sealed_log(tmp_path, monkeypatch, capfd, fault):
+    sealed = SealedLog(tmp_path / "client.log", SECRET)
+    assert _places_that_tell(tmp_path, monkeypatch, capfd, fault=fault, handlers=[sealed]) == set()
+    first, second = read_log(tmp_path / "client.log", SECRET)
+    assert "RuntimeError: patient 4711" in first
+    assert "RuntimeError: patient 4711" in second
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_g12_planted_bug_an_ordinary_logger_prints_details(tmp_path, monkeypatch, capfd, fault):
+    monkeypatch.setattr(clients_app._log, "propagate", True)
+    told = _places_that_tell(tmp_path, monkeypatch, capfd, fault=fault, handlers=[])
+    assert told == {"root logger", "err"}
+
+
+def test_g12_the_clients_logger_is_private_from_its_import_on():
+    for module in (clients_app, clients_holder):
+        assert module._log is logging.getLogger("tacit.client")
+    assert not clients_app._log.propagate
+    assert any(isinstance(handler, logging.NullHandler) for handler in clients_app._log.handlers)
+
+
+def test_g12_a_crash_at_a_real_holder_leaves_as_a_fixed_word_without_its_text(tmp_path, monkeypatch):
     mine = holder(tmp_path)
-
-    def crash(*args, **kwargs):
-        raise RuntimeError("patient 4711")
-
-    monkeypatch.setattr(PrivateTrainer, "train", crash)
+    monkeypatch.setattr(PrivateTrainer, "train", _crash)
     reply = send(mine, request())
     assert word_of(reply) == "unavailable"
     assert "4711" not in repr(reply.content)
-    assert "4711" in caplog.text
+
+
+def test_g12_a_log_that_cannot_be_written_changes_nothing_on_the_wire(tmp_path, monkeypatch, capfd):
+    sealed = SealedLog(tmp_path / "logs" / "client.log", SECRET)
+    monkeypatch.setattr(clients_app._log, "handlers", [sealed])
+    seen = []
+    for name in ("writable", "gone"):
+        if name == "gone":
+            (tmp_path / "logs").rename(tmp_path / "away")
+        seen.append(_wire(send(holder(tmp_path / name, load=_crash), request())))
+    assert seen[0] == seen[1]
+    assert sealed.lost == 1
+    assert capfd.readouterr() == ("", "")
 
 
 def test_g12_planted_bug_dropping_bad_records_by_refusing_shows_on_the_wire(tmp_path, monkeypatch):

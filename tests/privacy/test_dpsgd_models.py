@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -199,11 +200,55 @@ def test_the_one_record_path_agrees_with_plain_autograd_where_hooks_would_not(ma
     probe(model, planted.cross_entropy, planted.image_batch, mode=Mode.FUNCTORCH)
 
 
+def dropping() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(16, 9), nn.Dropout(0.3), nn.Linear(9, 3))
+
+
+def require_accepted(model: nn.Module, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails unless the probe accepts a model after it compared something, and leaves it as it was."""
+    expect_equal, clipper_sum = dpsgd._expect_equal, dpsgd._Clipper.sum
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compared: list[float] = []
+    sums: list[float] = []
+
+    def counted(old: Tensor, new: Tensor, rule: str) -> None:
+        compared.append(old.abs().max().item())
+        expect_equal(old, new, rule)
+
+    def summed(self: dpsgd._Clipper, *records: Tensor) -> Tensor:
+        total = clipper_sum(self, *records)  # type: ignore[arg-type]
+        sums.append(total.norm().item())
+        return total
+
+    monkeypatch.setattr(dpsgd, "_expect_equal", counted)
+    monkeypatch.setattr(dpsgd._Clipper, "sum", summed)
+    probe(model, planted.cross_entropy, planted.image_batch, mode=mode, l2_clip=0.3)
+    # It accepted because what it compared agreed, not because there was nothing to compare.
+    assert len(compared) >= 10
+    assert max(compared) > 0
+    assert len(sums) >= 7
+    assert 0 < max(sums) <= 0.3 * dpsgd._PROBED * (1 + 1e-6)
+    # And it left the model as it was: no parameter, buffer or mode moved.
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
 @pytest.mark.parametrize("mode", planted.MODES)
-def test_the_probe_accepts_a_model_of_allowed_layers(mode: Mode) -> None:
-    probe(planted.image_model(), planted.cross_entropy, planted.image_batch, mode=mode, l2_clip=0.3)
-    dropping = nn.Sequential(nn.Linear(16, 9), nn.Dropout(0.3), nn.Linear(9, 3))
-    probe(dropping, planted.cross_entropy, planted.image_batch, mode=mode)
+@pytest.mark.parametrize("make", [planted.image_model, dropping])
+def test_the_probe_accepts_a_model_of_allowed_layers(
+    mode: Mode, make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_accepted(make(), mode, monkeypatch)
+
+
+@pytest.mark.parametrize("part", ["_probe_examples", "_probe_sensitivity"])
+def test_planted_bug_a_probe_that_accepts_without_looking_is_noticed(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpsgd, part, lambda *_: None)
+    with pytest.raises(AssertionError):
+        require_accepted(planted.image_model(), Mode.HOOKS, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", [Mode.HOOKS, Mode.GHOST])

@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from hypothesis import strategies as st
 from privacy.accounting import Event, pld_epsilon, rdp
 from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.identity import Identity
-from privacy.ledger import Account, Book, ChargeRequest, Receipt, Word
+from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.noise import SECURE_SOURCE
+from privacy.plan import canonical
 from privacy.wire import request_digest
 from tests.oracles import (
     ACCOUNT,
+    as_version_1,
     charge_until_refused,
     make_grant,
     make_plan,
@@ -185,6 +187,82 @@ def test_g2_another_split_of_the_same_records_needs_another_book(tmp_path: Path)
         book.grant({"clinic-8": make_grant()}, population="two clinics")
 
 
+def test_g7_only_a_signed_statement_that_no_person_is_in_both_starts_another_ledger(tmp_path: Path) -> None:
+    with open_book(tmp_path / "book") as book:
+        charged(book, make_request(1))
+        with pytest.raises(LedgerError, match="no-person-in-common"):
+            book.grant({ACCOUNT: make_grant()}, population="other patients")
+        book.grant({ACCOUNT: make_grant()}, population="other patients", no_person_in_common=True)
+        assert book.accounts[ACCOUNT].apart == ("one clinic",)
+        assert book.accounts[ACCOUNT].charges == 0
+        charged(book, make_request(1))
+        charged(book, make_request(2))
+        # Once stated, the statement stands: the same population may be opened, and extended, without it.
+        book.grant({"more": make_grant()}, population="other patients")
+        assert book.accounts["more"].apart == ("one clinic",)
+    for population, charges in (("one clinic", 1), ("other patients", 2)):
+        with Book(tmp_path / "book", population) as book:
+            assert book.accounts[ACCOUNT].charges == charges
+    with Book(tmp_path / "book") as book, pytest.raises(LedgerError, match="which of the populations"):
+        assert book.accounts
+    # The statement is signed, and no ledger with two populations is believed without it.
+    lines = (tmp_path / "book/ledger.jsonl").read_bytes()[:-1].split(b"\n")
+
+    def unsaid(entry: dict[str, Any]) -> None:
+        if entry["kind"] == "grant":
+            entry["body"]["apart"] = []
+
+    key = tmp_path / "book/ledger.key"
+    for forged in (rechain(lines, unsaid, key), rechain(lines, unsaid)):
+        with copied(tmp_path / "book", forged, intent=False) as copy:
+            assert is_refused(copy)
+
+
+def test_g7_planted_ledger_that_opens_itself_to_anybody_hides_spend(tmp_path: Path) -> None:
+    """Without the statement, a second name for the same persons would start at zero."""
+    with open_book(tmp_path) as book:
+        spent = charged(book, make_request(1)).spent
+        book.grant({ACCOUNT: make_grant()}, population="the same persons, renamed", no_person_in_common=True)
+        assert book.accounts[ACCOUNT].spent == 0 < spent
+
+
+def test_g9_a_charge_pays_for_one_release_only(tmp_path: Path) -> None:
+    with open_book(tmp_path) as book:
+        request = make_request(1)
+        first = charged(book, request)
+        book.claim(first, request)
+        with pytest.raises(LedgerError, match="already used"):
+            book.claim(first, request)
+        # Charged anew after a crash: the earlier charge of the same request pays for nothing any more.
+        older, newer = charged(book, make_request(2)), charged(book, make_request(2))
+        with pytest.raises(LedgerError, match="holds"):
+            book.claim(older, make_request(2))
+        book.claim(newer, make_request(2))
+
+
+@pytest.mark.parametrize("change", [{"job": "cd" * 16}, {"round": 2}, {"request": "0" * 64}])
+def test_g9_a_charge_pays_for_its_own_request_only(tmp_path: Path, change: dict[str, Any]) -> None:
+    with open_book(tmp_path) as book:
+        request = make_request(1)
+        receipt = charged(book, request)
+        with pytest.raises(LedgerError, match="for this request"):
+            book.claim(receipt, dataclasses.replace(request, **change))
+        with pytest.raises(LedgerError, match="for this request"):
+            book.claim(dataclasses.replace(receipt, **change), request)
+        with pytest.raises(LedgerError, match="holds"):
+            book.claim(dataclasses.replace(receipt, head="0" * 64), request)
+        with pytest.raises(LedgerError, match="test noise"):
+            book.claim(receipt, dataclasses.replace(request, noise="test:Seeded"))
+
+
+def test_g14_the_signature_in_a_charge_entry_is_its_receipts(tmp_path: Path) -> None:
+    with open_book(tmp_path) as book:
+        receipt = charged(book, make_request(1))
+    entry = json.loads((tmp_path / "ledger.jsonl").read_bytes().splitlines()[-1])
+    assert (entry["sig"], entry["hash"]) == (receipt.signature, receipt.head)
+    Receipt.from_json(receipt.to_json())
+
+
 def test_an_account_without_a_grant_is_refused_and_charges_nobody(tmp_path: Path) -> None:
     with open_book(tmp_path) as book:
         with pytest.raises(LedgerError, match="grant"):
@@ -325,9 +403,9 @@ def test_g7_no_bare_hash_number_or_histogram_is_written(tmp_path: Path) -> None:
     assert leaks(tmp_path, content, records, histogram) == set()
     bodies = [json.loads(line)["body"] for line in (tmp_path / "ledger.jsonl").read_bytes().splitlines()]
     assert [set(body) for body in bodies] == [
-        {"epsilon", "delta", "order", "unit", "adjacency", "records_bound", "name", "population", "key"},
+        {"epsilon", "delta", "order", "unit", "adjacency", "records_bound", "name", "population", "apart", "key"},
         {"job", "plan", "joins", "event"},
-        {"job", "round", "request", "event", "commitment", "noise", "nonce"},
+        {"job", "round", "request", "event", "commitment", "noise", "nonce", "spent", "charges", "test"},
     ]
 
 
@@ -401,8 +479,8 @@ def test_g8_a_charge_is_on_disk_before_it_returns_with_one_sync_per_cohort(tmp_p
 
 def test_g8_planted_charge_without_a_sync_is_seen(tmp_path: Path) -> None:
     class Hasty(Book):
-        def _append(self, lines: bytes) -> None:
-            os.write(self._file, lines)
+        def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+            os.write(self._file, b"".join(canonical(entry) + b"\n" for entry in entries))
             self._catch_up()
 
     with open_book(tmp_path, cls=Hasty) as book, pytest.MonkeyPatch.context() as patch:
@@ -551,17 +629,13 @@ def test_a_line_end_of_another_kind_is_seen(folder: Path) -> None:
 
 def test_planted_reader_that_trusts_the_stated_hash_misses_a_flip(folder: Path) -> None:
     class Gullible(Book):
-        def _apply(self, line: bytes, number: int) -> None:
-            entry = json.loads(line)
-            stated, identity = entry.pop("hash"), entry["account"]
-            super()._apply(rechained(entry, self._accounts.get(identity)), number)
-            self._accounts[identity].heads[-1] = stated
+        def _apply(self, line: bytes, number: int) -> dict[str, Any]:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("privacy.ledger._digest", lambda entry: entry["hash"])
+                return super()._apply(line, number)
 
-    def rechained(entry: dict[str, Any], account: Account | None) -> bytes:
-        entry["prev"] = account.heads[-1] if account else "0" * 64
-        text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
-        entry["hash"] = hashlib.sha256(text).hexdigest()
-        return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
+        def _require_signed(self, entry: dict[str, Any], number: int) -> None:
+            """Believes."""
 
     data = (folder / "ledger.jsonl").read_bytes()
     dearer = data.rindex(b'"noise_multiplier":1.3') + len('"noise_multiplier":')
@@ -586,7 +660,7 @@ def test_planted_reader_that_trusts_the_stated_hash_misses_a_flip(folder: Path) 
         lambda lines: [*lines, b'{"v":NaN}'],
         lambda lines: [*lines, b" " * 20_000],
         lambda lines: [lines[0] + b" ", *lines[1:]],
-        lambda lines: [lines[0].replace(b'"v":1', b'"v":1,"v":1'), *lines[1:]],
+        lambda lines: [lines[0].replace(b'"v":2', b'"v":2,"v":2'), *lines[1:]],
     ],
 )
 def test_lines_moved_dropped_repeated_or_foreign_are_refused(
@@ -601,7 +675,13 @@ def test_lines_moved_dropped_repeated_or_foreign_are_refused(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda e: e.update(v=2),
+        lambda e: e.update(v=0),
+        lambda e: e.update(v=3),
+        lambda e: e.update(note="more"),
+        lambda e: e["body"].update(apart=3) if e["kind"] == "grant" else None,
+        lambda e: e["body"].update(charges=1) if e["kind"] == "charge" else None,
+        lambda e: e["body"].update(test=True) if e["kind"] == "charge" else None,
+        lambda e: e["body"].pop("spent", None),
         lambda e: e.update(v=True),
         lambda e: e.update(v="1"),
         lambda e: e.update(seq=float(e["seq"])),
@@ -631,14 +711,71 @@ def test_entries_that_mean_nothing_are_refused_even_with_sound_hashes(
     folder: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
     lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
-    with copied(folder, rechain(lines, change), intent=False) as copy:
+    with copied(folder, rechain(lines, change, folder / "ledger.key"), intent=False) as copy:
         assert is_refused(copy)
 
 
 def test_the_forger_of_these_tests_can_write_sound_ledgers(folder: Path) -> None:
-    """Otherwise the test above would pass because of its own broken hashes."""
+    """Otherwise the test above would pass because of its own broken hashes and signatures."""
     data = (folder / "ledger.jsonl").read_bytes()
     assert rechain(data[:-1].split(b"\n"), lambda entry: None) == data
+    assert rechain(data[:-1].split(b"\n"), lambda entry: None, folder / "ledger.key") == data
+
+
+def noisier(entry: dict[str, Any]) -> None:
+    """What somebody who wants to look cheap would write."""
+    if entry["kind"] == "charge":
+        entry["body"]["event"]["noise_multiplier"] = 99.0
+
+
+def test_a_ledger_rewritten_without_the_holders_key_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
+    with copied(folder, rechain(lines, noisier), intent=False) as copy:
+        assert is_refused(copy)
+        # The planted bug: a reader that checks hashes alone.
+        monkeypatch.setattr("privacy.ledger.verify", lambda *_: None)
+        assert not is_refused(copy)
+
+
+def test_each_accounts_last_signature_vouches_for_its_whole_chain(tmp_path: Path) -> None:
+    with open_book(tmp_path / "book", names=("one", "two")) as book:
+        book.charge([make_request(1, name=name) for name in ("one", "two")])
+    lines = (tmp_path / "book/ledger.jsonl").read_bytes()[:-1].split(b"\n")
+    for index, line in enumerate(lines):
+        entry = json.loads(line)
+        other = json.loads(lines[index - 1])["sig"]
+        forged = json.dumps(entry | {"sig": other}, sort_keys=True, separators=(",", ":")).encode()
+        with copied(
+            tmp_path / "book", b"\n".join([*lines[:index], forged, *lines[index + 1 :]]) + b"\n", intent=False
+        ) as c:
+            assert is_refused(c), index
+
+
+def test_a_ledger_of_version_1_goes_on_with_all_its_spend(folder: Path) -> None:
+    before = reopened(folder)
+    data = as_version_1((folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n"))
+    with copied(folder, data, intent=False) as copy:
+        with Book(copy) as book:
+            account = book.accounts[ACCOUNT]
+            assert (account.spent_rdp, account.charges, account.unsigned) == (before["spent_rdp"], 3, 5)
+            receipt = charged(book, make_request(4))
+            assert receipt.charges == 4
+        assert reopened(copy)["unsigned"] == 5
+        lines = (copy / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
+        # Signed once, an account never goes back: unsigned entries could be anybody's.
+        (copy / "ledger.intent").unlink()
+        (copy / "ledger.jsonl").write_bytes(b"\n".join([*lines, _unsigned_after(lines[-1])]) + b"\n")
+        assert is_refused(copy)
+
+
+def _unsigned_after(line: bytes) -> bytes:
+    entry = json.loads(line)
+    link = hashlib.sha256(f"{entry['hash']}{entry['sig']}".encode()).hexdigest()
+    entry = {name: entry[name] for name in entry if name not in ("hash", "sig")}
+    entry |= {"v": 1, "seq": entry["seq"] + 1, "prev": link}
+    text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
+    entry["hash"] = hashlib.sha256(text).hexdigest()
+    return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
 
 
 @pytest.mark.parametrize(
@@ -667,12 +804,10 @@ def test_a_ledger_whose_end_differs_from_its_intent_is_refused(folder: Path) -> 
     """A rewritten last charge, hashes repaired: the intent still knows what was announced."""
     lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
 
-    def cheaper(entry: dict[str, Any]) -> None:
-        if entry["seq"] == 4:
-            entry["body"]["event"]["noise_multiplier"] = 9.9
-
-    with copied(folder, rechain(lines, cheaper), intent=True) as copy:
+    with copied(folder, rechain(lines, noisier, folder / "ledger.key"), intent=True) as copy:
         assert is_refused(copy)
+        (copy / "ledger.intent").unlink()
+        assert not is_refused(copy)
 
 
 def test_a_ledger_under_another_or_a_lost_key_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -818,13 +953,16 @@ def test_g3_planted_missing_lock_breaks_the_chain(tmp_path: Path, monkeypatch: p
     other = Book(tmp_path)
 
     class Slow(Book):
-        def _append(self, lines: bytes) -> None:
+        def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
             other.charge([make_request(1, job="cd" * 16)])
-            super()._append(lines)
+            super()._append(entries)
 
-    with Slow(tmp_path) as book, pytest.raises(LedgerError, match="chain"):
+    with Slow(tmp_path) as book:
         book.charge([make_request(1)])
     other.close()
+    (tmp_path / "ledger.intent").unlink()
+    with pytest.raises(LedgerError, match="chain"):
+        Book(tmp_path)
 
 
 def test_threads_that_share_a_book_take_turns(tmp_path: Path) -> None:
@@ -937,16 +1075,13 @@ def test_g14_a_witness_that_does_not_fit_declines(folder: Path, witness: tuple[i
 
 
 def test_g14_a_rewritten_ledger_is_found_against_a_receipt(folder: Path) -> None:
-    """A holder can rewrite its own file, hashes repaired; every receipt it ever gave speaks against it."""
+    """A holder can rewrite its own file and sign it anew; every receipt it ever gave speaks against it."""
     with Book(folder) as book:
         receipt = charged(book, make_request(4))
     lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
 
-    def cheaper(entry: dict[str, Any]) -> None:
-        if entry["kind"] == "charge":
-            entry["body"]["event"]["noise_multiplier"] = 99.0
-
-    with copied(folder, rechain(lines, cheaper), intent=False) as copy, Book(copy) as book:
+    forged = rechain(lines, noisier, folder / "ledger.key")
+    with copied(folder, forged, intent=False) as copy, Book(copy) as book:
         assert book.accounts[ACCOUNT].spent < receipt.spent
         assert book.charge([make_request(5, witness=(receipt.seq, receipt.head))]) == [Word.BEHIND]
 

@@ -629,13 +629,37 @@ def test_epsilon_is_drawn_as_a_band_where_there_are_many_clients() -> None:
     assert 'class="band"' in render(build(a_run(clients=60)))
 
 
+def table_of_rounds(page: str) -> list[str]:
+    """Returns the first cell of every row in the table of rounds."""
+    (section,) = re.findall(r'<section[^>]* id="rounds".*?</section>', page, re.DOTALL)
+    return re.findall(r"<tr><t[dh][^>]*>(\d+)</t[dh]>", section)
+
+
 @pytest.mark.parametrize("rounds", [0, 1, 2, 13])
 def test_a_run_of_few_rounds_still_gives_a_page(rounds: int) -> None:
     facts = a_run(rounds=max(1, rounds))
     if rounds == 0:
         idle = [a_client("idle", history=(), spent_epsilon=0.0, charges=0, rounds_joined=0, runs=0)]
         facts = dataclasses.replace(facts, rounds=[], clients=idle)
-    Page(render(build(facts)))
+    report = build(facts)
+    page = render(report)
+    words = "".join(Page(page).words)
+    assert len(report["rounds"]) == rounds
+    # Of up to a dozen rounds the table shows each; of more a dozen, the first and the last among them.
+    shown = table_of_rounds(page)
+    assert len(shown) == min(rounds, 12)
+    assert shown[:1] + shown[-1:] == ([] if rounds == 0 else ["1", str(rounds)])
+    assert ("No round was finished." in words) == (rounds == 0)
+    for picture in ("What the model learned.", "What it cost, as each client"):
+        assert (picture in words) == (rounds > 0)
+    # Nothing charged costs nothing; the price of the schedule stays what was committed.
+    assert report["headline"]["epsilon"] == 2.7134
+    assert [client["spent_epsilon"] for client in report["clients"]] == [
+        client.spent_epsilon for client in facts.clients
+    ]
+    for number in re.findall(r'(?:cx|cy|x|y|d|points)="([^"]*)"', page):
+        assert "nan" not in number.lower()
+        assert "inf" not in number.lower()
 
 
 def test_another_schema_and_a_broken_report_are_refused() -> None:

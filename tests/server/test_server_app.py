@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from privacy.errors import PlanError, RunError
 from privacy.identity import Secret, verify
 from privacy.ledger import Book, ChargeRequest
 from privacy.plan import Local, Mode, Plan
+from privacy.vault import Safe
 from privacy.wire import request_digest
 from server.aggregate import Aggregator, Strategy
 from server.app import CHECKPOINT, METRICS, RECEIPTS, Ending, Job, Schedule, joins_of, run, trainable, turns
@@ -40,26 +42,67 @@ def _identity():
 # -- turns ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("clients", "cohort", "rounds"), [(10, 3, 40), (10, 10, 7), (7, 1, 30), (100, 33, 10), (5, 4, 9)]
-)
-def test_no_node_is_ever_asked_more_often_than_its_noise_was_solved_for(clients, cohort, rounds):
-    nodes = range(1, clients + 1)
-    joined = dict.fromkeys(nodes, 0)
-    for number in range(1, rounds + 1):
-        hand = turns(nodes, cohort, 5, number)
+def require_turns(hands, clients, cohort):
+    """Fails where a hand is not a cohort of different nodes, or a node is asked more often than its noise pays for."""
+    joined = dict.fromkeys(range(1, clients + 1), 0)
+    for hand in hands:
         assert len(set(hand)) == len(hand) == cohort
         for node in hand:
             joined[node] += 1
-    assert max(joined.values()) <= joins_of(rounds, clients, cohort)
+    most = joins_of(len(hands), clients, cohort)
+    assert max(joined.values()) <= most, f"a node is asked {max(joined.values())} times, the noise is for {most}"
 
 
-def test_planted_bug_a_fresh_random_cohort_each_round_asks_some_node_too_often():
-    dice = np.random.default_rng(1)
-    joined = np.zeros(10)
-    for _ in range(40):
-        joined[dice.choice(10, 3, replace=False)] += 1
-    assert joined.max() > joins_of(40, 10, 3)
+def hands_of(deal, clients, cohort, rounds):
+    return [deal(range(1, clients + 1), cohort, 5, number) for number in range(1, rounds + 1)]
+
+
+def fresh_random(nodes, cohort, seed, number):
+    """Planted bug: a cohort drawn anew each round, as Flower's own strategies do."""
+    return sorted(random.Random(f"{seed}/{number}").sample(list(nodes), cohort))
+
+
+TURNS = [(10, 3, 40), (10, 10, 7), (7, 1, 30), (100, 33, 10), (5, 4, 9)]
+
+
+@pytest.mark.parametrize(("clients", "cohort", "rounds"), TURNS)
+def test_no_node_is_ever_asked_more_often_than_its_noise_was_solved_for(clients, cohort, rounds):
+    require_turns(hands_of(turns, clients, cohort, rounds), clients, cohort)
+
+
+# Where one client may join every round, no way to draw cohorts can be wrong.
+@pytest.mark.parametrize(
+    ("clients", "cohort", "rounds"),
+    [(clients, cohort, rounds) for clients, cohort, rounds in TURNS if joins_of(rounds, clients, cohort) < rounds],
+)
+def test_planted_bug_a_fresh_random_cohort_each_round_asks_some_node_too_often(clients, cohort, rounds):
+    hands = hands_of(fresh_random, clients, cohort, rounds)
+    with pytest.raises(AssertionError, match="the noise is for"):
+        require_turns(hands, clients, cohort)
+
+
+def hands_of_a_job(folder, *, cohort, rounds):
+    """Runs a job whose clients answer a word at no cost; returns whom the server asked, round by round."""
+    job, _ = make_job(folder, cohort=cohort, rounds=rounds, min_replies=1, evaluate_every=rounds)
+    hands = [[] for _ in range(rounds)]
+
+    def busy(message, context):
+        hands[message.content["job"]["round"] - 1].append(context.node_id)
+        return Message(RecordDict({"refusal": ConfigRecord({"word": "unavailable"})}), reply_to=message)
+
+    with LocalGrid(busy, nodes=CLIENTS, run_config={}) as grid:
+        assert run(job, grid) is Ending.FINISHED
+    return hands
+
+
+def test_the_server_asks_no_node_more_often_than_its_noise_was_solved_for(tmp_path):
+    require_turns(hands_of_a_job(tmp_path, cohort=1, rounds=12), CLIENTS, 1)
+
+
+def test_planted_bug_a_server_that_draws_a_fresh_random_cohort_each_round_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.app.turns", fresh_random)
+    with pytest.raises(AssertionError, match="the noise is for"):
+        require_turns(hands_of_a_job(tmp_path, cohort=1, rounds=12), CLIENTS, 1)
 
 
 def test_turns_are_the_same_after_a_restart_and_differ_by_seed():
@@ -246,7 +289,7 @@ def honest(book, folder, sources=None):
             shape=SHAPE,
             load=lambda: Records(x, y, torch.ones(40, dtype=torch.bool)),
             book=book,
-            kept=Kept(folder / "kept", durable=False),
+            kept=Kept(folder / "kept", durable=False, safe=Safe(Secret(bytes(32)), "kept")),
             sources=sources or SecureSources(),
         )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -257,14 +258,30 @@ def test_a_scenario_that_cannot_be_meant_is_refused(fields: dict[str, object], s
     assert "\n" not in message
 
 
-def test_values_on_the_edge_of_what_can_be_meant_are_accepted() -> None:
-    Scenario(clients=10, cohort=10, min_replies=10, multiplicity=10)
-    Scenario(rounds=3, warmup_rounds=3)
-    Scenario(sample_rate=1.0)
-    Scenario(delta=0.999e-3, records_bound=1000)
-    Scenario(engine="ray")
-    Scenario(clients=2, weights="declared", declared_sizes="1,2")
-    Scenario(device="cuda:1")
+@pytest.mark.parametrize(
+    ("fields", "beyond"),
+    [
+        ({"clients": 10, "cohort": 10}, {"cohort": 11}),
+        ({"clients": 10, "cohort": 10, "min_replies": 10}, {"min_replies": 11}),
+        ({"clients": 10, "multiplicity": 10}, {"multiplicity": 11}),
+        ({"rounds": 3, "warmup_rounds": 3}, {"warmup_rounds": 4}),
+        ({"sample_rate": 1.0}, {"sample_rate": math.nextafter(1.0, 2.0)}),
+        ({"delta": math.nextafter(1e-3, 0.0), "records_bound": 1000}, {"delta": 1e-3}),
+        ({"engine": "ray", "workers": 1}, {"workers": 2}),
+        ({"clients": 2, "weights": "declared", "declared_sizes": "1,2"}, {"declared_sizes": "1,0"}),
+        ({"device": "cuda:1"}, {"device": "cuda:x"}),
+        ({"retries": -1}, {"retries": -2}),
+    ],
+)
+def test_values_on_the_edge_of_what_can_be_meant_are_accepted(
+    fields: dict[str, object], beyond: dict[str, object]
+) -> None:
+    scenario = Scenario(**fields)  # type: ignore[arg-type]
+    # Kept as given, not moved to where it is safe.
+    assert {name: getattr(scenario, name) for name in fields} == fields
+    assert Scenario.from_mapping(scenario.to_mapping()) == scenario
+    # And it is the edge: one step further is refused.
+    assert refusal(**fields | beyond).startswith("expected")
 
 
 # What stands for 'by itself'.
