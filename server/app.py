@@ -208,9 +208,8 @@ def run(job: Job, grid: Grid) -> Ending:
         require_same(job, state, first)
         if gone := set(state.witnesses) - set(grid.get_node_ids()):
             raise RunError(
-                f"expected the nodes that the run began with, {len(gone)} of them are gone; under Ray and flwr run "
-                "nodes get new numbers at every start, so such a run cannot be resumed: begin a new one, or use engine "
-                "local"
+                f"expected the nodes that the run began with, {len(gone)} of them are gone; resume it on the engine "
+                "that it began on (under flwr run nodes get new numbers at every start: begin a new run there)"
             )
         job.aggregator.moments, job.aggregator.updates = state.moments, state.updates
         for name in (METRICS, RECEIPTS):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 import secrets
@@ -27,7 +28,7 @@ from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.fleet.vce import vce_api
 from flwr.server.superlink.fleet.vce.backend.backend import Backend
 from flwr.server.superlink.fleet.vce.metrics import VceMetrics
-from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
+from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory, in_memory_linkstate
 from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
 from flwr.serverapp import ServerApp
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
@@ -153,7 +154,7 @@ def _serve(server: ServerApp, client: ClientApp, nodes: int, run_config: UserCon
     state.run_ids[run.run_id] = RunRecord(run=run)
     state.task_store[run.primary_task_id] = Task(task_id=run.primary_task_id, run_id=run.run_id)
     # Before the server starts, so that it never sees a federation without clients.
-    partitions = vce_api._register_nodes(nodes, states)
+    partitions = _register(nodes, states)
     grid = _Grid(states)
     grid.set_run(run)
     stop = threading.Event()
@@ -189,6 +190,21 @@ def _serve(server: ServerApp, client: ClientApp, nodes: int, run_config: UserCon
     finally:
         stop.set()
         engine.join()
+
+
+def _register(nodes: int, states: LinkStateFactory) -> dict[int, int]:
+    """Makes the virtual clients, numbered upwards from Flower's own number for its server; index by number.
+
+    Flower draws random numbers; a run could then not be resumed, because nobody would know whose receipt was whose.
+    """
+    numbers = itertools.count(SUPERLINK_NODE_ID + 1)
+    flower: Any = in_memory_linkstate
+    before = flower.generate_rand_int_from_bytes
+    flower.generate_rand_int_from_bytes = lambda *_, **__: next(numbers)
+    try:
+        return vce_api._register_nodes(nodes, states)
+    finally:
+        flower.generate_rand_int_from_bytes = before
 
 
 def _backend(cpus: float, gpus: float) -> Backend:

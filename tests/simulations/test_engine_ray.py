@@ -2,17 +2,22 @@
 
 import gc
 import json
+import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.server.superlink.fleet.vce import vce_api
 from flwr.serverapp import ServerApp
 
 from privacy.errors import RunError
+from privacy.ledger import Book
 from simulations.engine import run_app
 from simulations.ray_engine import run_on_ray
+from simulations.run import simulate
+from simulations.scenario import Scenario
 
 QUICKSTART = Path(__file__).parents[1] / "apps" / "quickstart_numpy"
 SERVER = "quickstart_numpy.server_app:app"
@@ -48,6 +53,36 @@ def test_ray_and_the_local_engine_agree(tmp_path):
     for here, there in zip(local["arrays"], ray["arrays"], strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-12)
     np.testing.assert_allclose(local["accuracy"], ray["accuracy"], rtol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_run_on_ray_is_resumed_after_a_finished_round(tmp_path, monkeypatch, planted):
+    pytest.importorskip("ray")
+
+    class Watcher:
+        """Presses Ctrl-C in the first round."""
+
+        def __getattr__(self, name):
+            return lambda *_: None
+
+        def round(self, line):
+            if line["round"] == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    keys = {"clients": 2, "rounds": 3, "steps-per-round": 1, "mode": "hooks", "engine": "ray"}
+    scenario, folder = Scenario.layered(None, keys), tmp_path / "run"
+    assert simulate(scenario, out=folder, observer=Watcher())["status"] == "interrupted"
+    if planted:
+        # Flower's own way: every start has other nodes, and their receipts are nobody's.
+        monkeypatch.setattr("simulations.ray_engine._register", vce_api._register_nodes)
+        with pytest.raises(RunError, match="nodes that the run began with"):
+            simulate(Scenario.from_run(folder), resume=folder, observer=Watcher())
+        return
+    summary = simulate(Scenario.from_run(folder), resume=folder, observer=Watcher())
+    assert (summary["status"], summary["rounds"]) == ("finished", 3)
+    with Book(folder / "ledgers") as book:
+        assert [account.charges for account in book.accounts.values()] == [3, 3]
 
 
 @pytest.mark.slow
