@@ -35,8 +35,12 @@ def write_whole(path: Path, *parts: Buffer, durable: bool = True, spare: Path | 
     """
     temporary = spare or path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600)
+        with open(descriptor, "wb") as file:
             file.writelines(parts)
             file.truncate()
             file.flush()

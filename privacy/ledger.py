@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -106,10 +107,15 @@ class Receipt:
         return b"tacit/receipt/1\n" + canonical(fields)
 
     def _fields(self) -> dict[str, Any]:
-        return vars(self) | {"event": self.event.to_dict()}
+        return {name: getattr(self, name) for name in _RECEIPT_FIELDS} | {"event": self.event.to_dict()}
 
     def to_json(self) -> str:
         """Returns the canonical JSON text."""
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
+        # Kept, because a receipt is kept, sent, checked and countersigned as the same text.
         return canonical(self._fields()).decode()
 
     @classmethod
@@ -143,6 +149,7 @@ class Receipt:
         return receipt
 
 
+_RECEIPT_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Receipt))
 _RECEIPT_HEX: Final[Mapping[str, int]] = {
     "account": 32,
     "head": 64,

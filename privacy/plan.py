@@ -52,6 +52,8 @@ class Optimizer(StrEnum):
 # More steps, rounds or records than any job has; beyond it, products with a float would overflow or lose digits.
 MOST: Final = 10**12
 
+_CANONICAL: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
 
 def canonical(value: Any) -> bytes:
     """Returns the one JSON text of a value, as bytes: sorted keys, no spaces, no NaN.
@@ -59,7 +61,7 @@ def canonical(value: Any) -> bytes:
     Raises:
         ValueError: The value holds a NaN or an infinity.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def require(condition: bool, message: str) -> None:

@@ -318,10 +318,11 @@ def ask(job: Job, state: State, number: int, cohort: Sequence[int]) -> Iterator[
         "seed": job.seed,
         "lr": job.local.lr * job.schedule.factor(number, job.plan.rounds, job.warmup),
     }
+    shared = ConfigRecord()
+    for key, value in common.items():
+        shared[key] = value
     for node in cohort:
-        config = ConfigRecord()
-        for key, value in common.items():
-            config[key] = value
+        config = shared.copy()
         config["witness"] = state.witnesses.get(node, "")
         content = RecordDict({"arrays": arrays, "job": config})
         yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=str(number))
