@@ -11,12 +11,17 @@ Two questions, two answers that are never mixed (guarantee G3):
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import re
+import signal
+import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any, Final, Self
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, Final, Self, TypeAlias
 
 from privacy.errors import LedgerError, PlanError
 from privacy.plan import MOST, Adjacency, Plan, Unit, check_delta, is_number, require
@@ -31,32 +36,63 @@ ORDERS: Final = tuple(
 )
 
 
+class Kind(StrEnum):
+    """What kind of release an event is; each is priced from its own fields, and an unknown kind is refused."""
+
+    POISSON_GAUSSIAN = "poisson-gaussian"
+    MATRIX_GAUSSIAN = "matrix-gaussian"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """A release: Poisson-sampled, clipped sums with Gaussian noise, ``steps`` of them.
+    """A release: what was released, under which sampling, for which unit and adjacency.
 
     The meaning of an event never changes; a new mechanism is a new kind, and an unknown kind is refused, never
     priced as zero.
 
+    ``poisson-gaussian`` is ``steps`` sums over a Poisson sample, each bounded in L2 and noised on its own; at rate 1
+    it is the Gaussian mechanism, as of a metric over all records. ``matrix-gaussian`` is one whole matrix mechanism:
+    correlated noise over all rounds in which a unit may take part, with the matrix' sensitivity already divided out of
+    the noise multiplier; it cannot be sampled, and its rounds are never priced one by one.
+
     Attributes:
-        sample_rate: Public Poisson rate in (0, 1].
-        noise_multiplier: Noise standard deviation divided by the L2 bound of one record's contribution, > 0.
-        steps: How many such sums were released, >= 1.
+        kind: Which mechanism.
+        released: What left the holder, one public word, such as "update" or "metric:accuracy".
+        unit: What the bound on one contribution is a bound for.
+        adjacency: The neighbours that the bound speaks of.
+        sample_rate: Public Poisson rate in (0, 1]; 1 for a matrix mechanism.
+        noise_multiplier: Noise standard deviation divided by the L2 bound of one unit's contribution, > 0.
+        steps: How many such releases, >= 1.
     """
 
-    kind: str = "poisson-gaussian"
+    kind: Kind = Kind.POISSON_GAUSSIAN
+    released: str = "update"
+    unit: Unit = Unit.RECORD
+    adjacency: Adjacency = Adjacency.ADD_REMOVE
     sample_rate: float
     noise_multiplier: float
     steps: int
 
     def __post_init__(self) -> None:
+        for name, words in (("kind", Kind), ("unit", Unit), ("adjacency", Adjacency)):
+            value = getattr(self, name)
+            if type(value) is not words:
+                require(
+                    isinstance(value, str) and value in set(words),
+                    f"expected an event whose {name} is one of {[word.value for word in words]}, got {value!r:.40}",
+                )
+                object.__setattr__(self, name, words(value))
         require(
-            self.kind == "poisson-gaussian",
-            f"expected an event of kind 'poisson-gaussian', got {self.kind!r}",
+            isinstance(self.released, str) and _RELEASED.fullmatch(self.released) is not None,
+            f"expected one public word for what was released, got {self.released!r:.40}",
         )
         require(
             is_number(self.sample_rate) and 0 < self.sample_rate <= 1,
             f"expected 0 < sample_rate <= 1, got {self.sample_rate!r:.40}",
+        )
+        require(
+            self.kind is Kind.POISSON_GAUSSIAN or self.sample_rate == 1,
+            f"expected a matrix mechanism without sampling, got sample_rate {self.sample_rate!r:.40}",
         )
         require(
             is_number(self.noise_multiplier) and self.noise_multiplier > 0,
@@ -70,16 +106,18 @@ class Event:
     @classmethod
     def of_round(cls, plan: Plan) -> Self:
         """Returns what one client releases in one round of a plan."""
-        return cls(sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier, steps=plan.steps)
+        return cls(
+            unit=plan.unit,
+            adjacency=plan.adjacency,
+            sample_rate=plan.sample_rate,
+            noise_multiplier=plan.noise_multiplier,
+            steps=plan.steps,
+        )
 
     @classmethod
     def of_schedule(cls, plan: Plan) -> Self:
         """Returns the most that one client can release in the whole job: every join, retries included."""
-        return cls(
-            sample_rate=plan.sample_rate,
-            noise_multiplier=plan.noise_multiplier,
-            steps=plan.steps * plan.joins,
-        )
+        return dataclasses.replace(cls.of_round(plan), steps=plan.steps * plan.joins)
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:
@@ -89,20 +127,53 @@ class Event:
             LedgerError: It is not exactly an event of a known kind.
         """
         try:
-            if set(fields) != {"kind", "sample_rate", "noise_multiplier", "steps"}:
-                raise PlanError(f"expected the four fields of an event, got {sorted(fields)}")
-            return cls(**fields)
+            # What an event does not say has its first meaning; there is one text for each event.
+            if not _ALWAYS <= set(fields) <= _ALWAYS | _SOMETIMES.keys():
+                raise PlanError(f"expected the fields of an event, got {sorted(fields)}")
+            event = cls(**fields)
+            if any(name in fields and fields[name] == first for name, first in _SOMETIMES.items()):
+                raise PlanError("expected the one text of an event, got another")
+            return event
         except (TypeError, ValueError) as error:
             raise LedgerError(f"expected an event of a known kind, got one that cannot be priced: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the event as a JSON object."""
-        return {
-            "kind": self.kind,
-            "sample_rate": self.sample_rate,
-            "noise_multiplier": self.noise_multiplier,
-            "steps": self.steps,
-        }
+        """Returns the event as a JSON object; what has its first meaning is left out, as in the first ledgers."""
+        fields = {name: getattr(self, name) for name in ("kind", "sample_rate", "noise_multiplier", "steps")}
+        later = {name: getattr(self, name) for name, first in _SOMETIMES.items() if getattr(self, name) != first}
+        return {name: str(value) if isinstance(value, str) else value for name, value in (fields | later).items()}
+
+
+_RELEASED: Final = re.compile(r"[a-z][a-z0-9:._-]{0,63}")
+_ALWAYS: Final = frozenset({"kind", "sample_rate", "noise_multiplier", "steps"})
+_SOMETIMES: Final[Mapping[str, str]] = {
+    "released": "update",
+    "unit": Unit.RECORD,
+    "adjacency": Adjacency.ADD_REMOVE,
+}
+
+Releases: TypeAlias = Event | Sequence[Event]
+
+
+def merged(releases: Releases) -> tuple[Event, ...]:
+    """Returns a history with equal releases added up, in a fixed order: what it costs does not depend on the order.
+
+    Args:
+        releases: One event, or a history of them, which may differ in every field but the unit and the adjacency.
+
+    Raises:
+        PlanError: The history is empty, or mixes units or adjacencies, whose costs do not add up.
+    """
+    history = (releases,) if isinstance(releases, Event) else tuple(releases)
+    require(len(history) > 0, "expected a history of at least one release, got none")
+    kinds = {(event.unit, event.adjacency) for event in history}
+    require(len(kinds) == 1, f"expected releases of one unit and adjacency, got {sorted(kinds)}; price each by itself")
+    steps: dict[Event, int] = {}
+    for event in history:
+        alike = dataclasses.replace(event, released="update", steps=1)
+        steps[alike] = steps.get(alike, 0) + event.steps
+    merged = (dataclasses.replace(event, steps=count) for event, count in steps.items())
+    return tuple(sorted(merged, key=lambda event: (event.kind, event.sample_rate, event.noise_multiplier)))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -202,18 +273,19 @@ class Grant:
         return spent_rdp + rdp(event, self.order) <= self.budget_rdp * (1 + 1e-9)
 
 
-def best_order(event: Event, delta: float) -> tuple[float, float]:
-    """Returns the order at which an event looks cheapest, and its epsilon there.
+def best_order(releases: Releases, delta: float) -> tuple[float, float]:
+    """Returns the order at which releases look cheapest, and their epsilon there.
 
     Args:
-        event: A schedule fixed in public, before any data is touched.
+        releases: A schedule, or a history of schedules, fixed in public before any data was touched.
         delta: Probability in (0, 1).
     """
+    history = merged(releases)
 
     # Epsilon falls and then rises in the order, so a ternary search finds the valley: 20 prices instead of 160.
     # Where the curve is flat or infinite the search may miss the least order; it then errs towards a higher figure.
     def cost(index: int) -> float:
-        return rdp(event, ORDERS[index]) + _conversion(ORDERS[index], delta)
+        return sum(rdp(event, ORDERS[index]) for event in history) + _conversion(ORDERS[index], delta)
 
     low, high = 0, len(ORDERS) - 1
     while high - low > 2:
@@ -264,7 +336,8 @@ def _schedule(sample_rate: float, noise_multiplier: float, steps: int) -> Event:
 
 
 @functools.lru_cache(maxsize=256)
-def _pld(event: Event, adjacency: Adjacency) -> Any:
+def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1) -> Any:
+    """Returns dp-accounting's accountant after a history, of a unit that is one record or a group of several."""
     from dp_accounting import dp_event, privacy_accountant
     from dp_accounting.pld import pld_privacy_accountant
 
@@ -273,45 +346,108 @@ def _pld(event: Event, adjacency: Adjacency) -> Any:
     # steps, 7e-4 at 14,000) and four times faster.
     accountant = pld_privacy_accountant.PLDAccountant(
         relation.ADD_OR_REMOVE_ONE if adjacency is Adjacency.ADD_REMOVE else relation.REPLACE_ONE,
-        value_discretization_interval=1e-4 if event.steps > 2000 else 3e-4,
+        value_discretization_interval=1e-4 if sum(event.steps for event in history) > 2000 else 3e-4,
     )
-    step: dp_event.DpEvent = dp_event.GaussianDpEvent(event.noise_multiplier)
-    if event.sample_rate < 1:
-        step = dp_event.PoissonSampledDpEvent(event.sample_rate, step)
-    accountant.compose(step, event.steps)
+    for event in history:
+        # One matrix mechanism, or one metric over all records, is one Gaussian release.
+        step: dp_event.DpEvent = dp_event.GaussianDpEvent(event.noise_multiplier / records)
+        if event.sample_rate < 1:
+            step = dp_event.PoissonSampledDpEvent(event.sample_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
+            if records > 1:
+                step = dp_event.MixtureOfGaussiansDpEvent(
+                    event.noise_multiplier, range(records + 1), _binomial(records, event.sample_rate)
+                )
+        accountant.compose(step, event.steps)
     return accountant
 
 
-def pld_epsilon(event: Event, delta: float, adjacency: Adjacency = Adjacency.ADD_REMOVE) -> float:
-    """Returns the tight epsilon of a committed schedule, by Google's privacy loss distributions.
+def _binomial(count: int, rate: float) -> list[float]:
+    """Returns the probabilities of 0 to ``count`` records of a group in one sample."""
+    return [math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(count + 1)]
+
+
+def pld_epsilon(releases: Releases, delta: float, adjacency: Adjacency = Adjacency.ADD_REMOVE) -> float:
+    """Returns the tight epsilon of a committed schedule or history, by Google's privacy loss distributions.
 
     Guarantees:
         Pessimistic: losses are rounded up, to 1e-4 (3e-4 up to 2000 steps), so the figure is never below the true one.
+        Committed: it is a price of releases that were all settled before the first; never a stopping rule (G3).
 
     References:
         Koskela et al. (2020); Doroshenko et al. (2022), "Connect the dots".
     """
-    return float(_pld(event, adjacency).get_epsilon(delta))
+    return float(_pld(merged(releases), adjacency).get_epsilon(delta))
 
 
-def prv_epsilon(event: Event, delta: float) -> tuple[float | None, str]:
+def group_epsilon(releases: Releases, delta: float, records: int) -> float:
+    """Returns the epsilon for all records of one person, of whom at most ``records`` are in the data set.
+
+    Args:
+        releases: A schedule or history committed before its first release.
+        delta: Probability in (0, 1).
+        records: Enforced bound on one person's records in the data set, >= 1.
+
+    Raises:
+        PlanError: ``records`` is no such bound, or the releases do not protect records.
+
+    References:
+        Ganesh (2024), "Tight group-level DP guarantees for DP-SGD with sampling via mixture of Gaussians mechanisms".
+    """
+    history = merged(releases)
+    require(type(records) is int and 1 <= records <= 1000, f"expected 1 to 1000 records a person, got {records!r:.40}")
+    require(
+        all((event.kind, event.unit) == (Kind.POISSON_GAUSSIAN, Unit.RECORD) for event in history),
+        "expected releases that protect records, got others; a group of records means nothing to them",
+    )
+    return float(_pld(history, Adjacency.ADD_REMOVE, records).get_epsilon(delta))
+
+
+def prv_epsilon(releases: Releases, delta: float, timeout_s: float = 60.0) -> tuple[float | None, str]:
     """Returns Opacus' PRV figure as a cross-check, or None and the reason why there is none.
 
     It adds its own error bound of 0.01, so it lies up to about 0.02 above the tight value. Where noise is low it
     needs minutes or fails; there it is not asked.
+
+    Args:
+        releases: A schedule or history committed before its first release.
+        delta: Probability in (0, 1).
+        timeout_s: After so many seconds it is given up; only the main thread can be interrupted.
     """
-    if event.noise_multiplier < 0.5 or event.sample_rate >= 1:
+    history = merged(releases)
+    if any(event.noise_multiplier < 0.5 or event.sample_rate >= 1 for event in history):
         return None, "not asked: outside the range where Opacus' PRV accountant is quick and stable"
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
-    accountant.history = [(event.noise_multiplier, event.sample_rate, event.steps)]
+    accountant.history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in history]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _time_limit(timeout_s):
             warnings.simplefilter("ignore")
             return float(accountant.get_epsilon(delta)), "Opacus PRV, error bound 0.01 included"
+    except TimeoutError:
+        return None, f"given up after {timeout_s:g} s; the RDP figure stands in for it"
     except (RuntimeError, ValueError, OverflowError) as error:
-        return None, f"failed: {type(error).__name__}"
+        return None, f"failed: {type(error).__name__}; the RDP figure stands in for it"
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block after some seconds, where that can be done: in the main thread, on POSIX."""
+    # A timer of somebody else's must not be lost.
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0] > 0:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def attacker_power(curve: Sequence[tuple[float, float]], fpr: float) -> float:
