@@ -485,6 +485,8 @@ class Book:
             )
         elif kind == "charge":
             job, event = account.jobs[body["job"]], Event.from_dict(body["event"])
+            if (event.unit, event.adjacency) != (account.grant.unit, account.grant.adjacency):
+                raise ValueError("a release for another unit or adjacency than the grant's")
             account.spent_rdp += rdp(event, account.grant.order)
             account.charges += 1
             account.test |= body["noise"] != SECURE_SOURCE
