@@ -184,10 +184,12 @@ def _dispatch(argv: list[str]) -> int:
     from simulations.scenario import nearest
 
     verbs = {"simulate": _simulate, "tasks": _tasks, "report": _report}
+    verbs["plan"] = _plan
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"tacit {__version__}")
     kinds = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", parser_class=_Parser)
     _simulate_page(kinds)
+    _plan_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
     report = kinds.add_parser("report", help="write a run's report again, from its folder", formatter_class=_Page)
@@ -377,6 +379,206 @@ def _toml(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+_PLAN: Final = """\
+Say what a job would cost and how much noise it would carry, without touching any data: from epsilon, rounds and
+sizes to the noise, or with --noise-multiplier from the noise to epsilon. It takes the keys of tacit simulate, and
+a run of the same keys charges what is printed here.
+"""
+
+_PLAN_EXAMPLES: Final = """\
+examples:
+  tacit plan                                            the default job
+  tacit plan --task table --records-per-client 400 --clients 20 --epsilon 2
+  tacit plan --noise-multiplier 1.1                     the other way round
+  tacit plan hospital.toml --plot plan.svg              a scenario file, and a picture of both sweeps
+  tacit plan hospital.toml --ledgers ledgers/           how many more such jobs each ledger affords
+"""
+
+
+def _plan_page(kinds: Any) -> None:
+    from simulations.scenario import FOLDERS, GROUPS, MACHINE
+
+    page = kinds.add_parser(
+        "plan",
+        help="what a job would cost, before it runs",
+        description=_PLAN,
+        epilog=_PLAN_EXAMPLES,
+        formatter_class=_Page,
+        usage="tacit plan [scenario.toml] [flags]",
+        allow_abbrev=False,
+    )
+    page.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="scenario file")
+    _keys(page, tuple(title for title in GROUPS if title not in (MACHINE, FOLDERS)))
+    other = page.add_argument_group("this command")
+    other.add_argument("--ledgers", metavar="DIR", type=Path, help="say what the ledgers there have left; only reads")
+    other.add_argument("--plot", metavar="FILE", type=Path, help="draw both sweeps into an SVG file")
+    other.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+
+
+def _keys(page: Any, groups: Sequence[str]) -> None:
+    """Adds a flag for every scenario key of some groups."""
+    from simulations.scenario import KEYS
+
+    for title in groups:
+        group = page.add_argument_group(title)
+        for key in KEYS:
+            if key.group == title:
+                metavar = "|".join(key.choices) or key.unit.upper() or _METAVARS[key.kind]
+                group.add_argument(
+                    f"--{key.name}", dest=f"key {key.name}", metavar=metavar, default=None, help=_line(key)
+                )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from simulations.scenario import Scenario
+
+    scenario = Scenario.layered(arguments.scenario, _flags(arguments))
+    planning = importlib.import_module("simulations.planning")
+    ledgers = arguments.ledgers
+    if ledgers is None and scenario.ledgers and (Path(scenario.ledgers) / "ledger.jsonl").is_file():
+        ledgers = Path(scenario.ledgers)
+    facts = planning.plan(scenario, ledgers=ledgers)
+    if arguments.plot is not None:
+        from privacy.files import write_whole
+
+        write_whole(arguments.plot, planning.picture(facts).encode())
+    if arguments.json:
+        print(json.dumps(_finite(facts), allow_nan=False))
+        return 0
+    console = _console()
+    _plan_rows(console, facts)
+    _sweeps(console, facts, planning.bar)
+    if "ledgers" in facts:
+        _what_is_left(console, facts["ledgers"], facts["schedule"])
+    if arguments.plot is not None:
+        console.print(f"\nwrote {arguments.plot}", soft_wrap=True)
+    return 0
+
+
+def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
+    """Prints a plan as names and values."""
+    plan, schedule, cost, signal = (facts[name] for name in ("plan", "schedule", "cost", "signal"))
+    spare = schedule["spare"]
+    asked = f"{facts['cohort']} of {facts['clients']} clients in a round" if facts["cohort"] < facts["clients"] else ""
+    rows: dict[str, object] = {
+        "task": f"{facts['task']}; one record is {facts['record']}",
+        "clients": f"{facts['clients']}, {schedule['records_per_client']:,} records each by declaration"
+        + (f"; {asked}" if asked else ""),
+        "schedule": f"{plan['rounds']} rounds of {plan['steps']} steps; a client joins {schedule['joins']} of them and "
+        f"pays for {spare} spare charge{'' if spare == 1 else 's'} for retries: {schedule['steps']:,} steps in all",
+        "sampling": f"each record joins a step with probability {plan['sample_rate']:g}; expected batch "
+        f"{plan['expected_batch']:g}, which is the divisor",
+        "clip": f"{plan['l2_clip']:g}, the most that one record's gradient may measure",
+        "noise": f"{plan['noise_multiplier']:.4g} x clip" + ("" if facts["solved"] == "epsilon" else ", solved for"),
+        "epsilon": f"{_epsilon(cost['filter']['epsilon'])} at delta {plan['delta']:g}, by the RDP filter that guards "
+        "the ledgers" + (", follows from the noise" if facts["solved"] == "epsilon" else ""),
+        " pld": f"{_epsilon(cost['pld'])} by PLD, for exactly this schedule and all of it",
+        " prv": f"{_epsilon(cost['prv'])} by PRV, a cross-check ({cost['prv_note']})",
+        " replace": f"{_epsilon(cost['replace_one'])} to replace one record, by PLD",
+    }
+    for item in cost["at_deltas"][1:]:
+        rows[f" at {item['delta']:g}"] = f"{_epsilon(item['epsilon'])} at delta {item['delta']:g}"
+    for item in cost["persons"][1:]:
+        rows[f" of {item['records']}"] = (
+            f"{_epsilon(item['epsilon'])} for a person with up to {item['records']} records at a client"
+        )
+    many = cost["federation"]
+    if many["multiplicity"] > 1:
+        rows[" of many"] = f"{_epsilon(many['epsilon'])} for a person with a record at {many['multiplicity']} clients"
+    if cost["zcdp_rho"] is not None:
+        rows[" also"] = f"rho {cost['zcdp_rho']:.4g} in zCDP, mu {cost['gdp_mu']:.4g} in Gaussian DP (no sampling)"
+    odds = cost["odds"]
+    shown = "without bound" if math.isinf(odds) else f"{_up(odds)} times"
+    rows["attacker"] = f"odds that a record was there grow by {shown} at most, but for delta"
+    for item in cost["tpr"]:
+        rows[f" {item['fpr']:g}"] = (
+            f"finds {_up(100 * item['tpr'])} % of members at most where it accuses {100 * item['fpr']:g} % of others"
+        )
+    rows["signal"] = _signal(signal)
+    rows[" as"] = f"{signal['formula']}; P parameters, B expected batch, n updates in the mean"
+    rows[" assumes"] = signal["assumes"]
+    _print_rows(console, rows)
+
+
+def _signal(signal: Mapping[str, Any]) -> str:
+    if signal["noise_norm"] is None:
+        return (
+            f"noise of {signal['noise_per_parameter']:.3g} on each parameter of the mean; its norm is unknown, because "
+            "nobody published the shape of these records (name the data)"
+        )
+    return (
+        f"noise of norm {signal['noise_norm']:.3g} on the mean of a step ({signal['noise_per_parameter']:.3g} on each "
+        f"of {signal['parameters']:,} parameters) beside a signal of {signal['clip']:g} at most: "
+        f"{signal['ratio_of_a_step']:.3g} to 1, and {signal['ratio_of_a_round']:.3g} to 1 over a round"
+    )
+
+
+def _up(value: float) -> str:
+    """Returns a bound in three digits, rounded up."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"
+
+
+def _sweeps(console: Console, facts: Mapping[str, Any], bar: Any) -> None:
+    """Prints both sweeps as tables with a small plot in their last column."""
+    from rich.table import Table
+
+    utf8, sweeps = console.encoding.startswith("utf"), facts["sweeps"]
+    for title, name, drawn in (
+        ("other numbers of rounds, the same noise", "rounds", "epsilon"),
+        ("other budgets, the same rounds", "epsilon", "noise_multiplier"),
+    ):
+        rows = sweeps[name]
+        most = max((row[drawn] for row in rows if math.isfinite(row[drawn])), default=0.0)
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=title, title_justify="left")
+        for head in ("rounds", "noise", "epsilon", "by PLD", "signal"):
+            table.add_column(head, justify="right")
+        table.add_column("noise" if drawn == "noise_multiplier" else drawn)
+        for row in rows:
+            ratio = row["ratio_of_a_round"]
+            table.add_row(
+                str(row["rounds"]),
+                f"{row['noise_multiplier']:.4g}",
+                _epsilon(row["epsilon"]),
+                _epsilon(row["pld"]),
+                "unknown" if ratio is None else f"{ratio:.3g}",
+                bar(row[drawn], most, 30, utf8=utf8),
+            )
+        console.print()
+        console.print(table)
+
+
+def _what_is_left(console: Console, ledgers: Sequence[Mapping[str, Any]], schedule: Mapping[str, Any]) -> None:
+    """Prints what ledgers have spent, what is left, and how much of this plan that affords."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title="what is left", title_justify="left")
+    for head in ("ledger", "budget", "spent", "remaining", "runs", "rounds"):
+        table.add_column(head, justify="left" if head == "ledger" else "right")
+    for row in ledgers[:40]:
+        left = math.floor(100 * row["remaining"] + 1e-6) / 100
+        table.add_row(
+            row["name"],
+            _epsilon(row["epsilon"]),
+            _epsilon(row["spent"]),
+            f"{left:.2f}",
+            f"{row['runs']:,}",
+            f"{row['rounds']:,}",
+        )
+    console.print()
+    console.print(table)
+    if len(ledgers) > 40:
+        console.print(f"... and {len(ledgers) - 40:,} more; --json prints all")
+    runs = min((row["runs"] for row in ledgers), default=0)
+    console.print(
+        f"Every ledger affords {runs:,} more such job{'' if runs == 1 else 's'}, spare charges included "
+        f"({schedule['spare']} each); spent is counted by the filter at the holder's delta.",
+        soft_wrap=True,
+    )
 
 
 def _tasks(arguments: argparse.Namespace) -> int:

@@ -336,7 +336,7 @@ def _schedule(sample_rate: float, noise_multiplier: float, steps: int) -> Event:
 
 
 @functools.lru_cache(maxsize=256)
-def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1) -> Any:
+def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1, interval: float | None = None) -> Any:
     """Returns dp-accounting's accountant after a history, of a unit that is one record or a group of several."""
     from dp_accounting import dp_event, privacy_accountant
     from dp_accounting.pld import pld_privacy_accountant
@@ -346,7 +346,7 @@ def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1) -> 
     # steps, 7e-4 at 14,000) and four times faster.
     accountant = pld_privacy_accountant.PLDAccountant(
         relation.ADD_OR_REMOVE_ONE if adjacency is Adjacency.ADD_REMOVE else relation.REPLACE_ONE,
-        value_discretization_interval=1e-4 if sum(event.steps for event in history) > 2000 else 3e-4,
+        value_discretization_interval=interval or (1e-4 if sum(event.steps for event in history) > 2000 else 3e-4),
     )
     for event in history:
         # One matrix mechanism, or one metric over all records, is one Gaussian release.
@@ -379,13 +379,15 @@ def pld_epsilon(releases: Releases, delta: float, adjacency: Adjacency = Adjacen
     return float(_pld(merged(releases), adjacency).get_epsilon(delta))
 
 
-def group_epsilon(releases: Releases, delta: float, records: int) -> float:
+def group_epsilon(releases: Releases, delta: float, records: int, interval: float | None = None) -> float:
     """Returns the epsilon for all records of one person, of whom at most ``records`` are in the data set.
 
     Args:
         releases: A schedule or history committed before its first release.
         delta: Probability in (0, 1).
         records: Enforced bound on one person's records in the data set, >= 1.
+        interval: Losses are rounded up to multiples of it, > 0; None for the finest that is used anywhere. A coarser
+            one is as valid, a little higher, and faster in proportion.
 
     Raises:
         PlanError: ``records`` is no such bound, or the releases do not protect records.
@@ -399,7 +401,7 @@ def group_epsilon(releases: Releases, delta: float, records: int) -> float:
         all((event.kind, event.unit) == (Kind.POISSON_GAUSSIAN, Unit.RECORD) for event in history),
         "expected releases that protect records, got others; a group of records means nothing to them",
     )
-    return float(_pld(history, Adjacency.ADD_REMOVE, records).get_epsilon(delta))
+    return float(_pld(history, Adjacency.ADD_REMOVE, records, interval).get_epsilon(delta))
 
 
 def prv_epsilon(releases: Releases, delta: float, timeout_s: float = 60.0) -> tuple[float | None, str]:
@@ -448,6 +450,53 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class Repeats(StrEnum):
+    """Law of the secret, random number of candidates in a search of which only the best is ever released."""
+
+    GEOMETRIC = "geometric"
+    LOGARITHMIC = "logarithmic"
+    POISSON = "poisson"
+
+
+def best_only_epsilon(releases: Releases, delta: float, mean: float, repeats: Repeats) -> float:
+    """Returns what a search costs where its losing candidates never leave a trusted server (guarantee G5).
+
+    It is no price of a federated search, in which every candidate's updates leave the client. Nor is it one where the
+    number of candidates is fixed or known: it must be drawn at random, and kept secret.
+
+    Args:
+        releases: What one candidate releases, the same for each, committed before the search.
+        delta: Probability in (0, 1).
+        mean: Mean number of candidates, >= 1; above 1 where the law is not ``POISSON``.
+        repeats: Law of that number.
+
+    Raises:
+        PlanError: The mean is no such number, or the releases cannot be repeated.
+
+    References:
+        Papernot & Steinke (2022), "Hyperparameter tuning with Renyi differential privacy", theorems 2 and 6.
+    """
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    require(0 < delta < 1, f"expected 0 < delta < 1, got {delta}")
+    law = Repeats(repeats)
+    least = 1 if law is Repeats.POISSON else 1 + 1e-9
+    require(is_number(mean) and mean >= least, f"expected a mean number of candidates > 1, got {mean!r:.40}")
+    history = merged(releases)
+    shape = {Repeats.GEOMETRIC: 1.0, Repeats.LOGARITHMIC: 0.0, Repeats.POISSON: math.inf}[law]
+    one = [
+        dp_event.SelfComposedDpEvent(
+            dp_event.PoissonSampledDpEvent(event.sample_rate, dp_event.GaussianDpEvent(event.noise_multiplier)),
+            event.steps,
+        )
+        for event in history
+    ]
+    accountant = rdp_privacy_accountant.RdpAccountant()
+    accountant.compose(dp_event.RepeatAndSelectDpEvent(dp_event.ComposedDpEvent(one), float(mean), shape))
+    return float(accountant.get_epsilon(delta))
 
 
 def attacker_power(curve: Sequence[tuple[float, float]], fpr: float) -> float:

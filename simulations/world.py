@@ -438,6 +438,41 @@ def populate(scenario: Scenario, task: Task) -> tuple[Source | None, Population]
     return source, SplitPopulation(source, parts)
 
 
+def calibrate(scenario: Scenario) -> tuple[Plan, float]:
+    """Solves the plan of a resolved scenario on its public numbers alone: the one calibration that there is.
+
+    Returns:
+        The plan, whose mode is still the scenario's, and the Renyi order of new grants.
+
+    Raises:
+        PlanError: No noise is enough, or values contradict each other.
+    """
+    joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
+    steps = scenario.steps_per_round * joins
+    if scenario.noise_multiplier:
+        event = Event(sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps)
+        noise, (order, epsilon) = scenario.noise_multiplier, best_order(event, scenario.delta)
+    else:
+        epsilon = scenario.epsilon
+        noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps)
+    plan = Plan(
+        sample_rate=scenario.sample_rate,
+        expected_batch=scenario.sample_rate * scenario.records_per_client,
+        l2_clip=scenario.l2_clip,
+        noise_multiplier=noise,
+        steps=scenario.steps_per_round,
+        rounds=scenario.rounds,
+        joins=joins,
+        epsilon=epsilon,
+        delta=scenario.delta,
+        records_bound=scenario.records_bound,
+        mode=Mode(scenario.mode),
+        physical_batch=scenario.physical_batch,
+        views=scenario.views,
+    )
+    return plan, order
+
+
 def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     """Solves the plan of a resolved scenario, on public values alone.
 
@@ -447,14 +482,7 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     if scenario.weights == "declared" and scenario.engine != "local":
         raise PlanError("expected engine local with declared weights, got ray, where nodes have no fixed numbers")
     device = _device(scenario.device)
-    joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
-    steps = scenario.steps_per_round * joins
-    if scenario.noise_multiplier:
-        event = Event(sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps)
-        noise, (order, epsilon) = scenario.noise_multiplier, best_order(event, scenario.delta)
-    else:
-        epsilon = scenario.epsilon
-        noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps)
+    plan, order = calibrate(scenario)
     model = task.fresh(shape, scenario.seed)
     check_model(model)
     generator = torch.Generator().manual_seed(scenario.seed)
@@ -462,8 +490,7 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     def make_batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return task.synthetic(shape, count, generator)
 
-    expected = scenario.sample_rate * scenario.records_per_client
-    mode = Mode(scenario.mode)
+    expected, mode = plan.expected_batch, plan.mode
     if mode is Mode.AUTO:
         mode = choose_mode(
             model,
@@ -489,21 +516,7 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
         augment=task.augment,
         device=device,
     )
-    plan = Plan(
-        sample_rate=scenario.sample_rate,
-        expected_batch=expected,
-        l2_clip=scenario.l2_clip,
-        noise_multiplier=noise,
-        steps=scenario.steps_per_round,
-        rounds=scenario.rounds,
-        joins=joins,
-        epsilon=epsilon,
-        delta=scenario.delta,
-        records_bound=scenario.records_bound,
-        mode=mode,
-        physical_batch=scenario.physical_batch,
-        views=scenario.views,
-    )
+    plan = dataclasses.replace(plan, mode=mode)
     local = Local(
         optimizer=Optimizer(scenario.optimizer),
         lr=scenario.lr,
