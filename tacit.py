@@ -479,7 +479,7 @@ def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
         " replace": f"{_epsilon(cost['replace_one'])} to replace one record, by PLD",
     }
     for item in cost["at_deltas"][1:]:
-        rows[f" at {item['delta']:g}"] = f"{_epsilon(item['epsilon'])} at delta {item['delta']:g}"
+        rows[f" at {item['delta']:g}"] = f"{_epsilon(item['epsilon'])} at delta {item['delta']:g}, by PLD"
     for item in cost["persons"][1:]:
         rows[f" of {item['records']}"] = (
             f"{_epsilon(item['epsilon'])} for a person with up to {item['records']} records at a client"

@@ -354,8 +354,10 @@ def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1, int
         if event.sample_rate < 1:
             step = dp_event.PoissonSampledDpEvent(event.sample_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
             if records > 1:
+                # More noise never costs more; under much of it the library's search recurses without end.
+                noise = min(event.noise_multiplier, 1e3)
                 step = dp_event.MixtureOfGaussiansDpEvent(
-                    event.noise_multiplier, range(records + 1), _binomial(records, event.sample_rate)
+                    noise, range(records + 1), _binomial(records, event.sample_rate)
                 )
         accountant.compose(step, event.steps)
     return accountant

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -452,6 +453,8 @@ def calibrate(scenario: Scenario) -> tuple[Plan, float]:
     if scenario.noise_multiplier:
         event = Event(sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps)
         noise, (order, epsilon) = scenario.noise_multiplier, best_order(event, scenario.delta)
+        if not math.isfinite(epsilon):
+            raise PlanError(f"expected noise that protects at all, got noise-multiplier={noise:g}; 0.5 is little")
     else:
         epsilon = scenario.epsilon
         noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps)
