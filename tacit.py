@@ -185,11 +185,13 @@ def _dispatch(argv: list[str]) -> int:
 
     verbs = {"simulate": _simulate, "tasks": _tasks, "report": _report}
     verbs["plan"] = _plan
+    verbs["tune"] = _tune
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"tacit {__version__}")
     kinds = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", parser_class=_Parser)
     _simulate_page(kinds)
     _plan_page(kinds)
+    _tune_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
     report = kinds.add_parser("report", help="write a run's report again, from its folder", formatter_class=_Page)
@@ -579,6 +581,203 @@ def _what_is_left(console: Console, ledgers: Sequence[Mapping[str, Any]], schedu
         f"({schedule['spare']} each); spent is counted by the filter at the holder's delta.",
         soft_wrap=True,
     )
+
+
+_TUNE: Final = """\
+Search for hyper-parameters. Every candidate's updates leave the clients, so every candidate is charged in full:
+--epsilon is the budget of the whole search, the final model included, and it is split evenly over the candidates
+before the first of them runs. On public or synthetic data (--public) nothing is charged. The final model is the
+winner's.
+"""
+
+_TUNE_EXAMPLES: Final = """\
+examples:
+  tacit tune --try lr=0.5,1,2 --try l2-clip=0.5,1       a grid of six, together within epsilon 3
+  tacit tune --try lr=0.5,1,2 --public                  on data that is public: costs nothing, and says why
+  tacit tune hospital.toml --try lr=0.5,1,2,4 --candidates 2 --ledgers ledgers/
+  tacit tune --list candidates.toml --dry-run           what the search would cost; nothing is charged
+  tacit tune --resume runs/FOLDER                       go on after Ctrl-C or a crash
+
+list of candidates: [[candidate]] tables of scenario keys.
+"""
+
+
+def _tune_page(kinds: Any) -> None:
+    from simulations.scenario import GROUPS
+
+    page = kinds.add_parser(
+        "tune",
+        help="search for hyper-parameters, and charge the whole search",
+        description=_TUNE,
+        epilog=_TUNE_EXAMPLES,
+        formatter_class=_Page,
+        usage="tacit tune [scenario.toml] --try KEY=VALUE,VALUE [flags]",
+        allow_abbrev=False,
+    )
+    page.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="what all candidates share")
+    search = page.add_argument_group("the search")
+    search.add_argument(
+        "--try",
+        dest="tries",
+        metavar="KEY=VALUE,VALUE",
+        action="append",
+        default=[],
+        help="values of one scenario key; repeatable, all combinations are candidates",
+    )
+    search.add_argument("--list", metavar="FILE", type=Path, help="a TOML list of candidates instead")
+    search.add_argument(
+        "--candidates", metavar="N", type=int, default=0, help="a random N of them, drawn with --seed (default all)"
+    )
+    search.add_argument("--metric", metavar="NAME", default="", help="what to choose by (default: the task's first)")
+    search.add_argument(
+        "--validation",
+        metavar="X",
+        type=float,
+        default=0.5,
+        help="share of the server's public test set to choose on; the winner is reported on the rest (default 0.5; "
+        "0 = choose on all of it, which flatters the winner)",
+    )
+    search.add_argument("--public", action="store_true", help="the data is public or synthetic: nothing is charged")
+    search.add_argument(
+        "--public-because", metavar="TEXT", default="", help="why it is, where the task does not say; it is recorded"
+    )
+    search.add_argument("--dry-run", action="store_true", help="print what the search would cost, and stop")
+    search.add_argument("--resume", metavar="DIR", type=Path, help="go on with the search in this folder")
+    search.add_argument("--json", action="store_true", help="print one JSON object at the end, and nothing else")
+    _keys(page, GROUPS)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from privacy.errors import PlanError
+
+    flags = _flags(arguments)
+    given = [*flags, *(["try"] if arguments.tries else []), *(["list"] if arguments.list else [])]
+    given += ["scenario.toml"] if arguments.scenario else []
+    if arguments.resume is not None and given:
+        raise PlanError(
+            f"expected --resume alone, got {given[0]} beside it; what a search tries is settled at its start"
+        )
+    if arguments.list is not None and arguments.tries:
+        raise PlanError("expected --try or --list, got both; drop one")
+    tune = importlib.import_module("simulations.tune")
+    watcher = _SearchDisplay(_console(), tune, silent=arguments.json)
+    try:
+        if arguments.resume is not None:
+            folder = arguments.resume
+            search = tune.resume(folder, watcher)
+        else:
+            out = flags.pop("out", "")
+            candidates = tune.listed(arguments.list) if arguments.list is not None else tune.grid(arguments.tries)
+            seed = int(str(flags.get("seed", 0))) if str(flags.get("seed", 0)).isdecimal() else 0
+            search = tune.prepare(
+                arguments.scenario,
+                flags,
+                tune.drawn(candidates, arguments.candidates, seed),
+                public=arguments.public,
+                statement=arguments.public_because,
+                metric=arguments.metric,
+                validation=arguments.validation,
+            )
+            if arguments.dry_run:
+                watcher.planned(search)
+                if arguments.json:
+                    print(json.dumps(_finite(search), allow_nan=False))
+                return 0
+            folder = Path(str(out)) if out else _search_folder(search["task"])
+            search = tune.run(search, folder, watcher)
+    except KeyboardInterrupt:
+        return _fail("stopped; what was finished is kept, go on with: tacit tune --resume DIR", 130)
+    if arguments.json:
+        print(json.dumps(_finite(search), allow_nan=False))
+    else:
+        watcher.closing(search, folder)
+    if search["status"] == "interrupted":
+        return _fail(f"stopped; what was finished is kept, go on with: tacit tune --resume {folder}", 130)
+    return 0
+
+
+def _search_folder(task: str) -> Path:
+    name = "".join(letter if letter.isalnum() else "-" for letter in task)
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-tune-{name}"
+
+
+class _SearchDisplay:
+    """Shows a search: its price before the first candidate, then a line a candidate."""
+
+    def __init__(self, console: Console, tune: Any, *, silent: bool) -> None:
+        self.console, self.tune, self.silent = console, tune, silent
+
+    def note(self, text: str) -> None:
+        if not self.silent:
+            self.console.print(text, soft_wrap=True)
+
+    def planned(self, search: Mapping[str, Any]) -> None:
+        if self.silent:
+            return
+        price, count = search["price"], len(search["candidates"])
+        rows = {"task": search["task"], "candidates": f"{count}, on {search['clients']} clients"}
+        if search["public"] is not None:
+            rows["cost"] = f"none: {search['public']['why']}; no budget is charged"
+        else:
+            alone = max(candidate["epsilon"] for candidate in search["candidates"])
+            rows["cost"] = (
+                f"epsilon {_epsilon(price['epsilon'])} at delta {search['delta']:g} for each client, for all {count} "
+                "candidates, each charged in full, by the RDP filter that guards the ledgers"
+            )
+            rows[" pld"] = f"{_epsilon(price['pld'])} by PLD, for exactly this search and all of it"
+            rows[" replace"] = f"{_epsilon(price['replace_one'])} to replace one record, by PLD"
+            if search["multiplicity"] > 1:
+                rows[" of many"] = f"{_epsilon(price['person'])} for a person at {search['multiplicity']} clients"
+            rows[" one"] = f"{_epsilon(alone)} at most for one candidate alone, which is not what a search costs"
+        share = search["validation"]
+        on = f"{100 * share:g} % of the server's public test set" if share else "the whole test set, which flatters"
+        rows["chosen by"] = f"{search['metric']} on {on}"
+        _print_rows(self.console, rows)
+        self.console.print()
+
+    def candidate(self, search: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
+        if self.silent:
+            return
+        result, metric = candidate["result"], search["metric"]
+        settings = "  ".join(f"{name}={value}" for name, value in candidate["settings"].items())
+        self.console.print(
+            f"candidate {candidate['number']}/{len(search['candidates'])}  {settings}  noise "
+            f"{candidate['noise_multiplier']:.4g}  {metric} {self.tune.figure(result['metrics'][metric])}  "
+            f"{_clock(float(result['seconds']))}",
+            soft_wrap=True,
+        )
+
+    def closing(self, search: Mapping[str, Any], folder: Path) -> None:
+        from rich.table import Table
+
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for head in ("", "settings", search["metric"], "noise", "charged alone"):
+            table.add_column(head, justify="left" if head in ("", "settings") else "right")
+        charged = search["total"].get("charged", {})
+        for candidate in search["candidates"]:
+            result, number = candidate["result"], candidate["number"]
+            table.add_row(
+                "winner" if number == search["winner"] else str(number),
+                ", ".join(f"{name} {value}" for name, value in candidate["settings"].items()),
+                "not run" if result is None else self.tune.figure(result["metrics"][search["metric"]]),
+                f"{candidate['noise_multiplier']:.4g}",
+                "nothing" if search["public"] is not None else _epsilon(charged.get(str(number))),
+            )
+        self.console.print()
+        self.console.print(table)
+        total = search["total"]
+        self.console.print()
+        if search["public"] is None:
+            self.console.print(
+                f"The whole search cost epsilon {_epsilon(total['epsilon'])} at delta {search['delta']:g} for each "
+                f"client: {total['basis']}. What the candidates cost alone does not add up to it.",
+                soft_wrap=True,
+            )
+        else:
+            self.console.print(f"It cost no privacy: {total['basis']}.", soft_wrap=True)
+        for line in self.tune.judgement(search):
+            self.console.print(line, soft_wrap=True)
+        self.console.print(f"search folder  {_short(str(folder.resolve()))}", soft_wrap=True)
 
 
 def _tasks(arguments: argparse.Namespace) -> int:

@@ -331,6 +331,60 @@ def solve_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int)
     return high, best_order(_schedule(sample_rate, high, steps), delta)[0]
 
 
+def split_noise(
+    *, epsilon: float, delta: float, schedules: Sequence[tuple[float, int]]
+) -> tuple[tuple[float, ...], float]:
+    """Finds the noise with which several schedules together pass one filter, each with an equal share of the budget.
+
+    For equal schedules it is the noise that `solve_noise` finds for all their steps.
+
+    Args:
+        epsilon: Budget of all schedules together, > 0.
+        delta: Probability in (0, 1).
+        schedules: Of each, the public Poisson rate in (0, 1] and all steps that one client can be charged for.
+
+    Returns:
+        One noise multiplier a schedule (relative precision 1e-4, rounded up), and the Renyi order of the filter.
+
+    Raises:
+        PlanError: There is no schedule, or no noise up to 1e5 is enough.
+    """
+    require(is_number(epsilon) and epsilon > 0, f"expected a finite epsilon > 0, got {epsilon!r:.40}")
+    require(0 < delta < 1, f"expected 0 < delta < 1, got {delta}")
+    require(len(schedules) > 0, "expected at least one schedule, got none")
+
+    @functools.cache
+    def noise(sample_rate: float, steps: int, order: float) -> float:
+        share = (epsilon - _conversion(order, delta)) / len(schedules)
+        low, high = 0.1, 1.0
+        while rdp(_schedule(sample_rate, high, steps), order) > share:
+            low, high = high, high * 2
+            if high >= 1e5:
+                return math.inf
+        while high / low > 1 + 1e-4:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if rdp(_schedule(sample_rate, middle, steps), order) <= share else (middle, high)
+        return high
+
+    def total(index: int) -> float:
+        return sum(math.log(noise(rate, steps, ORDERS[index])) for rate, steps in schedules)
+
+    # As in `best_order`: the valley of a curve that falls and then rises. A miss costs noise, never privacy.
+    first, last = 0, len(ORDERS) - 1
+    while last - first > 2:
+        left, right = first + (last - first) // 3, last - (last - first) // 3
+        # Low orders may hold no such budget at all; there the curve is infinite, and its valley lies higher.
+        first, last = (first, right) if total(left) <= total(right) < math.inf else (left, last)
+    order = ORDERS[min(range(first, last + 1), key=total)]
+    found = tuple(noise(rate, steps, order) for rate, steps in schedules)
+    require(
+        all(map(math.isfinite, found)),
+        f"expected schedules that some noise can hold to epsilon {epsilon:g} together, got {len(schedules)} of them; "
+        "try fewer, or raise epsilon",
+    )
+    return found, order
+
+
 def _schedule(sample_rate: float, noise_multiplier: float, steps: int) -> Event:
     return Event(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps)
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -251,18 +251,12 @@ class World:
             epsilon=plan.epsilon, delta=plan.delta, order=self.settled.order, records_bound=plan.records_bound
         )
         apart = self.scenario.persons == "apart"
-        if apart and (other := self._same_records()):
+        if apart and (other := another_split(self.book.populations, self.scenario, self.task)):
             raise PlanError(
                 f"expected data of other persons where persons is apart, got another split of the same: {other!r}; "
                 "use its settings, or another folder of ledgers"
             )
         self.book.grant({name: grant for name in names}, population=self.settled.population, no_person_in_common=apart)
-
-    def _same_records(self) -> str:
-        """Returns another population of the book that is the same data set split anew, or an empty string."""
-        data = f"{_data_words(self.scenario, self.task)}, "
-        others = self.book.populations - {self.settled.population}
-        return next((other for other in sorted(others) if other.startswith(data)), "")
 
     def holder(self, context: Context) -> Holder:
         """Returns the data holder that a context belongs to."""
@@ -549,6 +543,12 @@ def population_words(scenario: Scenario, task: Task) -> str:
     """
     split = f"{_partition_words(scenario)} over {scenario.clients} clients, seed {scenario.seed}"
     return f"{_data_words(scenario, task)}, {split}, one person in at most {scenario.multiplicity} of them"
+
+
+def another_split(populations: Collection[str], scenario: Scenario, task: Task) -> str:
+    """Returns which of a book's populations is the same data set as a scenario's, split anew; or an empty string."""
+    others = set(populations) - {population_words(scenario, task)}
+    return next((other for other in sorted(others) if other.startswith(f"{_data_words(scenario, task)}, ")), "")
 
 
 def _data_words(scenario: Scenario, task: Task) -> str:
