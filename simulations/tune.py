@@ -33,7 +33,7 @@ from privacy.errors import BudgetExceeded, PlanError, RunError
 from privacy.files import write_whole
 from privacy.ledger import Account, Book
 from privacy.plan import Adjacency, require
-from server.app import CHECKPOINT, Ending
+from server.app import CHECKPOINT, METRICS, Ending
 from server.checkpoint import load
 from simulations.evidence import composed_epsilon
 from simulations.planning import read_only
@@ -274,6 +274,7 @@ def prepare(
         ],
         "records_bound": resolved[0].records_bound,
         "winner": None,
+        "held_out": None,
         "total": None,
     }
     search["price"] = price([Event.of_schedule(plan) for plan in plans], base, shared_order)
@@ -514,7 +515,7 @@ def _go_on(search: dict[str, Any], out: Path, observer: Observer) -> dict[str, A
         observer.candidate(search, candidate)
     else:
         search["status"] = "finished"
-    _conclude(search, base, out, None if free else ledgers)
+    _conclude(search, base, out, None if free else ledgers, source)
     _save(search, out)
     write_whole(out / TEXT_FILE, words(search).encode())
     return search
@@ -558,17 +559,21 @@ def _result(
 ) -> dict[str, Any]:
     """Returns what a finished candidate is judged by."""
     scenario = Scenario.from_mapping(candidate["scenario"])
-    chosen, rest = _halves(len(source.test), search["validation"], scenario.seed)
-    metrics = _metrics(folder, scenario, source, chosen)
+    chosen, _ = _halves(len(source.test), search["validation"], scenario.seed)
     return {
         "folder": folder.name,
         "job": Settled.load(folder).id,
         "status": summary["status"],
-        "metrics": metrics,
-        # Kept for the winner alone: a choice that had seen it would flatter itself.
-        "held_out": _metrics(folder, scenario, source, rest) if len(rest) else None,
+        "metrics": _metrics(folder, scenario, source, chosen),
+        "updates": _updates(folder),
         "seconds": summary["seconds"],
     }
+
+
+def _updates(folder: Path) -> int:
+    """Returns how many updates of clients reached the server in a run, by its log."""
+    lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).exists() else []
+    return sum(int(json.loads(line)["replies"]) for line in lines)
 
 
 def _halves(count: int, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -596,7 +601,7 @@ def less_is_better(metric: str) -> bool:
     return any(word in metric.lower() for word in ("loss", "error", "perplexity"))
 
 
-def _conclude(search: dict[str, Any], base: Scenario, out: Path, ledgers: Path | None) -> None:
+def _conclude(search: dict[str, Any], base: Scenario, out: Path, ledgers: Path | None, source: Source) -> None:
     """Chooses the winner among what finished, and states what the whole search cost."""
     metric, sign = search["metric"], -1 if less_is_better(search["metric"]) else 1
     able = [
@@ -608,6 +613,11 @@ def _conclude(search: dict[str, Any], base: Scenario, out: Path, ledgers: Path |
     ]
     best = max(able, key=lambda candidate: sign * candidate["result"]["metrics"][metric], default=None)
     search["winner"] = best["number"] if best is not None and search["status"] == "finished" else None
+    _, rest = _halves(len(source.test), search["validation"], base.seed)
+    # Of the winner alone, and only now: a choice that had seen these records would flatter itself.
+    if best is not None and search["winner"] is not None and len(rest):
+        scenario = Scenario.from_mapping(best["scenario"])
+        search["held_out"] = _metrics(_folder(out, best), scenario, source, rest)
     if ledgers is None:
         search["total"] = {
             "epsilon": 0.0,
@@ -632,9 +642,10 @@ def total(search: Mapping[str, Any], accounts: Sequence[Account]) -> dict[str, A
         accounts: The ledgers of its population, as they are now.
 
     Returns:
-        ``epsilon``: for whoever the headline protects, all candidates together; infinity under test noise. ``basis``
-        says how it was found: by PLD only where the ledgers hold this committed search and nothing else. ``spent``:
-        what the most-spent ledger counts. ``charged``: by candidate number, its charges alone, by the same filter.
+        ``epsilon``: for whoever the headline protects, all candidates together; infinity under test noise, NaN where it
+        is unknown. ``basis`` says how it was found: by PLD only where the ledgers hold this committed search and
+        nothing else. ``spent``: what the most-spent ledger counts. ``charged``: by candidate number, its charges alone,
+        by the same filter.
     """
     jobs = {c["result"]["job"]: c["number"] for c in search["candidates"] if c["result"] is not None}
     if any(account.test for account in accounts):
@@ -646,6 +657,10 @@ def total(search: Mapping[str, Any], accounts: Sequence[Account]) -> dict[str, A
                 alone = account.grant.epsilon_of(state.charges * rdp(state.event, account.grant.order))
                 charged[str(number)] = max(charged.get(str(number), 0.0), alone)
     spent = max((account.spent for account in accounts), default=0.0)
+    if unpaid := _unpaid(search, accounts):
+        # An update that nobody paid for has a cost that nobody knows (guarantee G6).
+        basis = f"the ledgers hold fewer charges than updates arrived of candidate {unpaid[0]}"
+        return {"epsilon": math.nan, "basis": basis, "spent": spent, "charged": charged}
     many = search["multiplicity"]
     paid = [account for account in accounts if account.charges]
     across = composed_epsilon(paid, many, search["delta"]) if many > 1 else spent
@@ -666,6 +681,17 @@ def total(search: Mapping[str, Any], accounts: Sequence[Account]) -> dict[str, A
         "spent": spent,
         "charged": charged,
     }
+
+
+def _unpaid(search: Mapping[str, Any], accounts: Sequence[Account]) -> list[int]:
+    """Returns the candidates of which more updates arrived than the ledgers hold charges for."""
+    found = []
+    for candidate in search["candidates"]:
+        if (result := candidate["result"]) is not None:
+            states = [account.jobs.get(result["job"]) for account in accounts]
+            if sum(state.charges for state in states if state is not None) < result["updates"]:
+                found.append(candidate["number"])
+    return found
 
 
 def _as_committed(search: Mapping[str, Any], accounts: Sequence[Account]) -> bool:
@@ -720,10 +746,10 @@ def judgement(search: Mapping[str, Any]) -> list[str]:
     best = search["candidates"][search["winner"] - 1]
     settings = ", ".join(f"{name} {value}" for name, value in best["settings"].items())
     lines = [f"Candidate {best['number']} wins ({settings}); its model is in {best['result']['folder']}."]
-    if best["result"]["held_out"] is not None:
+    if search["held_out"] is not None:
         lines.append(
             f"It was chosen on {100 * search['validation']:g} % of the server's public test set; on the rest, which "
-            f"the choice never saw, its {metric} is {figure(best['result']['held_out'][metric])}."
+            f"the choice never saw, its {metric} is {figure(search['held_out'][metric])}."
         )
     else:
         lines.append(
