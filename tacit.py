@@ -184,10 +184,14 @@ def _dispatch(argv: list[str]) -> int:
     from simulations.scenario import nearest
 
     verbs = {"simulate": _simulate, "tasks": _tasks, "report": _report}
+    verbs["plan"] = _plan
+    verbs["tune"] = _tune
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"tacit {__version__}")
     kinds = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", parser_class=_Parser)
     _simulate_page(kinds)
+    _plan_page(kinds)
+    _tune_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
     report = kinds.add_parser("report", help="write a run's report again, from its folder", formatter_class=_Page)
@@ -377,6 +381,403 @@ def _toml(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+_PLAN: Final = """\
+Say what a job would cost and how much noise it would carry, without touching any data: from epsilon, rounds and
+sizes to the noise, or with --noise-multiplier from the noise to epsilon. It takes the keys of tacit simulate, and
+a run of the same keys charges what is printed here.
+"""
+
+_PLAN_EXAMPLES: Final = """\
+examples:
+  tacit plan                                            the default job
+  tacit plan --task table --records-per-client 400 --clients 20 --epsilon 2
+  tacit plan --noise-multiplier 1.1                     the other way round
+  tacit plan hospital.toml --plot plan.svg              a scenario file, and a picture of both sweeps
+  tacit plan hospital.toml --ledgers ledgers/           how many more such jobs each ledger affords
+"""
+
+
+def _plan_page(kinds: Any) -> None:
+    from simulations.scenario import FOLDERS, GROUPS, MACHINE
+
+    page = kinds.add_parser(
+        "plan",
+        help="what a job would cost, before it runs",
+        description=_PLAN,
+        epilog=_PLAN_EXAMPLES,
+        formatter_class=_Page,
+        usage="tacit plan [scenario.toml] [flags]",
+        allow_abbrev=False,
+    )
+    page.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="scenario file")
+    _keys(page, tuple(title for title in GROUPS if title not in (MACHINE, FOLDERS)))
+    other = page.add_argument_group("this command")
+    other.add_argument("--ledgers", metavar="DIR", type=Path, help="say what the ledgers there have left; only reads")
+    other.add_argument("--plot", metavar="FILE", type=Path, help="draw both sweeps into an SVG file")
+    other.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+
+
+def _keys(page: Any, groups: Sequence[str]) -> None:
+    """Adds a flag for every scenario key of some groups."""
+    from simulations.scenario import KEYS
+
+    for title in groups:
+        group = page.add_argument_group(title)
+        for key in KEYS:
+            if key.group == title:
+                metavar = "|".join(key.choices) or key.unit.upper() or _METAVARS[key.kind]
+                group.add_argument(
+                    f"--{key.name}", dest=f"key {key.name}", metavar=metavar, default=None, help=_line(key)
+                )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from simulations.scenario import Scenario
+
+    scenario = Scenario.layered(arguments.scenario, _flags(arguments))
+    planning = importlib.import_module("simulations.planning")
+    ledgers = arguments.ledgers
+    if ledgers is None and scenario.ledgers and (Path(scenario.ledgers) / "ledger.jsonl").is_file():
+        ledgers = Path(scenario.ledgers)
+    facts = planning.plan(scenario, ledgers=ledgers)
+    if arguments.plot is not None:
+        from privacy.files import write_whole
+
+        write_whole(arguments.plot, planning.picture(facts).encode())
+    if arguments.json:
+        print(json.dumps(_finite(facts), allow_nan=False))
+        return 0
+    console = _console()
+    _plan_rows(console, facts)
+    _sweeps(console, facts, planning.bar)
+    if "ledgers" in facts:
+        _what_is_left(console, facts["ledgers"], facts["schedule"])
+    if arguments.plot is not None:
+        console.print(f"\nwrote {arguments.plot}", soft_wrap=True)
+    return 0
+
+
+def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
+    """Prints a plan as names and values."""
+    plan, schedule, cost, signal = (facts[name] for name in ("plan", "schedule", "cost", "signal"))
+    spare = schedule["spare"]
+    asked = f"{facts['cohort']} of {facts['clients']} clients in a round" if facts["cohort"] < facts["clients"] else ""
+    rows: dict[str, object] = {
+        "task": f"{facts['task']}; one record is {facts['record']}",
+        "clients": f"{facts['clients']}, {schedule['records_per_client']:,} records each by declaration"
+        + (f"; {asked}" if asked else ""),
+        "schedule": f"{plan['rounds']} rounds of {plan['steps']} steps; a client joins {schedule['joins']} of them and "
+        f"pays for {spare} spare charge{'' if spare == 1 else 's'} for retries: {schedule['steps']:,} steps in all",
+        "sampling": f"each record joins a step with probability {plan['sample_rate']:g}; expected batch "
+        f"{plan['expected_batch']:g}, which is the divisor",
+        "clip": f"{plan['l2_clip']:g}, the most that one record's gradient may measure",
+        "noise": f"{plan['noise_multiplier']:.4g} x clip" + ("" if facts["solved"] == "epsilon" else ", solved for"),
+        "epsilon": f"{_epsilon(cost['filter']['epsilon'])} at delta {plan['delta']:g}, by the RDP filter that guards "
+        "the ledgers" + (", follows from the noise" if facts["solved"] == "epsilon" else ""),
+        " pld": f"{_epsilon(cost['pld'])} by PLD, for exactly this schedule and all of it",
+        " prv": f"{_epsilon(cost['prv'])} by PRV, a cross-check ({cost['prv_note']})",
+        " replace": f"{_epsilon(cost['replace_one'])} to replace one record, by PLD",
+    }
+    for item in cost["at_deltas"][1:]:
+        rows[f" at {item['delta']:g}"] = f"{_epsilon(item['epsilon'])} at delta {item['delta']:g}, by PLD"
+    for item in cost["persons"][1:]:
+        rows[f" of {item['records']}"] = (
+            f"{_epsilon(item['epsilon'])} for a person with up to {item['records']} records at a client"
+        )
+    many = cost["federation"]
+    if many["multiplicity"] > 1:
+        rows[" of many"] = f"{_epsilon(many['epsilon'])} for a person with a record at {many['multiplicity']} clients"
+    if cost["zcdp_rho"] is not None:
+        rows[" also"] = f"rho {cost['zcdp_rho']:.4g} in zCDP, mu {cost['gdp_mu']:.4g} in Gaussian DP (no sampling)"
+    odds = cost["odds"]
+    shown = "without bound" if math.isinf(odds) else f"{_up(odds)} times"
+    rows["attacker"] = f"odds that a record was there grow by {shown} at most, but for delta"
+    for item in cost["tpr"]:
+        rows[f" {item['fpr']:g}"] = (
+            f"finds {_up(100 * item['tpr'])} % of members at most where it accuses {100 * item['fpr']:g} % of others"
+        )
+    rows["signal"] = _signal(signal)
+    rows[" as"] = f"{signal['formula']}; P parameters, B expected batch, n updates in the mean"
+    rows[" assumes"] = signal["assumes"]
+    _print_rows(console, rows)
+
+
+def _signal(signal: Mapping[str, Any]) -> str:
+    if signal["noise_norm"] is None:
+        return (
+            f"noise of {signal['noise_per_parameter']:.3g} on each parameter of the mean; its norm is unknown, because "
+            "nobody published the shape of these records (name the data)"
+        )
+    return (
+        f"noise of norm {signal['noise_norm']:.3g} on the mean of a step ({signal['noise_per_parameter']:.3g} on each "
+        f"of {signal['parameters']:,} parameters) beside a signal of {signal['clip']:g} at most: "
+        f"{signal['ratio_of_a_step']:.3g} to 1, and {signal['ratio_of_a_round']:.3g} to 1 over a round"
+    )
+
+
+def _up(value: float) -> str:
+    """Returns a bound in three digits, rounded up."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"
+
+
+def _sweeps(console: Console, facts: Mapping[str, Any], bar: Any) -> None:
+    """Prints both sweeps as tables with a small plot in their last column."""
+    from rich.table import Table
+
+    utf8, sweeps = console.encoding.startswith("utf"), facts["sweeps"]
+    for title, name, drawn in (
+        ("other numbers of rounds, the same noise", "rounds", "epsilon"),
+        ("other budgets, the same rounds", "epsilon", "noise_multiplier"),
+    ):
+        rows = sweeps[name]
+        most = max((row[drawn] for row in rows if math.isfinite(row[drawn])), default=0.0)
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=title, title_justify="left")
+        for head in ("rounds", "noise", "epsilon", "by PLD", "signal"):
+            table.add_column(head, justify="right")
+        table.add_column("noise" if drawn == "noise_multiplier" else drawn)
+        for row in rows:
+            ratio = row["ratio_of_a_round"]
+            table.add_row(
+                str(row["rounds"]),
+                f"{row['noise_multiplier']:.4g}",
+                _epsilon(row["epsilon"]),
+                _epsilon(row["pld"]),
+                "unknown" if ratio is None else f"{ratio:.3g}",
+                bar(row[drawn], most, 30, utf8=utf8),
+            )
+        console.print()
+        console.print(table)
+
+
+def _what_is_left(console: Console, ledgers: Sequence[Mapping[str, Any]], schedule: Mapping[str, Any]) -> None:
+    """Prints what ledgers have spent, what is left, and how much of this plan that affords."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title="what is left", title_justify="left")
+    for head in ("ledger", "budget", "spent", "remaining", "runs", "rounds"):
+        table.add_column(head, justify="left" if head == "ledger" else "right")
+    for row in ledgers[:40]:
+        left = math.floor(100 * row["remaining"] + 1e-6) / 100
+        table.add_row(
+            row["name"],
+            _epsilon(row["epsilon"]),
+            _epsilon(row["spent"]),
+            f"{left:.2f}",
+            f"{row['runs']:,}",
+            f"{row['rounds']:,}",
+        )
+    console.print()
+    console.print(table)
+    if len(ledgers) > 40:
+        console.print(f"... and {len(ledgers) - 40:,} more; --json prints all")
+    runs = min((row["runs"] for row in ledgers), default=0)
+    console.print(
+        f"Every ledger affords {runs:,} more such job{'' if runs == 1 else 's'}, spare charges included "
+        f"({schedule['spare']} each); spent is counted by the filter at the holder's delta.",
+        soft_wrap=True,
+    )
+
+
+_TUNE: Final = """\
+Search for hyper-parameters. Every candidate's updates leave the clients, so every candidate is charged in full:
+--epsilon is the budget of the whole search, the final model included, and it is split evenly over the candidates
+before the first of them runs. On public or synthetic data (--public) nothing is charged. The final model is the
+winner's.
+"""
+
+_TUNE_EXAMPLES: Final = """\
+examples:
+  tacit tune --try lr=0.5,1,2 --try l2-clip=0.5,1       a grid of six, together within epsilon 3
+  tacit tune --try lr=0.5,1,2 --public                  on data that is public: costs nothing, and says why
+  tacit tune hospital.toml --try lr=0.5,1,2,4 --candidates 2 --ledgers ledgers/
+  tacit tune --list candidates.toml --dry-run           what the search would cost; nothing is charged
+  tacit tune --resume runs/FOLDER                       go on after Ctrl-C or a crash
+
+list of candidates: [[candidate]] tables of scenario keys.
+"""
+
+
+def _tune_page(kinds: Any) -> None:
+    from simulations.scenario import GROUPS
+
+    page = kinds.add_parser(
+        "tune",
+        help="search for hyper-parameters, and charge the whole search",
+        description=_TUNE,
+        epilog=_TUNE_EXAMPLES,
+        formatter_class=_Page,
+        usage="tacit tune [scenario.toml] --try KEY=VALUE,VALUE [flags]",
+        allow_abbrev=False,
+    )
+    page.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="what all candidates share")
+    search = page.add_argument_group("the search")
+    search.add_argument(
+        "--try",
+        dest="tries",
+        metavar="KEY=VALUE,VALUE",
+        action="append",
+        default=[],
+        help="values of one scenario key; repeatable, all combinations are candidates",
+    )
+    search.add_argument("--list", metavar="FILE", type=Path, help="a TOML list of candidates instead")
+    search.add_argument(
+        "--candidates", metavar="N", type=int, default=0, help="a random N of them, drawn with --seed (default all)"
+    )
+    search.add_argument("--metric", metavar="NAME", default="", help="what to choose by (default: the task's first)")
+    search.add_argument(
+        "--validation",
+        metavar="X",
+        type=float,
+        default=0.5,
+        help="share of the server's public test set to choose on; the winner is reported on the rest (default 0.5; "
+        "0 = choose on all of it, which flatters the winner)",
+    )
+    search.add_argument("--public", action="store_true", help="the data is public or synthetic: nothing is charged")
+    search.add_argument(
+        "--public-because", metavar="TEXT", default="", help="why it is, where the task does not say; it is recorded"
+    )
+    search.add_argument("--dry-run", action="store_true", help="print what the search would cost, and stop")
+    search.add_argument("--resume", metavar="DIR", type=Path, help="go on with the search in this folder")
+    search.add_argument("--json", action="store_true", help="print one JSON object at the end, and nothing else")
+    _keys(page, GROUPS)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from privacy.errors import PlanError
+
+    flags = _flags(arguments)
+    given = [*flags, *(["try"] if arguments.tries else []), *(["list"] if arguments.list else [])]
+    given += ["scenario.toml"] if arguments.scenario else []
+    if arguments.resume is not None and given:
+        raise PlanError(
+            f"expected --resume alone, got {given[0]} beside it; what a search tries is settled at its start"
+        )
+    if arguments.list is not None and arguments.tries:
+        raise PlanError("expected --try or --list, got both; drop one")
+    tune = importlib.import_module("simulations.tune")
+    watcher = _SearchDisplay(_console(), tune, silent=arguments.json)
+    try:
+        if arguments.resume is not None:
+            folder = arguments.resume
+            search = tune.resume(folder, watcher)
+        else:
+            out = flags.pop("out", "")
+            candidates = tune.listed(arguments.list) if arguments.list is not None else tune.grid(arguments.tries)
+            seed = int(str(flags.get("seed", 0))) if str(flags.get("seed", 0)).isdecimal() else 0
+            search = tune.prepare(
+                arguments.scenario,
+                flags,
+                tune.drawn(candidates, arguments.candidates, seed),
+                public=arguments.public,
+                statement=arguments.public_because,
+                metric=arguments.metric,
+                validation=arguments.validation,
+            )
+            if arguments.dry_run:
+                watcher.planned(search)
+                if arguments.json:
+                    print(json.dumps(_finite(search), allow_nan=False))
+                return 0
+            folder = Path(str(out)) if out else _search_folder(search["task"])
+            search = tune.run(search, folder, watcher)
+    except KeyboardInterrupt:
+        return _fail("stopped; what was finished is kept, go on with: tacit tune --resume DIR", 130)
+    if arguments.json:
+        print(json.dumps(_finite(search), allow_nan=False))
+    else:
+        watcher.closing(search, folder)
+    if search["status"] == "interrupted":
+        return _fail(f"stopped; what was finished is kept, go on with: tacit tune --resume {folder}", 130)
+    return 0
+
+
+def _search_folder(task: str) -> Path:
+    name = "".join(letter if letter.isalnum() else "-" for letter in task)
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-tune-{name}"
+
+
+class _SearchDisplay:
+    """Shows a search: its price before the first candidate, then a line a candidate."""
+
+    def __init__(self, console: Console, tune: Any, *, silent: bool) -> None:
+        self.console, self.tune, self.silent = console, tune, silent
+
+    def note(self, text: str) -> None:
+        if not self.silent:
+            self.console.print(text, soft_wrap=True)
+
+    def planned(self, search: Mapping[str, Any]) -> None:
+        if self.silent:
+            return
+        price, count = search["price"], len(search["candidates"])
+        rows = {"task": search["task"], "candidates": f"{count}, on {search['clients']} clients"}
+        if search["public"] is not None:
+            rows["cost"] = f"none: {search['public']['why']}; no budget is charged"
+        else:
+            alone = max(candidate["epsilon"] for candidate in search["candidates"])
+            rows["cost"] = (
+                f"epsilon {_epsilon(price['epsilon'])} at delta {search['delta']:g} for each client, for all {count} "
+                "candidates, each charged in full, by the RDP filter that guards the ledgers"
+            )
+            rows[" pld"] = f"{_epsilon(price['pld'])} by PLD, for exactly this search and all of it"
+            rows[" replace"] = f"{_epsilon(price['replace_one'])} to replace one record, by PLD"
+            if search["multiplicity"] > 1:
+                rows[" of many"] = f"{_epsilon(price['person'])} for a person at {search['multiplicity']} clients"
+            rows[" one"] = f"{_epsilon(alone)} at most for one candidate alone, which is not what a search costs"
+        share = search["validation"]
+        on = f"{100 * share:g} % of the server's public test set" if share else "the whole test set, which flatters"
+        rows["chosen by"] = f"{search['metric']} on {on}"
+        _print_rows(self.console, rows)
+        self.console.print()
+
+    def candidate(self, search: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
+        if self.silent:
+            return
+        result, metric = candidate["result"], search["metric"]
+        settings = "  ".join(f"{name}={value}" for name, value in candidate["settings"].items())
+        self.console.print(
+            f"candidate {candidate['number']}/{len(search['candidates'])}  {settings}  noise "
+            f"{candidate['noise_multiplier']:.4g}  {metric} {self.tune.figure(result['metrics'][metric])}  "
+            f"{_clock(float(result['seconds']))}",
+            soft_wrap=True,
+        )
+
+    def closing(self, search: Mapping[str, Any], folder: Path) -> None:
+        from rich.table import Table
+
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for head in ("", "settings", search["metric"], "noise", "charged alone"):
+            table.add_column(head, justify="left" if head in ("", "settings") else "right")
+        charged = search["total"].get("charged", {})
+        for candidate in search["candidates"]:
+            result, number = candidate["result"], candidate["number"]
+            table.add_row(
+                "winner" if number == search["winner"] else str(number),
+                ", ".join(f"{name} {value}" for name, value in candidate["settings"].items()),
+                "not run" if result is None else self.tune.figure(result["metrics"][search["metric"]]),
+                f"{candidate['noise_multiplier']:.4g}",
+                "nothing" if search["public"] is not None else _epsilon(charged.get(str(number))),
+            )
+        self.console.print()
+        self.console.print(table)
+        total = search["total"]
+        self.console.print()
+        if search["public"] is None:
+            self.console.print(
+                f"The whole search cost epsilon {_epsilon(total['epsilon'])} at delta {search['delta']:g} for each "
+                f"client: {total['basis']}. What the candidates cost alone does not add up to it.",
+                soft_wrap=True,
+            )
+        else:
+            self.console.print(f"It cost no privacy: {total['basis']}.", soft_wrap=True)
+        for line in self.tune.judgement(search):
+            self.console.print(line, soft_wrap=True)
+        self.console.print(f"search folder  {_short(str(folder.resolve()))}", soft_wrap=True)
 
 
 def _tasks(arguments: argparse.Namespace) -> int:

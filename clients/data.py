@@ -139,6 +139,32 @@ def load_source(
             return _torchvision(name, Path(data).expanduser() if data else data_folder())
 
 
+def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | None]:
+    """Returns what is public about a task's data, without reading a record: shape, and number of training records.
+
+    Args:
+        task: As for `load_source`.
+        data: As for `load_source`; of a table, only its schema is read.
+
+    Returns:
+        None for either where nobody published it, or where only the data itself would tell.
+
+    Raises:
+        DataError: A table's schema is damaged.
+    """
+    if callable(task.data):
+        return task.shape, task.declared_records
+    if task.data in (SourceName.DIGITS, SourceName.BREAST_CANCER):
+        source = load_source(task)
+        return source.shape, source.declared_records
+    if task.data == SourceName.TABLE and data:
+        path = _place(task, data)
+        schema = read_schema(path / "schema.toml" if path.is_dir() else path)
+        return schema.shape, schema.records
+    known = next((facts for name, facts in _PUBLISHED.items() if name == task.data), None)
+    return (known.shape, known.records) if known is not None else (None, None)
+
+
 def _no_place(task: Task, data: str | None) -> None:
     if data:
         raise DataError(f"expected no data for task {task.name!r}, which brings its own, got {data!r}; leave it out")

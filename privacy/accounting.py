@@ -334,12 +334,66 @@ def solve_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int)
     return high, best_order(_schedule(sample_rate, high, steps), delta)[0]
 
 
+def split_noise(
+    *, epsilon: float, delta: float, schedules: Sequence[tuple[float, int]]
+) -> tuple[tuple[float, ...], float]:
+    """Finds the noise with which several schedules together pass one filter, each with an equal share of the budget.
+
+    For equal schedules it is the noise that `solve_noise` finds for all their steps.
+
+    Args:
+        epsilon: Budget of all schedules together, > 0.
+        delta: Probability in (0, 1).
+        schedules: Of each, the public Poisson rate in (0, 1] and all steps that one client can be charged for.
+
+    Returns:
+        One noise multiplier a schedule (relative precision 1e-4, rounded up), and the Renyi order of the filter.
+
+    Raises:
+        PlanError: There is no schedule, or no noise up to 1e5 is enough.
+    """
+    require(is_number(epsilon) and epsilon > 0, f"expected a finite epsilon > 0, got {epsilon!r:.40}")
+    require(0 < delta < 1, f"expected 0 < delta < 1, got {delta}")
+    require(len(schedules) > 0, "expected at least one schedule, got none")
+
+    @functools.cache
+    def noise(sample_rate: float, steps: int, order: float) -> float:
+        share = (epsilon - _conversion(order, delta)) / len(schedules)
+        low, high = 0.1, 1.0
+        while rdp(_schedule(sample_rate, high, steps), order) > share:
+            low, high = high, high * 2
+            if high >= 1e5:
+                return math.inf
+        while high / low > 1 + 1e-4:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if rdp(_schedule(sample_rate, middle, steps), order) <= share else (middle, high)
+        return high
+
+    def total(index: int) -> float:
+        return sum(math.log(noise(rate, steps, ORDERS[index])) for rate, steps in schedules)
+
+    # As in `best_order`: the valley of a curve that falls and then rises. A miss costs noise, never privacy.
+    first, last = 0, len(ORDERS) - 1
+    while last - first > 2:
+        left, right = first + (last - first) // 3, last - (last - first) // 3
+        # Low orders may hold no such budget at all; there the curve is infinite, and its valley lies higher.
+        first, last = (first, right) if total(left) <= total(right) < math.inf else (left, last)
+    order = ORDERS[min(range(first, last + 1), key=total)]
+    found = tuple(noise(rate, steps, order) for rate, steps in schedules)
+    require(
+        all(map(math.isfinite, found)),
+        f"expected schedules that some noise can hold to epsilon {epsilon:g} together, got {len(schedules)} of them; "
+        "try fewer, or raise epsilon",
+    )
+    return found, order
+
+
 def _schedule(sample_rate: float, noise_multiplier: float, steps: int) -> Event:
     return Event(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps)
 
 
 @functools.lru_cache(maxsize=256)
-def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1) -> Any:
+def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1, interval: float | None = None) -> Any:
     """Returns dp-accounting's accountant after a history, of a unit that is one record or a group of several."""
     from dp_accounting import dp_event, privacy_accountant
     from dp_accounting.pld import pld_privacy_accountant
@@ -349,7 +403,7 @@ def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1) -> 
     # steps, 7e-4 at 14,000) and four times faster.
     accountant = pld_privacy_accountant.PLDAccountant(
         relation.ADD_OR_REMOVE_ONE if adjacency is Adjacency.ADD_REMOVE else relation.REPLACE_ONE,
-        value_discretization_interval=1e-4 if sum(event.steps for event in history) > 2000 else 3e-4,
+        value_discretization_interval=interval or (1e-4 if sum(event.steps for event in history) > 2000 else 3e-4),
     )
     for event in history:
         # One matrix mechanism, or one metric over all records, is one Gaussian release.
@@ -357,8 +411,10 @@ def _pld(history: tuple[Event, ...], adjacency: Adjacency, records: int = 1) -> 
         if event.sample_rate < 1:
             step = dp_event.PoissonSampledDpEvent(event.sample_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
             if records > 1:
+                # More noise never costs more; under much of it the library's search recurses without end.
+                noise = min(event.noise_multiplier, 1e3)
                 step = dp_event.MixtureOfGaussiansDpEvent(
-                    event.noise_multiplier, range(records + 1), _binomial(records, event.sample_rate)
+                    noise, range(records + 1), _binomial(records, event.sample_rate)
                 )
         accountant.compose(step, event.steps)
     return accountant
@@ -383,17 +439,25 @@ def pld_epsilon(releases: Releases, delta: float, adjacency: Adjacency = Adjacen
 
 
 @functools.lru_cache(maxsize=4096)
-def _pld_epsilon(history: tuple[Event, ...], delta: float, adjacency: Adjacency, records: int = 1) -> float:
-    return float(_pld(history, adjacency, records).get_epsilon(delta))
+def _pld_epsilon(
+    history: tuple[Event, ...],
+    delta: float,
+    adjacency: Adjacency,
+    records: int = 1,
+    interval: float | None = None,
+) -> float:
+    return float(_pld(history, adjacency, records, interval).get_epsilon(delta))
 
 
-def group_epsilon(releases: Releases, delta: float, records: int) -> float:
+def group_epsilon(releases: Releases, delta: float, records: int, interval: float | None = None) -> float:
     """Returns the epsilon for all records of one person, of whom at most ``records`` are in the data set.
 
     Args:
         releases: A schedule or history committed before its first release.
         delta: Probability in (0, 1).
         records: Enforced bound on one person's records in the data set, >= 1.
+        interval: Losses are rounded up to multiples of it, > 0; None for the finest that is used anywhere. A coarser
+            one is as valid, a little higher, and faster in proportion.
 
     Raises:
         PlanError: ``records`` is no such bound, or the releases do not protect records.
@@ -407,7 +471,7 @@ def group_epsilon(releases: Releases, delta: float, records: int) -> float:
         all((event.kind, event.unit) == (Kind.POISSON_GAUSSIAN, Unit.RECORD) for event in history),
         "expected releases that protect records, got others; a group of records means nothing to them",
     )
-    return _pld_epsilon(history, delta, Adjacency.ADD_REMOVE, records)
+    return _pld_epsilon(history, delta, Adjacency.ADD_REMOVE, records, interval)
 
 
 def prv_epsilon(releases: Releases, delta: float, timeout_s: float = 60.0) -> tuple[float | None, str]:
@@ -456,6 +520,53 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class Repeats(StrEnum):
+    """Law of the secret, random number of candidates in a search of which only the best is ever released."""
+
+    GEOMETRIC = "geometric"
+    LOGARITHMIC = "logarithmic"
+    POISSON = "poisson"
+
+
+def best_only_epsilon(releases: Releases, delta: float, mean: float, repeats: Repeats) -> float:
+    """Returns what a search costs where its losing candidates never leave a trusted server (guarantee G5).
+
+    It is no price of a federated search, in which every candidate's updates leave the client. Nor is it one where the
+    number of candidates is fixed or known: it must be drawn at random, and kept secret.
+
+    Args:
+        releases: What one candidate releases, the same for each, committed before the search.
+        delta: Probability in (0, 1).
+        mean: Mean number of candidates, >= 1; above 1 where the law is not ``POISSON``.
+        repeats: Law of that number.
+
+    Raises:
+        PlanError: The mean is no such number, or the releases cannot be repeated.
+
+    References:
+        Papernot & Steinke (2022), "Hyperparameter tuning with Renyi differential privacy", theorems 2 and 6.
+    """
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    require(0 < delta < 1, f"expected 0 < delta < 1, got {delta}")
+    law = Repeats(repeats)
+    least = 1 if law is Repeats.POISSON else 1 + 1e-9
+    require(is_number(mean) and mean >= least, f"expected a mean number of candidates > 1, got {mean!r:.40}")
+    history = merged(releases)
+    shape = {Repeats.GEOMETRIC: 1.0, Repeats.LOGARITHMIC: 0.0, Repeats.POISSON: math.inf}[law]
+    one = [
+        dp_event.SelfComposedDpEvent(
+            dp_event.PoissonSampledDpEvent(event.sample_rate, dp_event.GaussianDpEvent(event.noise_multiplier)),
+            event.steps,
+        )
+        for event in history
+    ]
+    accountant = rdp_privacy_accountant.RdpAccountant()
+    accountant.compose(dp_event.RepeatAndSelectDpEvent(dp_event.ComposedDpEvent(one), float(mean), shape))
+    return float(accountant.get_epsilon(delta))
 
 
 def attacker_power(curve: Sequence[tuple[float, float]], fpr: float) -> float:

@@ -10,8 +10,9 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -250,18 +251,12 @@ class World:
             epsilon=plan.epsilon, delta=plan.delta, order=self.settled.order, records_bound=plan.records_bound
         )
         apart = self.scenario.persons == "apart"
-        if apart and (other := self._same_records()):
+        if apart and (other := another_split(self.book.populations, self.scenario, self.task)):
             raise PlanError(
                 f"expected data of other persons where persons is apart, got another split of the same: {other!r}; "
                 "use its settings, or another folder of ledgers"
             )
         self.book.grant({name: grant for name in names}, population=self.settled.population, no_person_in_common=apart)
-
-    def _same_records(self) -> str:
-        """Returns another population of the book that is the same data set split anew, or an empty string."""
-        data = f"{_data_words(self.scenario, self.task)}, "
-        others = self.book.populations - {self.settled.population}
-        return next((other for other in sorted(others) if other.startswith(data)), "")
 
     def holder(self, context: Context) -> Holder:
         """Returns the data holder that a context belongs to."""
@@ -438,6 +433,43 @@ def populate(scenario: Scenario, task: Task) -> tuple[Source | None, Population]
     return source, SplitPopulation(source, parts)
 
 
+def calibrate(scenario: Scenario) -> tuple[Plan, float]:
+    """Solves the plan of a resolved scenario on its public numbers alone: the one calibration that there is.
+
+    Returns:
+        The plan, whose mode is still the scenario's, and the Renyi order of new grants.
+
+    Raises:
+        PlanError: No noise is enough, or values contradict each other.
+    """
+    joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
+    steps = scenario.steps_per_round * joins
+    if scenario.noise_multiplier:
+        event = Event(sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps)
+        noise, (order, epsilon) = scenario.noise_multiplier, best_order(event, scenario.delta)
+        if not math.isfinite(epsilon):
+            raise PlanError(f"expected noise that protects at all, got noise-multiplier={noise:g}; 0.5 is little")
+    else:
+        epsilon = scenario.epsilon
+        noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps)
+    plan = Plan(
+        sample_rate=scenario.sample_rate,
+        expected_batch=scenario.sample_rate * scenario.records_per_client,
+        l2_clip=scenario.l2_clip,
+        noise_multiplier=noise,
+        steps=scenario.steps_per_round,
+        rounds=scenario.rounds,
+        joins=joins,
+        epsilon=epsilon,
+        delta=scenario.delta,
+        records_bound=scenario.records_bound,
+        mode=Mode(scenario.mode),
+        physical_batch=scenario.physical_batch,
+        views=scenario.views,
+    )
+    return plan, order
+
+
 def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     """Solves the plan of a resolved scenario, on public values alone.
 
@@ -447,14 +479,7 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     if scenario.weights == "declared" and scenario.engine != "local":
         raise PlanError("expected engine local with declared weights, got ray, where nodes have no fixed numbers")
     device = _device(scenario.device)
-    joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
-    steps = scenario.steps_per_round * joins
-    if scenario.noise_multiplier:
-        event = Event(sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps)
-        noise, (order, epsilon) = scenario.noise_multiplier, best_order(event, scenario.delta)
-    else:
-        epsilon = scenario.epsilon
-        noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps)
+    plan, order = calibrate(scenario)
     model = task.fresh(shape, scenario.seed)
     check_model(model)
     generator = torch.Generator().manual_seed(scenario.seed)
@@ -462,8 +487,7 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     def make_batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return task.synthetic(shape, count, generator)
 
-    expected = scenario.sample_rate * scenario.records_per_client
-    mode = Mode(scenario.mode)
+    expected, mode = plan.expected_batch, plan.mode
     if mode is Mode.AUTO:
         mode = choose_mode(
             model,
@@ -489,21 +513,7 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
         augment=task.augment,
         device=device,
     )
-    plan = Plan(
-        sample_rate=scenario.sample_rate,
-        expected_batch=expected,
-        l2_clip=scenario.l2_clip,
-        noise_multiplier=noise,
-        steps=scenario.steps_per_round,
-        rounds=scenario.rounds,
-        joins=joins,
-        epsilon=epsilon,
-        delta=scenario.delta,
-        records_bound=scenario.records_bound,
-        mode=mode,
-        physical_batch=scenario.physical_batch,
-        views=scenario.views,
-    )
+    plan = dataclasses.replace(plan, mode=mode)
     local = Local(
         optimizer=Optimizer(scenario.optimizer),
         lr=scenario.lr,
@@ -533,6 +543,12 @@ def population_words(scenario: Scenario, task: Task) -> str:
     """
     split = f"{_partition_words(scenario)} over {scenario.clients} clients, seed {scenario.seed}"
     return f"{_data_words(scenario, task)}, {split}, one person in at most {scenario.multiplicity} of them"
+
+
+def another_split(populations: Collection[str], scenario: Scenario, task: Task) -> str:
+    """Returns which of a book's populations is the same data set as a scenario's, split anew; or an empty string."""
+    others = set(populations) - {population_words(scenario, task)}
+    return next((other for other in sorted(others) if other.startswith(f"{_data_words(scenario, task)}, ")), "")
 
 
 def _data_words(scenario: Scenario, task: Task) -> str:
