@@ -4,8 +4,8 @@ An audit runs on public or synthetic records only; whoever calls it sees to that
 release of private data, so none is charged. Where a probe has to see what noise would hide, it asks the same trainer,
 with the same production randomness, for almost no noise: no source without noise exists outside the tests.
 
-What may be told to others (`report_evidence`) are the lower bounds of canaries alone. What a probe without noise saw, and
-what membership inference found, stays with the holder.
+What may be told to others (`report_evidence`) are the lower bounds of canaries alone. What a probe without noise saw,
+and what membership inference found, stays with the holder.
 
 Probes are tests of distributions, so they can be wrong: each comparison is made at six standard deviations or at
 p = 1e-9, so that all of them together raise a false alarm in fewer than one of 10^6 audits. A lower bound is wrong with
@@ -15,6 +15,7 @@ at most the stated probability, and in practice far less often, for it lies well
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -94,14 +95,15 @@ class Subject:
     def directions(self, count: int, **changes: Any) -> tuple[PrivateTrainer, Tensor, Tensor]:
         """Returns a trainer whose records have known, orthogonal gradients, and ``count`` such records.
 
-        The model is linear with one output, which is also the loss: the gradient of record i is its input, 8 clips long
-        and along axis i, whatever the weights are. Everything else (mode, clip, sampling, noise, divisor) is the plan's.
+        The model is linear with one output, which is also the loss: the gradient of record i is its input, 8 clips
+        long and along axis i, whatever the weights are. Mode, clip, sampling, noise and divisor are the plan's.
 
         Returns:
             The trainer, inputs ``(count, count)`` and targets ``(count,)``.
         """
         plan = dataclasses.replace(self.plan, **{"views": 1, **changes})
-        model = nn.utils.skip_init(nn.Linear, count, 1, bias=False)
+        # Drawing initial weights would move torch's global generator, which is the caller's.
+        model = nn.Linear(count, 1, bias=False, device="meta").to_empty(device="cpu")
         nn.init.zeros_(model.weight)
         trainer = PrivateTrainer(model, _first_output, plan=plan, local=_FLAT, device=self.device)
         return trainer, _LOUD * plan.l2_clip * torch.eye(count), torch.zeros(count, dtype=torch.int64)
@@ -147,8 +149,8 @@ class Finding:
 def sensitivity_probe(subject: Subject) -> Finding:
     """Adds and replaces one record without noise, in every mode the model allows: the sum moves by at most C, or 2 C.
 
-    Hostile records included (huge, infinite, NaN), at the plan's clip and at a thousandth of it, where every gradient is
-    clipped; and once with records whose gradient is 8 clips long by construction.
+    Hostile records included (huge, infinite, NaN), at the plan's clip and at a thousandth of it, where every gradient
+    is clipped; and once with records whose gradient is 8 clips long by construction.
     """
     plan = subject.plan
     modes = supported_modes(subject.model, plan.views)
@@ -282,8 +284,8 @@ def _closest_pair(rows: Tensor) -> float:
 def neighbour_probe(subject: Subject) -> Finding:
     """Trains with N and with N + 1 records: the divisor, the steps and the noise's scale must not notice.
 
-    With every record in every step, each record's direction carries ``steps * C / B`` in the release, however many other
-    records there are. With records that contribute nothing, the noise has the same deviation for any number of them.
+    With every record in every step, each record's direction carries ``steps * C / B`` in the release, however many
+    other records there are. With records that contribute nothing, the noise's deviation is the same for any number.
     """
     plan = subject.plan
     faults, shares = [], {}
@@ -417,7 +419,7 @@ def accountant_probe(plan: Plan, folder: Path, *, rounds: int = 3) -> Finding:
     with Book(folder) as book:
         said.append(book.accounts["audited"].spent)
     faults = []
-    if any(later <= earlier for earlier, later in zip(spent, spent[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(spent)):
         faults.append("the spend does not grow with every charge")
     if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip([*spent, spent[-1]], said, strict=True)):
         faults.append("receipts and ledger say different things")
@@ -495,9 +497,9 @@ def one_run_gradients(
     """Audits several rounds of the trainer in one run, with gradient canaries, against whoever sees every release.
 
     Each canary is a record whose gradient is a known direction, 8 clips long, in the data set or not by a fair secret
-    coin of its own. The attacker knows all canaries and sees the model after every round. Two attacks: *sum* adds up what
-    the releases say along a canary's direction; *change* asks how much that varies from round to round, which shows
-    who is in at once if two releases share their noise.
+    coin of its own. The attacker knows all canaries and sees the model after every round. Two attacks: *sum* adds up
+    what the releases say along a canary's direction; *change* asks how much that varies from round to round, which
+    shows who is in at once if two releases share their noise.
 
     Args:
         subject: What is audited; its plan's noise is replaced by what the lower epsilon needs.
@@ -509,8 +511,8 @@ def one_run_gradients(
         significance: Of all figures together.
 
     References:
-        Steinke, Nasr & Jagielski (2023); Nasr et al. (2023), "Tight auditing of differentially private machine learning"
-        (gradient canaries).
+        Steinke, Nasr & Jagielski (2023); Nasr et al. (2023), "Tight auditing of differentially private machine
+        learning" (gradient canaries).
     """
     changes = {"views": 1} | ({} if sampled else {"sample_rate": 1.0})
     plan = _low_epsilon(subject.plan, epsilon=epsilon, rounds=rounds, **changes)
@@ -534,16 +536,16 @@ def _fields(plan: Plan) -> dict[str, Any]:
 def _bound_finding(name: str, bound: OneRunBound, upper: float, plan: Plan, threat: str) -> Finding:
     lower = max(bound.epsilon, bound.gaussian)
     holds = lower <= upper
+    words = (
+        f"({bound.correct} of {bound.guesses} guesses right, {bound.canaries} canaries, ceiling {bound.ceiling:.2f})"
+        if holds
+        else f"cannot be: {bound.correct} of {bound.guesses} guesses about {bound.canaries} canaries were right"
+    )
     schedule = f"q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {plan.steps * plan.rounds} steps"
     return Finding(
         audit=name,
         holds=holds,
-        line=f"{lower:.2f} <= epsilon <= {upper:.2f}"
-        + (
-            f" ({bound.correct} of {bound.guesses} guesses right, {bound.canaries} canaries, ceiling {bound.ceiling:.2f})"
-            if holds
-            else f" cannot be: {bound.correct} of {bound.guesses} guesses about {bound.canaries} canaries were right"
-        ),
+        line=f"{lower:.2f} <= epsilon <= {upper:.2f} {words}",
         figures={
             "epsilon_lower": lower,
             "epsilon_lower_binomial": bound.binomial,
@@ -718,8 +720,8 @@ def membership_inference(
     return Finding(
         audit="membership inference",
         holds=True,
-        line=f"attack's area under the curve {power['auc']:.3f} (0.5 is a coin), {100 * power['tpr_at_fpr_1_percent']:.1f} % "
-        "of members found at 1 % false alarms; stays with the holder, and is no bound",
+        line=f"area under the curve {power['auc']:.3f} (a coin: 0.5), {100 * power['tpr_at_fpr_1_percent']:.1f} % of "
+        "members found at 1 % false alarms; no bound, and it stays with the holder",
         figures=power | {"models": models, "records": count},
     )
 

@@ -1,8 +1,8 @@
 """What the guesses of an attacker prove about epsilon: pure statistics, no data and no model.
 
 An accountant bounds epsilon from above, an attack bounds it from below. If the lower bound passes the upper one, either
-the accountant or the program is wrong (up to the stated confidence). A low lower bound proves nothing: the attack may be
-weak. Every bound here has a *ceiling*, what it would say if every guess were right: a claim above the ceiling can
+the accountant or the program is wrong (up to the stated confidence). A low lower bound proves nothing: the attack may
+be weak. Every bound here has a *ceiling*, what it would say if every guess were right: a claim above the ceiling can
 never be contradicted by that many guesses, so an audit says its ceiling.
 """
 
@@ -34,7 +34,7 @@ def _check(canaries: int, guesses: int, correct: int, significance: float, delta
 
 
 def _largest(refuted: Callable[[float], bool], most: float = _MOST_EPSILON) -> float:
-    """Returns the largest value up to which a claim is refuted, rounded down; 0 where none is, ``most`` where all are."""
+    """Returns the largest value that is refuted, rounded down; 0 where none is, ``most`` where all are."""
     if not refuted(0.0):
         return 0.0
     low, high = 0.0, 1.0
@@ -279,7 +279,7 @@ def _hockey_stick(one: tuple[float, float], other: tuple[float, float], epsilon:
     # Relative to b: deviations that agree to rounding make a line, not a parabola.
     if abs(a) < 1e-12 * max(1e-300, abs(b)):
         if b == 0:
-            return max(0.0, 1 - math.exp(epsilon)) if c > 0 else 0.0
+            return 0.0  # Equal laws: nothing tells them apart.
         edges = [(-c / b, math.inf)] if b > 0 else [(-math.inf, -c / b)]
     else:
         root = b * b - 4 * a * c
