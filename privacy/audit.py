@@ -325,10 +325,11 @@ def poisson_probe(subject: Subject, *, records: int = 256, rounds: int = 256) ->
     Args:
         subject: What is audited.
         records: How many records are watched.
-        rounds: How many rounds, each of the plan's steps.
+        rounds: How many rounds, each of two steps (of one, where the plan has one).
     """
-    plan = subject.plan
-    trainer, inputs, targets = subject.directions(records, noise_multiplier=_ALMOST_NONE)
+    # All steps of a round are alike; two show whether a round's sample is drawn anew in each.
+    plan = dataclasses.replace(subject.plan, steps=min(subject.plan.steps, 2))
+    trainer, inputs, targets = subject.directions(records, noise_multiplier=_ALMOST_NONE, steps=plan.steps)
     seen = torch.stack([subject.release(trainer, inputs, targets) for _ in range(rounds)])
     exact = seen * plan.expected_batch / plan.l2_clip
     counts = exact.round()
@@ -580,9 +581,10 @@ def one_run_examples(
 ) -> Finding:
     """Audits the task's own model in one run, with synthetic examples as canaries.
 
-    Two attackers: one knows only the last model and a canary's loss under it (*black box*), one sees all releases and
-    compares them with each canary's clipped gradient at the first model (*white box*). Examples of a task share their
-    directions, so that they hide each other: expect a bound near zero from a sound program.
+    Two attackers: one knows only the last model and a canary's loss under it (*black box*); one sees all releases and
+    explains their sum by the canaries' clipped gradients at the first model, by the best linear estimate of who took
+    part (*white box*). Examples of a task share their directions and hide each other, so that these bounds are weaker
+    than those of gradient canaries; what they add is the task's own model and loss.
 
     Args:
         subject: What is audited.
@@ -606,7 +608,7 @@ def one_run_examples(
     for _ in range(rounds):
         weights = trainer.train(weights, inputs[coins], targets[coins], everyone, subject.sources(), lr=lr)
     gained = _losses(subject, start, inputs, targets) - _losses(subject, weights, inputs, targets)
-    aligned = alone @ (start - weights).double()
+    aligned = _who_took_part(alone, (start - weights).double() / lr, plan)
     bound = one_run_bound(
         {"black box: loss": gained.numpy(), "white box: gradient": aligned.numpy()},
         coins.numpy(),
@@ -616,6 +618,23 @@ def one_run_examples(
     upper = pld_epsilon(Event.of_schedule(plan), plan.delta)
     threat = "knows every canary, and either the last model alone or every release"
     return _bound_finding("example canaries", bound, upper, plan, threat)
+
+
+def _who_took_part(alone: Tensor, moved: Tensor, plan: Plan) -> Tensor:
+    """Returns the best linear estimate of each canary's coin from the sum of all releases, float64 ``(m,)``.
+
+    Args:
+        alone: Clipped gradients of the canaries, float64 ``(m, P)``.
+        moved: Sum of all steps' noised means, float64 ``(P,)``.
+        plan: What was trained under.
+    """
+    times = plan.sample_rate * plan.steps * plan.rounds
+    # As if each canary in the data set were in exactly ``times`` of the sums, and fair coins had decided which are.
+    centred = alone @ (moved * plan.expected_batch - times / 2 * alone.sum(0))
+    noise = plan.steps * plan.rounds * (plan.noise_multiplier * plan.l2_clip) ** 2
+    gram = times * (alone @ alone.T) + 4 * noise / times * torch.eye(len(alone), dtype=alone.dtype)
+    taken: Tensor = torch.linalg.solve(gram, centred)
+    return taken
 
 
 def _parameters(model: nn.Module) -> Tensor:

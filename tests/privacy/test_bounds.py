@@ -63,7 +63,7 @@ def slow_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delt
         q = mpmath.exp(epsilon) / (1 + mpmath.exp(epsilon))
         mass = [mpmath.binomial(guesses, k) * q**k * (1 - q) ** (guesses - k) for k in range(guesses + 1)]
         beta = mpmath.fsum(mass[correct:])
-        alpha = max((mpmath.fsum(mass[correct - i : correct]) / i for i in range(1, correct + 1)), default=mpmath.mpf(0))
+        alpha = max(mpmath.fsum(mass[correct - i : correct]) / i for i in range(1, correct + 1))
         return float(min(mpmath.mpf(1), beta + 2 * canaries * delta * alpha))
 
 
