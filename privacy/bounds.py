@@ -225,22 +225,55 @@ def clopper_pearson_epsilon(
     References:
         Clopper & Pearson (1934); Jagielski, Ullman & Oprea (2020), "Auditing differentially private machine learning".
     """
-    from scipy.stats import beta
-
-    for some, total in ((true_positives, members), (false_positives, others)):
-        require(0 <= some <= total and total >= 1, f"expected a count from 0 to {total} of at least one, got {some}")
     _check(1, 0, 0, significance, delta)
-    side = significance / 2
-    hit = float(beta.ppf(side, true_positives, members - true_positives + 1)) if true_positives else 0.0
-    alarm = (
-        float(beta.ppf(1 - side, false_positives + 1, others - false_positives)) if false_positives < others else 1.0
-    )
+    hit, alarm = _rates(true_positives, members, false_positives, others, significance)
     bounds = [0.0]
     # The mirror image: calling nobody a member is as good a test, and uses the same two limits.
     for top, bottom in ((hit - delta, alarm), (1 - alarm - delta, 1 - hit)):
         if top > 0:
             bounds.append(math.log(top / bottom) if bottom > 0 else _MOST_EPSILON)
     return max(bounds)
+
+
+def _rates(
+    true_positives: int, members: int, false_positives: int, others: int, significance: float
+) -> tuple[float, float]:
+    """Returns the least true-positive and the largest false-positive rate that the counts leave possible."""
+    from scipy.stats import beta
+
+    for some, total in ((true_positives, members), (false_positives, others)):
+        require(0 <= some <= total and total >= 1, f"expected a count from 0 to {total} of at least one, got {some}")
+    side = significance / 2
+    hit = float(beta.ppf(side, true_positives, members - true_positives + 1)) if true_positives else 0.0
+    missed = others - false_positives
+    alarm = float(beta.ppf(1 - side, false_positives + 1, missed)) if missed else 1.0
+    return hit, alarm
+
+
+def clopper_pearson_mu(
+    true_positives: int, members: int, false_positives: int, others: int, *, significance: float
+) -> float:
+    """Returns the separation that one threshold's rates refute, where the mechanism is claimed to be a Gaussian.
+
+    ``mu = Phi^-1(TPR) - Phi^-1(FPR)`` with exact confidence limits, so that it is nearly tight after a few thousand
+    independent trainings. `gaussian_epsilon` says what it means.
+
+    Args:
+        true_positives: Members that were called members.
+        members: How many there were, >= 1.
+        false_positives: Others that were called members.
+        others: How many there were, >= 1.
+        significance: In (0, 1).
+
+    References:
+        Nasr et al. (2023), "Tight auditing of differentially private machine learning".
+    """
+    _check(1, 0, 0, significance, 0.0)
+    hit, alarm = _rates(true_positives, members, false_positives, others, significance)
+    if not 0 < hit or not alarm < 1:
+        return 0.0
+    # Limits of 1 and 0 do not occur: both are exact for finitely many trainings.
+    return max(0.0, _NORMAL.inv_cdf(hit) - _NORMAL.inv_cdf(alarm))
 
 
 # Canary clients ------------------------------------------------------------------------------------------------------

@@ -48,9 +48,8 @@ AUDITS: dict[str, Callable[[Subject, Path], Finding]] = {
     "poisson": lambda one, folder: audit.poisson_probe(one, records=128, rounds=128),
     "accountant": lambda one, folder: audit.accountant_probe(one.plan, folder),
     "gradient canaries": lambda one, folder: audit.one_run_gradients(one, canaries=600, rounds=6),
-    "gradient canaries, no sampling": lambda one, folder: audit.one_run_gradients(
-        one, canaries=600, rounds=6, sampled=False
-    ),
+    "gradient canaries, q=1": lambda one, folder: audit.one_run_gradients(one, canaries=600, rounds=6, sampled=False),
+    "many trainings, q=1": lambda one, folder: audit.many_runs(one, trainings=1000),
     "example canaries": lambda one, folder: audit.one_run_examples(one, canaries=200, rounds=4),
 }
 
@@ -222,10 +221,16 @@ def accountant_that_counts_rounds_not_steps(patch: Patch) -> None:
 
 # Which audits must contradict which bug. Others may; the sound program is contradicted by none.
 MATRIX: dict[Callable[[Patch], None], set[str]] = {
-    no_noise: {"noise", "neighbours", "gradient canaries", "gradient canaries, no sampling", "example canaries"},
-    half_noise: {"noise", "neighbours"},
+    no_noise: {
+        "noise",
+        "neighbours",
+        "gradient canaries",
+        "gradient canaries, q=1",
+        "many trainings, q=1",
+    },
+    half_noise: {"noise", "neighbours", "many trainings, q=1"},
     noise_of_another_shape: {"noise"},
-    planted.without_clipping: {"sensitivity", "neighbours", "gradient canaries", "gradient canaries, no sampling"},
+    planted.without_clipping: {"sensitivity", "neighbours", "gradient canaries", "gradient canaries, q=1"},
     noise_reused_across_rounds: {"noise", "gradient canaries"},
     fixed_size_batches: {"poisson"},
     everyone_in_every_batch: {"poisson"},
@@ -241,11 +246,12 @@ MATRIX: dict[Callable[[Patch], None], set[str]] = {
 def test_a_sound_low_epsilon_job_passes_every_audit(tmp_path: Path) -> None:
     found = audits(subject(), tmp_path)
     assert [finding.line for finding in found.values() if not finding.holds] == []
-    for name in ("gradient canaries", "gradient canaries, no sampling", "example canaries"):
+    for name in ("gradient canaries", "gradient canaries, q=1", "many trainings, q=1", "example canaries"):
         figures = found[name].figures
         assert figures["epsilon_lower"] <= figures["epsilon_upper"] <= 2.0 < figures["ceiling"]
     # Not so weak that it could never contradict anything.
     assert found["gradient canaries"].figures["epsilon_lower"] > 0.1
+    assert found["many trainings, q=1"].figures["epsilon_lower"] > 0.5
 
 
 @pytest.mark.parametrize("bug", MATRIX, ids=lambda bug: bug.__name__)
@@ -378,7 +384,8 @@ def test_g18_only_canary_bounds_enter_a_report(tmp_path: Path) -> None:
     told = evidence(findings)
     assert {row["audit"] for row in told["bounds"]} == {
         "gradient canaries",
-        "gradient canaries, no sampling",
+        "gradient canaries, q=1",
+        "many trainings, q=1",
         "example canaries",
     }
     text = json.dumps(told, allow_nan=False)

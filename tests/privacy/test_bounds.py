@@ -15,6 +15,7 @@ from privacy.accounting import Event, pld_epsilon
 from privacy.bounds import (
     ceiling,
     clopper_pearson_epsilon,
+    clopper_pearson_mu,
     cosine_estimate,
     count_correct,
     gaussian_epsilon,
@@ -120,6 +121,15 @@ def test_two_runs_use_the_mirror_image_and_say_nothing_of_a_coin() -> None:
     assert left > 2
     assert clopper_pearson_epsilon(50, 100, 50, 100, delta=0.0, significance=0.05) == 0
     assert clopper_pearson_epsilon(0, 1, 1, 1, delta=0.0, significance=0.05) == 0
+
+
+def test_two_runs_of_a_claimed_gaussian_are_nearly_tight() -> None:
+    # Counts as expected of mu = 1 and a threshold in the middle.
+    hit = round(20_000 * stats.norm.cdf(0.5))
+    assert 0.95 < clopper_pearson_mu(hit, 20_000, 20_000 - hit, 20_000, significance=0.05) < 1.0
+    assert clopper_pearson_mu(0, 10, 0, 10, significance=0.05) == 0
+    assert clopper_pearson_mu(10, 10, 10, 10, significance=0.05) == 0
+    assert 1 < clopper_pearson_mu(10, 10, 0, 10, significance=0.05) < 2
 
 
 def laplace_like(m: int, epsilon: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
