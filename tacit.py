@@ -4,7 +4,7 @@ Everything heavy is imported where it is used, so that ``tacit --help`` and ``im
 of a second: neither PyTorch nor Flower nor Opacus is loaded before a job starts.
 
 Exit codes: 0 done, 1 unexpected, 2 bad plan or flag, 3 bad data, 4 bad ledger, 5 budget exceeded, 6 run
-folder, engine or disk, 130 stopped with Ctrl-C (and resumable).
+folder, engine or disk, 7 an audit contradicts a promise, 130 stopped with Ctrl-C (and resumable).
 """
 
 from __future__ import annotations
@@ -183,9 +183,14 @@ def _dispatch(argv: list[str]) -> int:
     from privacy.errors import PlanError
     from simulations.scenario import nearest
 
-    verbs = {"simulate": _simulate, "tasks": _tasks, "report": _report}
-    verbs["plan"] = _plan
-    verbs["tune"] = _tune
+    verbs = {
+        "simulate": _simulate,
+        "plan": _plan,
+        "tune": _tune,
+        "report": _report,
+        "audit": _audit,
+        "tasks": _tasks,
+    }
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"tacit {__version__}")
     kinds = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", parser_class=_Parser)
@@ -197,6 +202,7 @@ def _dispatch(argv: list[str]) -> int:
     report = kinds.add_parser("report", help="write a run's report again, from its folder", formatter_class=_Page)
     report.add_argument("run", metavar="RUN", type=Path, help="run folder that 'tacit simulate' made")
     report.add_argument("--json", action="store_true", help="print the report as JSON, for programs")
+    _audit_page(kinds)
     if not argv:
         parser.print_help()
         return 0
@@ -778,6 +784,127 @@ class _SearchDisplay:
         for line in self.tune.judgement(search):
             self.console.print(line, soft_wrap=True)
         self.console.print(f"search folder  {_short(str(folder.resolve()))}", soft_wrap=True)
+
+
+_AUDIT: Final = """\
+Try to contradict what is promised: probe the clipping, the noise, the sampling and the ledger, and attack the training
+itself with canaries, in a low-epsilon configuration of the same code. Runs on synthetic records and charges nothing.
+With a run folder: under that run's plan, its ledgers are priced again, and the bounds are left there for its report.
+Ends with exit code 7 if anything is contradicted.
+"""
+
+
+def _audit_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "audit",
+        help="try to contradict what is promised, by probes and attacks",
+        description=_AUDIT,
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    page.add_argument("run", nargs="?", metavar="RUN", type=Path, help="run folder that 'tacit simulate' made")
+    page.add_argument("--task", metavar="TEXT", help="audit this task under its defaults (default digits)")
+    page.add_argument(
+        "--data", metavar="PATH", default="", help="where the data of --task lies; only its shape is used"
+    )
+    page.add_argument("--epsilon", metavar="X", type=float, default=2.0, help="epsilon to audit at (default 2)")
+    page.add_argument("--canaries", metavar="N", type=int, default=1000, help="gradient canaries (default 1000)")
+    page.add_argument(
+        "--membership", action="store_true", help="attack trained models by membership inference too; it stays here"
+    )
+    page.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from privacy.errors import PlanError
+
+    if arguments.run is not None and (arguments.task or arguments.data):
+        raise PlanError("expected a run folder or --task, got both; a run has its own task")
+    run = importlib.import_module("simulations.audit").audit
+    console = _console()
+    with _AuditDisplay(console, quiet=arguments.json).shown() as display:
+        result = run(
+            arguments.run,
+            task=arguments.task or "digits",
+            data=arguments.data,
+            epsilon=arguments.epsilon,
+            canaries=arguments.canaries,
+            membership=arguments.membership,
+            on_finding=display.tell,
+        )
+    if arguments.json:
+        print(json.dumps(_finite(result), allow_nan=False))
+    else:
+        _audit_closing(console, result)
+    return 0 if result["holds"] else 7
+
+
+class _AuditDisplay:
+    """One line an audit, as it ends; on a terminal also which one is running."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self._console, self._quiet, self._began = console, quiet, 0.0
+        self._status: Any = None
+
+    @contextmanager
+    def shown(self) -> Iterator[_AuditDisplay]:
+        if self._quiet or not self._console.is_terminal:
+            yield self
+            return
+        with self._console.status("preparing: solving for the noise, probing the model ...") as self._status:
+            yield self
+
+    def tell(self, name: str, finding: Any) -> None:
+        if self._quiet:
+            return
+        if finding is None:
+            self._began = time.monotonic()
+            if self._status is not None:
+                self._status.update(f"{name} ...")
+            return
+        from rich.text import Text
+
+        style, word = ("green", "holds") if finding.holds else ("bold red", "FAILS")
+        line = Text(f"{name:<32}", style="bold") + Text(f"{word}  ", style=style) + Text(finding.line, style="not bold")
+        self._console.print(line + Text(f"  {_clock(time.monotonic() - self._began)}", style="dim"), soft_wrap=True)
+
+
+def _audit_closing(console: Console, result: Mapping[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("epsilon", "below", "above", "m", "r", "v", "confidence", "ceiling"):
+        table.add_column(title, no_wrap=True)
+    rows = result["evidence"]["bounds"]
+    for row in rows:
+        table.add_row(
+            row["audit"],
+            # From below rounded down, from above rounded up.
+            f"{math.floor(100 * row['epsilon_lower']) / 100:.2f}",
+            _epsilon(row["epsilon_upper"]),
+            *(str(row[name]) for name in ("canaries", "guesses", "correct")),
+            f"{100 * row['confidence']:g} %",
+            f"{row['ceiling']:.2f}",
+        )
+    console.print()
+    console.print(table)
+    console.print()
+    for row in rows:
+        console.print(f"{row['audit']} ({row['schedule']}): the attacker {row['threat_model']}.", soft_wrap=True)
+    console.print(
+        f"At delta {rows[0]['delta']:g}, add or remove one record; m canaries, r guesses, v of them right. A claim "
+        "above the ceiling could not be contradicted: a low-epsilon configuration of the same code is audited.",
+        soft_wrap=True,
+    )
+    for note in result["notes"]:
+        console.print(note, soft_wrap=True)
+    failed = [finding["audit"] for finding in result["findings"] if not finding["holds"]]
+    words = f"Contradicted by: {', '.join(failed)}." if failed else "Nothing contradicts what is promised."
+    console.print(Text(f"\n{words}", style="bold red" if failed else "bold green"), soft_wrap=True)
+    console.print(f"{_clock(result['seconds'])}, on synthetic records; nothing was charged", soft_wrap=True)
+    if result["run"] is not None:
+        console.print(f"wrote {_short(str(Path(result['run']).resolve() / 'audit.json'))}", soft_wrap=True)
 
 
 def _tasks(arguments: argparse.Namespace) -> int:
