@@ -244,55 +244,24 @@ class _JobState:
     latest: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-class Book:
-    """An append-only file of accounts; see the module's text for its promises.
+class Ledger:
+    """Accounts as their entries tell them: what is read is checked line by line, whoever reads it.
 
-    Several processes may hold the same book: every charge takes the file's lock and first reads what others added.
+    Holds no secret: chains are checked by their hashes and signatures by the public keys in the grants, so a copy can
+    be read by anybody. `Book` adds the holder's key, the file and the gate.
     """
 
-    def __init__(self, folder: Path, population: str | None = None) -> None:
-        """Opens the book in ``folder``, making an empty one where there is none.
+    def __init__(self, path: Path, population: str | None = None) -> None:
+        """Starts without an entry.
 
         Args:
-            folder: Where the book lies.
-            population: Whose accounts are meant; needed only where the book holds several populations.
-
-        Raises:
-            LedgerError: The book is damaged, cut, foreign, or of a newer version; it is left as it is.
+            path: What the entries are read from, for messages.
+            population: Whose accounts are meant; needed only where there are several populations.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
-        self._path = folder / "ledger.jsonl"
-        self._intent = folder / "ledger.intent"
+        self._path = path
         self._accounts: dict[str, Account] = {}
         self._populations: dict[str, dict[str, Account]] = {}
         self._population = population
-        self._claimed: set[str] = set()
-        self._size = 0
-        self._process = os.getpid()
-        self._threads = threading.RLock()
-        try:
-            self.secret = Secret.load_or_create(folder / "ledger.key")
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            # A synced file whose name is not on disk yet could be lost with all its spend.
-            sync_folder(folder)
-        except OSError as error:
-            raise LedgerError(
-                f"expected ledgers that can be read and written in {folder}, got {error.strerror}"
-            ) from None
-        self._file = descriptor
-        self.close = weakref.finalize(self, os.close, descriptor)
-        with self._locked():
-            self._finish_torn_append()
-            self._catch_up()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -317,83 +286,14 @@ class Book:
         """The populations whose accounts the book holds."""
         return frozenset(self._populations)
 
-    def refresh(self) -> None:
-        """Reads what other processes appended."""
-        with self._locked():
-            self._catch_up()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        # A forked child shares its parent's file lock, and a closed book's descriptor may already be another file's.
-        if os.getpid() != self._process or not self.close.alive:
-            raise LedgerError(f"expected {self._path} to be open in this process, got a closed book or a copy; open it")
-        # Threads share the file lock too.
-        with self._threads:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-
     def _damaged(self, line: int, why: str) -> LedgerError:
         return LedgerError(
             f"expected an unbroken ledger in {self._path}, got {why} at line {line}; restore it from a backup, "
             "it is never reset"
         )
 
-    def _finish_torn_append(self) -> None:
-        if not self._intent.exists():
-            return
-        head, _, batch = self._intent.read_bytes().partition(b"\n")
-        try:
-            base, digest = _loads(head)
-            if type(base) is not int or base < 0:
-                raise ValueError("not a position in a file")
-        except (ValueError, TypeError):
-            raise LedgerError(
-                f"expected an intent written by this program in {self._intent}, got other bytes"
-            ) from None
-        if hashlib.sha256(batch).hexdigest() != digest:
-            raise LedgerError(f"expected an unbroken intent in {self._intent}, got changed bytes; restore a backup")
-        size = os.fstat(self._file).st_size
-        if size < base:
-            raise LedgerError(
-                f"expected at least {base} bytes in {self._path}, got {size}: it was cut; restore it from a backup"
-            )
-        tail = self._read(len(batch), base)
-        if not batch.startswith(tail):
-            raise LedgerError(f"expected {self._path} to hold its intent, got other bytes; restore a backup")
-        if len(tail) < len(batch):
-            # The crash may have come after the caller was promised nothing; finishing it over-counts at worst.
-            try:
-                os.write(self._file, batch[len(tail) :])
-                os.fsync(self._file)
-            except OSError as error:
-                raise LedgerError(
-                    f"expected to finish a torn charge in {self._path}, got {error.strerror}; free some space"
-                ) from None
-
-    def _read(self, count: int, start: int) -> bytes:
-        """Returns ``count`` bytes from ``start``, or as many as there are; one system call reads 2 GiB at most."""
-        parts = []
-        while count > 0 and (part := os.pread(self._file, count, start)):
-            parts.append(part)
-            count, start = count - len(part), start + len(part)
-        return b"".join(parts)
-
-    def _catch_up(self) -> None:
-        size = os.fstat(self._file).st_size
-        if size < self._size:
-            raise LedgerError(f"expected {self._path} to grow only, got {size} bytes after {self._size}; it was cut")
-        if size == self._size:
-            return
-        added = self._read(size - self._size, self._size)
-        if not added.endswith(b"\n"):
-            # Whoever wrote it is dead, for the lock is ours.
-            self._finish_torn_append()
-            added = self._read(os.fstat(self._file).st_size - self._size, self._size)
-        if not added.endswith(b"\n"):
-            raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
+    def _take(self, added: bytes) -> None:
+        """Checks and adds whole lines, each with its line end."""
         last: dict[str, tuple[int, dict[str, Any]]] = {}
         for number, line in enumerate(added[:-1].split(b"\n"), start=1):
             entry = self._apply(line, number)
@@ -401,7 +301,10 @@ class Book:
         # An account's last entry binds all before it, so its signature vouches for the whole chain.
         for number, entry in last.values():
             self._require_signed(entry, number)
-        self._size += len(added)
+
+    def _is_own(self, identity: str, key: str) -> bool:
+        """Whether a key in a grant is its account's; without the holder's secret only its signatures can tell."""
+        return True
 
     def _apply(self, line: bytes, number: int) -> dict[str, Any]:
         """Checks one line against its chain and adds it to its account; returns the entry."""
@@ -463,7 +366,7 @@ class Book:
             population, apart = body["population"], tuple(body["apart"]) if entry["v"] > 1 else ()
             if body["name"] in self._populations.get(population, {}):
                 raise ValueError(f"a second account named {body['name']!r}")
-            if body["key"] != self.secret.identity(identity).public_key:
+            if not self._is_own(identity, body["key"]):
                 raise ValueError("it belongs to another ledger.key")
             if not set(apart) >= self._populations.keys() - {population}:
                 raise ValueError("another population without the statement that no person is in both")
@@ -500,6 +403,131 @@ class Book:
         account.heads.append(entry["hash"])
         account.link = _link(entry)
         account.unsigned += entry["v"] == 1
+
+
+class Book(Ledger):
+    """An append-only file of accounts; see the module's text for its promises.
+
+    Several processes may hold the same book: every charge takes the file's lock and first reads what others added.
+    """
+
+    def __init__(self, folder: Path, population: str | None = None) -> None:
+        """Opens the book in ``folder``, making an empty one where there is none.
+
+        Args:
+            folder: Where the book lies.
+            population: Whose accounts are meant; needed only where the book holds several populations.
+
+        Raises:
+            LedgerError: The book is damaged, cut, foreign, or of a newer version; it is left as it is.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
+        super().__init__(folder / "ledger.jsonl", population)
+        self._intent = folder / "ledger.intent"
+        self._claimed: set[str] = set()
+        self._size = 0
+        self._process = os.getpid()
+        self._threads = threading.RLock()
+        try:
+            self.secret = Secret.load_or_create(folder / "ledger.key")
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            # A synced file whose name is not on disk yet could be lost with all its spend.
+            sync_folder(folder)
+        except OSError as error:
+            raise LedgerError(
+                f"expected ledgers that can be read and written in {folder}, got {error.strerror}"
+            ) from None
+        self._file = descriptor
+        self.close = weakref.finalize(self, os.close, descriptor)
+        with self._locked():
+            self._finish_torn_append()
+            self._catch_up()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def refresh(self) -> None:
+        """Reads what other processes appended."""
+        with self._locked():
+            self._catch_up()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        # A forked child shares its parent's file lock, and a closed book's descriptor may already be another file's.
+        if os.getpid() != self._process or not self.close.alive:
+            raise LedgerError(f"expected {self._path} to be open in this process, got a closed book or a copy; open it")
+        # Threads share the file lock too.
+        with self._threads:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _finish_torn_append(self) -> None:
+        if not self._intent.exists():
+            return
+        head, _, batch = self._intent.read_bytes().partition(b"\n")
+        try:
+            base, digest = _loads(head)
+            if type(base) is not int or base < 0:
+                raise ValueError("not a position in a file")
+        except (ValueError, TypeError):
+            raise LedgerError(
+                f"expected an intent written by this program in {self._intent}, got other bytes"
+            ) from None
+        if hashlib.sha256(batch).hexdigest() != digest:
+            raise LedgerError(f"expected an unbroken intent in {self._intent}, got changed bytes; restore a backup")
+        size = os.fstat(self._file).st_size
+        if size < base:
+            raise LedgerError(
+                f"expected at least {base} bytes in {self._path}, got {size}: it was cut; restore it from a backup"
+            )
+        tail = self._read(len(batch), base)
+        if not batch.startswith(tail):
+            raise LedgerError(f"expected {self._path} to hold its intent, got other bytes; restore a backup")
+        if len(tail) < len(batch):
+            # The crash may have come after the caller was promised nothing; finishing it over-counts at worst.
+            try:
+                os.write(self._file, batch[len(tail) :])
+                os.fsync(self._file)
+            except OSError as error:
+                raise LedgerError(
+                    f"expected to finish a torn charge in {self._path}, got {error.strerror}; free some space"
+                ) from None
+
+    def _read(self, count: int, start: int) -> bytes:
+        """Returns ``count`` bytes from ``start``, or as many as there are; one system call reads 2 GiB at most."""
+        parts = []
+        while count > 0 and (part := os.pread(self._file, count, start)):
+            parts.append(part)
+            count, start = count - len(part), start + len(part)
+        return b"".join(parts)
+
+    def _catch_up(self) -> None:
+        size = os.fstat(self._file).st_size
+        if size < self._size:
+            raise LedgerError(f"expected {self._path} to grow only, got {size} bytes after {self._size}; it was cut")
+        if size == self._size:
+            return
+        added = self._read(size - self._size, self._size)
+        if not added.endswith(b"\n"):
+            # Whoever wrote it is dead, for the lock is ours.
+            self._finish_torn_append()
+            added = self._read(os.fstat(self._file).st_size - self._size, self._size)
+        if not added.endswith(b"\n"):
+            raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
+        self._take(added)
+        self._size += len(added)
+
+    def _is_own(self, identity: str, key: str) -> bool:
+        return key == self.secret.identity(identity).public_key
 
     # -- writing ------------------------------------------------------------------------------------------------
 
