@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from privacy.errors import RunError
 
-SCHEMA: Final = "tacit-report/1"
+SCHEMA: Final = "tacit-report/2"
 INFINITY: Final = "infinity"
 UNKNOWN: Final = "unknown"
 
@@ -497,6 +497,7 @@ def render(report: Mapping[str, Any]) -> str:
         _adversaries,
         _witness,
         _how,
+        _empirical,
         _simulation,
         _software,
     )
@@ -574,6 +575,7 @@ def _top(report: Mapping[str, Any]) -> str:
         ("Status", _safe(run["status"])),
         ("Time", f"{_moment(run['started'])} to {_moment(run['finished'])}"),
         ("Covers", f"<strong>{_safe(run['covers'])}</strong>"),
+        *((_name(key).capitalize(), _safe(text)) for key, text in report["product"].items() if text != "not stated"),
     ]
     return (
         '<header><p class="mark"><b>tacit</b> <i>understood without being said</i></p><h1>Privacy report</h1>'
@@ -880,7 +882,20 @@ def _how(report: Mapping[str, Any]) -> str:
     entries = [(_name(key).capitalize(), _safe(text)) for key, text in report["mechanism"].items()]
     rows = [[_safe(row["what"]), _safe(row["assumed"]), _safe(row["actual"])] for row in report["sampling"]]
     table = _table(["Sampling", "Assumed by the accountants", "What the code does"], rows, kind="words")
-    return _section("How it was done", _pairs(entries) + table, "how")
+    heads = ["Use of private data", "Accounted for", "In words"]
+    uses = [[_safe(row["access"]), _safe(row["accounted"]), _safe(row["words"])] for row in report["accesses"]]
+    limits = "".join(f"<li>{_safe(text)}</li>" for text in report["limits"])
+    return _section(
+        "How it was done", f"{_pairs(entries)}{table}{_table(heads, uses, kind='words')}<ul>{limits}</ul>", "how"
+    )
+
+
+def _empirical(report: Mapping[str, Any]) -> str:
+    """Returns what an audit found, in its own words."""
+    found = report["empirical"]
+    entries = [("Status", _safe(found["status"])), ("Meaning", _safe(found["words"]))]
+    entries += [(_name(key).capitalize(), _value(item)) for key, item in found.get("audit", {}).items()]
+    return _section("Empirical evidence", _pairs(entries), "empirical")
 
 
 def _simulation(report: Mapping[str, Any]) -> str:
@@ -929,7 +944,15 @@ def _software(report: Mapping[str, Any]) -> str:
         for key, item in software.items()
         if key != "versions"
     ]
+    signature = report["signature"]
+    signed = (
+        f"by the {_safe(signature['by'])}, key <code>{_safe(signature['public_key'])}</code>; compare it with the key "
+        "that you were given another way, and check the file with <code>tacit verify</code>"
+        if signature
+        else "not signed: only the receipts in it speak for its figures"
+    )
     plain.insert(0, ("Report id", f"<code>{_safe(report['report_id'])}</code>"))
+    plain.insert(1, ("Signed", signed))
     groups = [
         ("Versions", software["versions"]),
         ("Plan", report["plan"]),
