@@ -305,6 +305,28 @@ def second_rdp(event: Event, order: float) -> float:
     return event.steps * _second_rdp_of_step(float(event.sample_rate), float(event.noise_multiplier), float(order))
 
 
+def second_filter(history: Sequence[Event], grant: Grant) -> tuple[float, float]:
+    """Returns between which two figures a filter's epsilon lies by dp-accounting, its conversion included.
+
+    At a whole order the two are one figure but for rounding. Between whole orders dp-accounting gives only a bound from
+    above; from below, the divergence at the whole order beneath it is one, since divergence grows with the order.
+
+    Args:
+        history: Everything that was charged.
+        grant: The budget, whose order and delta count.
+    """
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    def epsilon(order: float) -> float:
+        spent = sum(second_rdp(event, order) for event in history)
+        figure, _ = rdp_privacy_accountant.compute_epsilon([grant.order], [spent], grant.delta)
+        return float(figure)
+
+    below = float(math.floor(grant.order))
+    # Order 1 is the mean, which dp-accounting does not give: nothing is claimed from below.
+    return (epsilon(below) if below > 1 else 0.0), epsilon(float(grant.order))
+
+
 @functools.lru_cache(maxsize=4096)
 def _second_rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> float:
     from dp_accounting import dp_event

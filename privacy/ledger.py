@@ -913,6 +913,23 @@ def _statement(digest: str) -> bytes:
     return b"tacit/entry/2\n" + digest.encode()
 
 
+def require_signed_entry(entry: Mapping[str, Any], key: str) -> None:
+    """Checks a grant, a commitment or a change of budget that stands alone, outside its ledger.
+
+    It shows that the holder of the key wrote this entry; only the whole ledger shows what came before and after.
+
+    Raises:
+        LedgerError: It was changed, or the key did not sign it, or it is of version 1, which was not signed.
+    """
+    try:
+        sound = set(entry) == _ENTRY_KEYS and entry["kind"] != "charge" and _digest(entry) == entry["hash"]
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise LedgerError("expected a signed entry of a ledger, got another or a changed one")
+    verify(key, _statement(entry["hash"]), entry["sig"])
+
+
 def _require_terms(body: Mapping[str, Any], event: Event) -> None:
     """Refuses a commitment that does not say which code, which settings and which sampling law.
 

@@ -563,21 +563,21 @@ def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
             epsilon = facts.multiplicity_epsilon
             basis = f"composed over the {facts.multiplicity} data sets in which one person may be"
         # Removing and adding is two steps, so group privacy gives a bound, at a larger delta.
-        swap, swap_delta = 2 * epsilon, delta * (1 + _odds(epsilon))
+        swap, swap_delta = 2 * epsilon, delta * (1 + odds_of(epsilon))
         swap_basis = "group privacy: twice epsilon at delta (1 + e^epsilon)"
         if math.isinf(epsilon):
             swap_delta, swap_basis = delta, basis
         elif swap_delta >= 1:
             swap, swap_delta, swap_basis = None, delta, "group privacy gives no bound at this epsilon"
-        tpr = [(fpr, _tpr_bound(fpr, epsilon, delta)) for fpr in (0.001, 0.01)]
+        tpr = [(fpr, tpr_bound(fpr, epsilon, delta)) for fpr in (0.001, 0.01)]
         if facts.multiplicity == 1 and _one_schedule(facts) and _pld_holds(facts.prices):
             tpr = list(facts.prices.tpr) or tpr
             if facts.prices.pld_replace_one is not None:
                 swap, swap_delta = facts.prices.pld_replace_one, delta
                 swap_basis = "the same schedule, priced by PLD"
-    odds = None if epsilon is None else _odds(epsilon)
+    odds = None if epsilon is None else odds_of(epsilon)
     return {
-        "sentence": _sentence(epsilon, delta, _protects(facts), reasons),
+        "sentence": sentence_of(epsilon, delta, _protects(facts), reasons),
         "protects": _protects(facts),
         "person": _person(facts, epsilon),
         "unit": facts.plan.unit,
@@ -601,14 +601,14 @@ def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
     }
 
 
-def _odds(epsilon: float) -> float:
+def odds_of(epsilon: float) -> float:
     """Returns e^epsilon, infinity where a float cannot hold it."""
     return math.exp(epsilon) if epsilon < 700 else math.inf
 
 
-def _tpr_bound(fpr: float, epsilon: float, delta: float) -> float:
+def tpr_bound(fpr: float, epsilon: float, delta: float) -> float:
     """Returns the largest true positive rate that (epsilon, delta) allows any membership test at ``fpr``."""
-    odds = _odds(epsilon)
+    odds = odds_of(epsilon)
     return min(1.0, odds * fpr + delta, max(0.0, 1 - (1 - delta - fpr) / odds))
 
 
@@ -619,13 +619,13 @@ def _protects(facts: RunFacts) -> str:
     return f"one person (one record in each of up to {facts.multiplicity} data sets)"
 
 
-def _sentence(epsilon: float | None, delta: float, protects: str, reasons: list[str]) -> str:
+def sentence_of(epsilon: float | None, delta: float, protects: str, reasons: list[str]) -> str:
     """Returns the headline in plain words."""
     if epsilon is None:
         return f"What this cost in privacy is unknown, so no figure may be quoted. {reasons[0]}"
     if math.isinf(epsilon):
         return f"There is no privacy guarantee here: epsilon is infinity. {' '.join(reasons)}".strip()
-    factor = figure_words(_plain(_odds(epsilon)))
+    factor = figure_words(_plain(odds_of(epsilon)))
     return (
         f"Adding or removing {protects} changes the odds of any conclusion that anyone can draw from what "
         f"was released by at most a factor of {factor}, up to a slack of one in {1 / delta:,.0f} (epsilon "

@@ -13,6 +13,7 @@ What no copy can show by itself is whether a later state of the same ledger exis
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import time
@@ -110,6 +111,68 @@ class Transcript(Ledger):
         """All accounts of all populations, by their identities."""
         return self._accounts
 
+    def tell(self) -> dict[str, Any]:
+        """Returns what a person wants to know: every charge, every account, and what was found sound.
+
+        An account's figures are those of `accounts`, one population's, where one was named; else of all.
+        """
+        shown = self._populations.get(self._population, {}).values() if self._population else self.everyone.values()
+        chosen = {account.identity: account for account in shown}
+        unsigned = sum(account.unsigned for account in chosen.values())
+        back = sum(account.backwards for account in chosen.values())
+        verdict = "Chains and signatures hold."
+        if unsigned:
+            verdict = f"Chains hold; {unsigned} entries of version 1 were never signed."
+        if back:
+            verdict += f" In {back} entries the clock was set back; their spend counts."
+        return {
+            "charges": [
+                {
+                    "time": iso(line.time),
+                    "name": line.name,
+                    "job": line.job,
+                    "round": line.round,
+                    "released": line.event.released,
+                    "kind": line.event.kind.value,
+                    "spent": line.spent,
+                    "remaining": max(0.0, line.granted - line.spent),
+                }
+                for line in self.lines
+                if line.account in chosen
+            ],
+            "accounts": [
+                {
+                    "name": account.name,
+                    "account": account.identity,
+                    "population": account.population,
+                    "granted": float(account.grant.epsilon),
+                    "spent": account.spent,
+                    "remaining": max(0.0, account.grant.epsilon - account.spent),
+                    "delta": account.grant.delta,
+                    "order": float(account.grant.order),
+                    "records_bound": account.grant.records_bound,
+                    "charges": account.charges,
+                    "jobs": len(account.jobs),
+                    "test_noise": account.test,
+                    "clock_set_back": account.backwards,
+                    "unsigned": account.unsigned,
+                    "head": account.heads[-1],
+                    "key": account.public_key,
+                    "changes": [
+                        {
+                            "time": iso(change.time),
+                            "before": change.before,
+                            "after": change.after,
+                            "raised": change.after > change.before,
+                        }
+                        for change in account.changes
+                    ],
+                }
+                for account in chosen.values()
+            ],
+            "verdict": verdict,
+        }
+
     def _add(self, account: Account | None, entry: Mapping[str, Any]) -> None:
         super()._add(account, entry)
         identity, body = entry["account"], entry["body"]
@@ -192,6 +255,14 @@ def read_ledger(place: Path, population: str | None = None) -> Transcript:
     return Transcript(data, path, population)
 
 
+def iso(seconds: int) -> str:
+    """Returns a time as ISO 8601, UTC, to the second; times beyond the calendar as they are."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds} s"
+
+
 def is_ledger(text: bytes) -> bool:
     """Says whether bytes begin as a ledger or an export does; no promise that they are sound."""
     return text.startswith((b'{"account":"', b'{"bytes":'))
@@ -224,12 +295,16 @@ def export(book: Book, path: Path) -> Transcript:
     return copy
 
 
-def import_into(book: Book, copy: Transcript) -> int:
-    """Continues a book with what a copy of the same book has beyond it.
+def import_into(folder: Path, copy: Transcript) -> int:
+    """Continues the book in a folder with what a copy of the same book has beyond it.
 
     Guarantees:
         Nothing is lost and nothing forks: the book's entries must be the beginning of the copy, byte for byte, or the
         copy a beginning of the book; an entry is never taken away, reset or put in another order.
+
+    Args:
+        folder: Where the book lies, or is to lie again; its ``ledger.key`` must be there, for no copy holds it.
+        copy: The copy, read and checked.
 
     Returns:
         How many entries were added.
@@ -237,7 +312,13 @@ def import_into(book: Book, copy: Transcript) -> int:
     Raises:
         LedgerError: The two went different ways, or the copy belongs to another holder's key.
     """
-    return book.absorb(copy.data)
+    if not (folder / "ledger.key").exists():
+        raise LedgerError(
+            f"expected the holder's ledger.key in {folder}, got none; put its backup there first: a copy has no secret, "
+            "and under another key the ledger could never be charged again"
+        )
+    with Book(folder) as book:
+        return book.absorb(copy.data)
 
 
 def holders_grant(*, epsilon: float, delta: float, records_bound: int, order: float = 0.0) -> Grant:

@@ -8,7 +8,6 @@ told to the report as a doubt, and the report then prints no finite figure (guar
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -27,6 +26,7 @@ from privacy.ledger import Account, Receipt
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan
 from privacy.report import ClientSpend, Prices, RunFacts, Verdict, write
+from privacy.transcript import iso
 from privacy.wire import settings_digest
 from server.app import CHECKPOINT, METRICS, RECEIPTS
 from server.checkpoint import State, load
@@ -112,7 +112,7 @@ def facts_of(world: World, persons: Sequence[int] = ()) -> RunFacts:
                 _spend(world, account, by_account[account.identity], sound[account.identity], lost, declined),
                 account=account.identity,
                 proof=_proof(account, settled.id, papers, sound[account.identity], countersigned),
-                changes=tuple((_iso(change.time), change.before, change.after) for change in account.changes),
+                changes=tuple((iso(change.time), change.before, change.after) for change in account.changes),
                 clock_set_back=account.backwards,
             )
             for account in accounts
@@ -260,10 +260,6 @@ def _proof(
             "countersignature": last.countersignature,
         }
     return proof
-
-
-def _iso(seconds: int) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
 # -- judging --------------------------------------------------------------------------------------------------------
