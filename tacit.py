@@ -487,17 +487,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         rows = [{"check": check.name, "result": check.result.value, "words": check.words} for check in checks]
         print(json.dumps({"holds": sound, "checks": rows}))
     else:
-        from rich.table import Table
         from rich.text import Text
 
         colors = {"holds": "green", "does not hold": "bold red", "cannot be proven": "yellow"}
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for title in ("answer", "what was asked", "why"):
-            table.add_column(title, overflow="fold")
-        for check in checks:
-            table.add_row(Text(check.result.value, style=colors[check.result.value]), check.name, check.words)
         console = _console()
-        console.print(table)
+        for check in checks:
+            answer = Text(check.result.value.ljust(18), style=colors[check.result.value])
+            console.print(answer + Text(f"{check.name}: {check.words}", style="not bold"), soft_wrap=True)
         failed = sum(check.result.value == "does not hold" for check in checks)
         verdict = "Nothing failed." if sound else f"{failed} of {len(checks)} checks do not hold."
         console.print(f"\n{verdict}", style="bold")
@@ -583,12 +579,18 @@ def _client_ledger(arguments: argparse.Namespace) -> int:
 
     console = _console()
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("time", "data set", "job", "round", "released", "spent after", "remaining"):
-        table.add_column(title, justify="right" if title in ("round", "spent after", "remaining") else "left")
+    for title in ("time", "data set", "job", "round", "released", "spent", "left"):
+        table.add_column(title, justify="right" if title in ("round", "spent", "left") else "left", no_wrap=True)
     for row in told["charges"]:
         left = f"{math.floor(100 * row['remaining'] + 1e-6) / 100:.2f}"
         table.add_row(
-            row["time"], row["name"], row["job"][:8], str(row["round"]), row["released"], _epsilon(row["spent"]), left
+            row["time"][:16].replace("T", " "),
+            row["name"],
+            row["job"][:8],
+            str(row["round"]),
+            row["released"],
+            _epsilon(row["spent"]),
+            left,
         )
     if told["charges"]:
         console.print(table)
@@ -602,8 +604,8 @@ def _print_budgets(told: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("data set", "budget", "spent", "remaining", "delta", "order", "charges", "key"):
-        table.add_column(title, justify="left" if title in ("data set", "key") else "right")
+    for title in ("data set", "budget", "spent", "left", "delta", "order", "charges", "key"):
+        table.add_column(title, justify="left" if title in ("data set", "key") else "right", no_wrap=True)
     for row in told["accounts"]:
         left = f"{math.floor(100 * row['remaining'] + 1e-6) / 100:.2f}"
         table.add_row(

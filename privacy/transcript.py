@@ -314,7 +314,7 @@ def import_into(folder: Path, copy: Transcript) -> int:
     """
     if not (folder / "ledger.key").exists():
         raise LedgerError(
-            f"expected the holder's ledger.key in {folder}, got none; put its backup there first: a copy has no secret, "
+            f"expected the holder's ledger.key in {folder}, got none; put its backup there first: a copy has none, "
             "and under another key the ledger could never be charged again"
         )
     with Book(folder) as book:

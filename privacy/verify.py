@@ -36,6 +36,7 @@ from privacy.accounting import (
 from privacy.errors import TacitError
 from privacy.identity import COUNTERSIGN, verify
 from privacy.ledger import Law, Receipt, require_signed_entry
+from privacy.ledger_report import over_ledgers
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Local, Plan, Unit, canonical
 from privacy.report import (
@@ -51,6 +52,7 @@ from privacy.report import (
     to_json,
     tpr_bound,
 )
+from privacy.report_page import LEDGER_SCHEMA, render_ledgers
 from privacy.transcript import LEDGER_FILE, Line, Transcript, is_ledger, read_ledger
 from privacy.wire import settings_digest
 
@@ -117,6 +119,7 @@ class _Files:
         report: The report; None where none was given or it cannot be read.
         text: Its text.
         pages: Pages by their names.
+        overviews: Texts of reports over ledgers, by the files' names.
         receipts: Lines of receipts files that could be read.
         digests: SHA-256 and number of lines of each receipts file.
         ledgers: Ledgers that hold.
@@ -126,6 +129,7 @@ class _Files:
     report: dict[str, Any] | None = None
     text: str = ""
     pages: dict[str, str] = dataclasses.field(default_factory=dict)
+    overviews: dict[str, str] = dataclasses.field(default_factory=dict)
     receipts: list[_Witnessed] = dataclasses.field(default_factory=list)
     digests: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     ledgers: list[Transcript] = dataclasses.field(default_factory=list)
@@ -253,6 +257,9 @@ def _read_a_report(name: str, text: str, files: _Files) -> Check:
         raise ValueError(f"{word} is no number")
 
     report = json.loads(text, parse_constant=no_number)
+    if report.get("schema") == LEDGER_SCHEMA:
+        files.overviews[name] = text
+        return Check(name, Result.HOLDS, "a report over ledgers; it is made again from them below")
     if report.get("schema") != SCHEMA:
         return Check(name, Result.FAILS, f"it is of schema {report.get('schema')!r:.40}; this program knows {SCHEMA}")
     if files.report is not None:
@@ -299,10 +306,29 @@ def _identity(files: _Files) -> Iterator[Check]:
     )
 
 
+def _overviews(files: _Files) -> Iterator[Check]:
+    """Reports over ledgers."""
+    for name, text in files.overviews.items():
+        asked = f"made from its ledgers, {name.removeprefix('file ')}"
+        wanted = {row["account"]: row["ledger_head"] for row in json.loads(text)["data_sets"]}
+        sources = [ledger for ledger in files.ledgers if wanted.keys() & ledger.everyone.keys()]
+        if wanted.keys() - {identity for ledger in sources for identity in ledger.everyone}:
+            yield Check(asked, Result.OPEN, "some of its ledgers are not here; give them too")
+            continue
+        same = to_json(over_ledgers(sources)) == text
+        words = "made again from the ledgers it comes out the same, byte for byte"
+        yield Check(asked, Result.HOLDS if same else Result.FAILS, words if same else "the ledgers give another report")
+
+
 def _page(files: _Files) -> Iterator[Check]:
     """Pages."""
     for name, text in files.pages.items():
-        if files.report is None:
+        overviews = [render_ledgers(json.loads(overview)) for overview in files.overviews.values()]
+        if files.report is None and overviews:
+            same = text in overviews
+            words = "it is what the report gives, byte for byte" if same else "it is not what the report gives"
+            yield Check(f"page {name}", Result.HOLDS if same else Result.FAILS, words)
+        elif files.report is None:
             yield Check(f"page {name}", Result.OPEN, "without its report.json nothing can be compared")
         else:
             same = render(files.report) == text
@@ -889,6 +915,7 @@ def _some(names: Sequence[str]) -> str:
 
 _QUESTIONS: Final[tuple[Callable[[_Files], Iterator[Check]], ...]] = (
     _identity,
+    _overviews,
     _page,
     _clients,
     _commitments,
