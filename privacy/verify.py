@@ -168,7 +168,7 @@ def verify_files(places: Sequence[Path], keys: Collection[str] = ()) -> list[Che
     files, checks = _Files(keys=frozenset(keys)), []
     for path in _expand(places):
         checks.append(_read(path, files))
-    if len({id(ledger) for ledger in files.ledgers}) and files.report is None and not files.receipts:
+    if files.ledgers and files.report is None and not files.receipts:
         checks.append(
             Check(
                 "rollback", Result.OPEN, "a ledger alone cannot show that no later state exists; receipts of peers can"
@@ -176,7 +176,12 @@ def verify_files(places: Sequence[Path], keys: Collection[str] = ()) -> list[Che
         )
     for question in _QUESTIONS:
         try:
-            checks += question(files)
+            answers = list(question(files))
+            checks += answers
+            if question is _identity and not passed(answers or checks) and files.report is not None:
+                # Whatever a changed report says, nobody said it.
+                checks.append(Check("the report's figures", Result.OPEN, "not looked at: the report was changed"))
+                files.report = None
         except _FAULTS as error:
             name = (question.__doc__ or "").partition("\n")[0].rstrip(".").lower()
             checks.append(
@@ -486,6 +491,14 @@ def _receipts(files: _Files) -> Iterator[Check]:
             same = files.digests == [(named.get("sha256"), named.get("lines"))]
             words = "it is the one that the report was made from" if same else "the report was made from other receipts"
             yield Check("receipts file", Result.HOLDS if same else Result.FAILS, words)
+            signer = (report["signature"] or {}).get("public_key")
+            strange = signer is not None and any(found.peer != signer for found in files.receipts)
+            words = "whoever signed the report countersigned every receipt"
+            yield Check(
+                "countersignatures",
+                Result.FAILS if strange else Result.HOLDS if signer is not None else Result.OPEN,
+                words if not strange and signer is not None else "another key countersigned than signed the report",
+            )
             yield from _arrived(report, files)
     known = files.known()
     if not known:
