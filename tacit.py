@@ -108,6 +108,17 @@ the task's own defaults, those over the defaults above.
 """
 
 
+_VERIFY: Final = """\
+Check what a run or a data holder left, trusting nobody who made it: hashes, signatures, chains, receipts against
+ledgers, and every epsilon computed anew, by a second accountant too. Needs the files and nothing else. Ends with 0
+only if nothing failed; what cannot be proven is said, and does not fail.
+"""
+
+_CLIENT: Final = """\
+What a data holder does with its own ledger, out of any job's reach. A budget is set once for a data set's lifetime;
+afterwards it can be lowered, and raised only by an explicit word that every report shows.
+"""
+
 _METAVARS: Final = {str: "TEXT", int: "N", float: "X"}
 
 
@@ -188,7 +199,9 @@ def _dispatch(argv: list[str]) -> int:
         "plan": _plan,
         "tune": _tune,
         "report": _report,
+        "verify": _verify,
         "audit": _audit,
+        "client": _client,
         "tasks": _tasks,
     }
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
@@ -197,12 +210,12 @@ def _dispatch(argv: list[str]) -> int:
     _simulate_page(kinds)
     _plan_page(kinds)
     _tune_page(kinds)
+    _report_page(kinds)
+    _verify_page(kinds)
+    _audit_page(kinds)
+    _client_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
-    report = kinds.add_parser("report", help="write a run's report again, from its folder", formatter_class=_Page)
-    report.add_argument("run", metavar="RUN", type=Path, help="run folder that 'tacit simulate' made")
-    report.add_argument("--json", action="store_true", help="print the report as JSON, for programs")
-    _audit_page(kinds)
     if not argv:
         parser.print_help()
         return 0
@@ -930,13 +943,286 @@ def _tasks(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "report", help="write a run's report again, or one over ledgers", formatter_class=_Page, allow_abbrev=False
+    )
+    page.add_argument("places", metavar="RUN|LEDGER", type=Path, nargs="+", help="a run folder, or ledgers or exports")
+    page.add_argument("--out", metavar="DIR", type=Path, help="where to write a report over ledgers (default: here)")
+    page.add_argument(
+        "--records-per-person",
+        metavar="N",
+        type=int,
+        action="append",
+        default=[],
+        help="price a person with up to N records in one data set too; repeatable, each takes up to a minute",
+    )
+    page.add_argument("--json", action="store_true", help="print the report as JSON, for programs")
+
+
 def _report(arguments: argparse.Namespace) -> int:
-    run = importlib.import_module("simulations.run")
-    path = run.render(arguments.run)
+    persons = tuple(arguments.records_per_person)
+    if len(arguments.places) == 1 and not _is_ledger_place(arguments.places[0]):
+        run = importlib.import_module("simulations.run")
+        path = run.render(arguments.places[0], *([persons] if persons else []))
+    else:
+        from privacy.ledger_report import write_over_ledgers
+
+        path = write_over_ledgers(arguments.places, arguments.out or Path())
     if arguments.json:
         print((path.parent / "report.json").read_text())
     else:
         print(f"wrote {path}\nopen it in a browser: {path.resolve().as_uri()}")
+    return 0
+
+
+def _is_ledger_place(place: Path) -> bool:
+    """Whether a place is a ledger, an export, or a folder with a ledger in it, rather than a run folder."""
+    return place.is_file() or (place / "ledger.jsonl").exists()
+
+
+def _verify_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "verify",
+        help="check reports, receipts and ledgers from the files alone",
+        description=_VERIFY,
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    page.add_argument(
+        "places",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        help="report.json, report.html, receipts.jsonl, ledger.jsonl, an export, or a folder with such",
+    )
+    page.add_argument(
+        "--key",
+        metavar="HEX",
+        action="append",
+        default=[],
+        help="public key that you trust (64 hex digits); repeatable",
+    )
+    page.add_argument("--keys", metavar="FILE", type=Path, help="file with such keys, the first word of each line")
+    page.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from privacy.errors import LedgerError
+    from privacy.verify import passed, verify_files
+
+    checks = verify_files(arguments.places, _trusted(arguments))
+    sound = passed(checks)
+    if arguments.json:
+        rows = [{"check": check.name, "result": check.result.value, "words": check.words} for check in checks]
+        print(json.dumps({"holds": sound, "checks": rows}))
+    else:
+        from rich.text import Text
+
+        colors = {"holds": "green", "does not hold": "bold red", "cannot be proven": "yellow"}
+        console = _console()
+        for check in checks:
+            answer = Text(check.result.value.ljust(18), style=colors[check.result.value])
+            console.print(answer + Text(f"{check.name}: {check.words}", style="not bold"), soft_wrap=True)
+        failed = sum(check.result.value == "does not hold" for check in checks)
+        verdict = "Nothing failed." if sound else f"{failed} of {len(checks)} checks do not hold."
+        console.print(f"\n{verdict}", style="bold")
+    return 0 if sound else LedgerError.exit_code
+
+
+def _trusted(arguments: argparse.Namespace) -> list[str]:
+    """Returns the keys that the command line names.
+
+    Raises:
+        PlanError: One is no key: a typing error must not pass for a key that nobody uses.
+    """
+    import re
+
+    from privacy.errors import PlanError
+
+    keys = list(arguments.key)
+    if arguments.keys is not None:
+        lines = arguments.keys.read_text().splitlines()
+        keys += [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    for key in keys:
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise PlanError(f"expected a public key of 64 lower-case hex digits, got {key[:70]!r}; copy it whole")
+    return keys
+
+
+def _client_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "client",
+        help="a data holder's own ledger: show it, set its budget, export and import it",
+        description=_CLIENT,
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    acts = page.add_subparsers(title="verbs", dest="act", metavar="VERB", required=True, parser_class=_Parser)
+    for name, text in (
+        ("ledger", "show what was spent, on what, and what is left"),
+        ("budget", "set a data set's lifetime budget, lower it, or (with --raise) raise it"),
+    ):
+        act = acts.add_parser(name, help=text, description=text, formatter_class=_Page, allow_abbrev=False)
+        act.add_argument("folder", metavar="DIR", type=Path, help="folder of the ledger")
+        act.add_argument(
+            "--population", metavar="TEXT", help="whose accounts, where the ledger holds several populations"
+        )
+        act.add_argument("--json", action="store_true", help="one JSON object, for programs")
+        if name == "budget":
+            act.add_argument("--name", metavar="NAME", help="the data set; without it, the budgets are shown")
+            act.add_argument("--epsilon", metavar="X", type=float, help="most that may ever be spent")
+            act.add_argument("--delta", metavar="X", type=float, help="at which all spend is priced; fixed for ever")
+            act.add_argument("--records-bound", metavar="N", type=int, help="public bound on the number of records")
+            act.add_argument(
+                "--order", metavar="X", type=float, default=0.0, help="Renyi order of the filter (0: chosen)"
+            )
+            act.add_argument(
+                "--raise", dest="may_raise", action="store_true", help="let the budget grow; reports show it"
+            )
+    for name, text, places in (
+        ("export", "write a signed copy of a ledger, without its secret", ("DIR", "FILE")),
+        ("import", "continue a ledger from a copy of itself; nothing is ever taken back", ("FILE", "DIR")),
+    ):
+        act = acts.add_parser(name, help=text, description=text, formatter_class=_Page, allow_abbrev=False)
+        for place in places:
+            act.add_argument(
+                place.lower(), metavar=place, type=Path, help=f"the {'copy' if place == 'FILE' else 'ledger'}"
+            )
+        act.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+
+def _client(arguments: argparse.Namespace) -> int:
+    acts = {"ledger": _client_ledger, "budget": _client_budget, "export": _client_export, "import": _client_import}
+    return acts[arguments.act](arguments)
+
+
+def _client_ledger(arguments: argparse.Namespace) -> int:
+    from privacy.transcript import read_ledger
+
+    ledger = read_ledger(arguments.folder, arguments.population)
+    told = ledger.tell()
+    if arguments.json:
+        print(json.dumps(_finite(told), allow_nan=False))
+        return 0
+    from rich.table import Table
+
+    console = _console()
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("time", "data set", "job", "round", "released", "spent", "left"):
+        table.add_column(title, justify="right" if title in ("round", "spent", "left") else "left", no_wrap=True)
+    for row in told["charges"]:
+        left = f"{math.floor(100 * row['remaining'] + 1e-6) / 100:.2f}"
+        table.add_row(
+            row["time"][:16].replace("T", " "),
+            row["name"],
+            row["job"][:8],
+            str(row["round"]),
+            row["released"],
+            _epsilon(row["spent"]),
+            left,
+        )
+    if told["charges"]:
+        console.print(table)
+        console.print()
+    _print_budgets(told)
+    console.print(f"\n{told['verdict']}", soft_wrap=True)
+    return 0
+
+
+def _print_budgets(told: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("data set", "budget", "spent", "left", "delta", "order", "charges", "key"):
+        table.add_column(title, justify="left" if title in ("data set", "key") else "right", no_wrap=True)
+    for row in told["accounts"]:
+        left = f"{math.floor(100 * row['remaining'] + 1e-6) / 100:.2f}"
+        table.add_row(
+            row["name"] + (" (test noise)" if row["test_noise"] else ""),
+            f"{row['granted']:g}" + (" (raised)" if any(change["raised"] for change in row["changes"]) else ""),
+            _epsilon(math.inf if row["test_noise"] else row["spent"]),
+            left,
+            f"{row['delta']:g}",
+            f"{row['order']:g}",
+            str(row["charges"]),
+            row["key"][:16],
+        )
+    _console().print(table)
+
+
+def _client_budget(arguments: argparse.Namespace) -> int:
+    from privacy.errors import PlanError
+    from privacy.ledger import Book
+    from privacy.transcript import holders_grant, read_ledger
+
+    if arguments.name is None:
+        if arguments.epsilon is not None or arguments.delta is not None:
+            raise PlanError("expected --name NAME with a budget, got none; name the data set")
+    elif arguments.epsilon is None:
+        raise PlanError("expected --epsilon X with --name, got none; without --name the budgets are shown")
+    else:
+        with Book(arguments.folder, arguments.population) as book:
+            if arguments.name in book.accounts:
+                grant = book.accounts[arguments.name].grant
+                for flag, value, fixed in (
+                    ("delta", arguments.delta, grant.delta),
+                    ("records-bound", arguments.records_bound, grant.records_bound),
+                    ("order", arguments.order or None, grant.order),
+                ):
+                    if value is not None and value != fixed:
+                        raise PlanError(
+                            f"expected the {flag} {fixed:g} that was fixed with the first budget, got {value:g}"
+                        )
+                book.set_budget(arguments.name, arguments.epsilon, may_raise=arguments.may_raise)
+            else:
+                if arguments.delta is None or arguments.records_bound is None:
+                    raise PlanError(
+                        "expected --delta and --records-bound with a first budget, got none; they are fixed then"
+                    )
+                grant = holders_grant(
+                    epsilon=arguments.epsilon,
+                    delta=arguments.delta,
+                    records_bound=arguments.records_bound,
+                    order=arguments.order,
+                )
+                known = sorted(book.populations)
+                population = arguments.population or (known[0] if known else "the holder's own data sets")
+                book.grant({arguments.name: grant}, population=population)
+    told = read_ledger(arguments.folder, arguments.population).tell()
+    if arguments.json:
+        print(json.dumps(_finite({"accounts": told["accounts"]}), allow_nan=False))
+    else:
+        _print_budgets(told)
+    return 0
+
+
+def _client_export(arguments: argparse.Namespace) -> int:
+    from privacy.ledger import Book
+    from privacy.transcript import export, read_ledger
+
+    # First read without its key: a folder without a ledger must not get one made.
+    read_ledger(arguments.dir)
+    with Book(arguments.dir) as book:
+        copy = export(book, arguments.file)
+    told = {"file": str(arguments.file), "accounts": len(copy.everyone), "charges": len(copy.lines)}
+    words = (
+        f"wrote {arguments.file}: {told['accounts']} accounts, {told['charges']} charges, signed; it holds no secret"
+    )
+    print(json.dumps(told) if arguments.json else words)
+    return 0
+
+
+def _client_import(arguments: argparse.Namespace) -> int:
+    from privacy.transcript import import_into, read_ledger
+
+    added = import_into(arguments.dir, read_ledger(arguments.file))
+    words = (
+        f"added {added} entries; if more was charged after the copy was made, peers' receipts will show it"
+        if added
+        else f"{arguments.dir} has everything that the copy has; nothing was changed"
+    )
+    print(json.dumps({"added": added}) if arguments.json else words)
     return 0
 
 

@@ -31,7 +31,7 @@ from privacy.errors import PlanError
 from privacy.ledger import ChargeRequest, Word
 from privacy.plan import Local, Plan, require
 from privacy.vault import private_logger
-from privacy.wire import model_digest, read_float32, request_digest, write_float32
+from privacy.wire import model_digest, read_float32, request_digest, settings_digest, write_float32
 
 REQUEST_KEYS: Final = frozenset({"job", "round", "task", "plan", "local", "lr", "seed", "witness"})
 _TEXT_BYTES: Final = 8 * 1024
@@ -70,7 +70,7 @@ class Request:
     arrays: ArrayRecord
     digest: str
 
-    def charge_of(self, name: str, *, noise: str, commitment: str = "") -> ChargeRequest:
+    def charge_of(self, name: str, *, noise: str, commitment: str = "", code: str = "") -> ChargeRequest:
         """Returns what this request asks one data set to pay for."""
         return ChargeRequest(
             name=name,
@@ -81,6 +81,8 @@ class Request:
             commitment=commitment,
             noise=noise,
             witness=self.witness,
+            code=code,
+            settings=settings_digest(self.task, self.plan.digest(), self.local.to_json(), self.seed),
         )
 
 
@@ -271,7 +273,7 @@ def answer(request: Request, holder: Holder) -> Release | Word:
     worker.trainer.rehearse(worker.synthetic)
     # From here on the charge is spent whatever happens; nothing above has touched a record.
     receipt = holder.charge(
-        request.charge_of(holder.name, noise=noise_name(holder.sources), commitment=holder.commitment)
+        request.charge_of(holder.name, noise=noise_name(holder.sources), commitment=holder.commitment, code=holder.code)
     )
     if isinstance(receipt, Word):
         return receipt

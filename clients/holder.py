@@ -175,6 +175,7 @@ class Holder:
         sources: Randomness, one fresh source per release.
         pay: Gates and charges; by default one synced charge in the book.
         commitment: Keyed commitment to the records as last seen in the preflight; empty before.
+        code: SHA-256 of the code that runs here, in hex; the ledger names it. Empty where it is not known.
         device: Where training runs.
         simulated: Whether faults are the experimenter's own and may be raised.
     """
@@ -188,6 +189,7 @@ class Holder:
     sources: Sources
     pay: Callable[[ChargeRequest], Receipt | Word] | None = None
     commitment: str = ""
+    code: str = ""
     device: str = "cpu"
     simulated: bool = False
 

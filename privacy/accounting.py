@@ -276,6 +276,71 @@ class Grant:
         return spent_rdp + rdp(event, self.order) <= self.budget_rdp * (1 + 1e-9)
 
 
+def best_affordable_order(epsilon: float, delta: float) -> float:
+    """Returns the order at which a budget affords most Gaussian sums, for a budget that is set before any job is known.
+
+    A sum's divergence grows with the order and what is left after the conversion grows too; the best order makes their
+    quotient largest. Sampled sums are cheaper at any order, so it is a sound choice for them, not always the best one.
+
+    Args:
+        epsilon: Budget > 0.
+        delta: Probability in (0, 1).
+
+    Raises:
+        PlanError: A value is out of range, or no order can hold the budget.
+    """
+    require(is_number(epsilon) and epsilon > 0, f"expected a finite epsilon > 0, got {epsilon!r:.40}")
+    require(is_number(delta) and 0 < delta < 1, f"expected 0 < delta < 1, got {delta!r:.40}; 1e-5 is customary")
+    order = max(ORDERS, key=lambda order: (epsilon - _conversion(order, delta)) / order)
+    require(epsilon > _conversion(order, delta), f"expected a budget that some order can hold, got epsilon {epsilon:g}")
+    return order
+
+
+def second_rdp(event: Event, order: float) -> float:
+    """Returns an event's Renyi divergence by dp-accounting: another implementation of what `rdp` takes from Opacus.
+
+    It checks a figure and admits none: the filter counts with `rdp`.
+
+    Args:
+        event: What was released.
+        order: Renyi order > 1.
+    """
+    return event.steps * _second_rdp_of_step(float(event.sample_rate), float(event.noise_multiplier), float(order))
+
+
+def second_filter(history: Sequence[Event], grant: Grant) -> tuple[float, float]:
+    """Returns between which two figures a filter's epsilon lies by dp-accounting, its conversion included.
+
+    At a whole order the two are one figure but for rounding. Between whole orders dp-accounting gives only a bound from
+    above; from below, the divergence at the whole order beneath it is one, since divergence grows with the order.
+
+    Args:
+        history: Everything that was charged.
+        grant: The budget, whose order and delta count.
+    """
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    def epsilon(order: float) -> float:
+        spent = sum(second_rdp(event, order) for event in history)
+        figure, _ = rdp_privacy_accountant.compute_epsilon([grant.order], [spent], grant.delta)
+        return float(figure)
+
+    below = float(math.floor(grant.order))
+    # Order 1 is the mean, which dp-accounting does not give: nothing is claimed from below.
+    return (epsilon(below) if below > 1 else 0.0), epsilon(float(grant.order))
+
+
+@functools.lru_cache(maxsize=4096)
+def _second_rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> float:
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    accountant = rdp_privacy_accountant.RdpAccountant(orders=[order])
+    step = dp_event.GaussianDpEvent(noise_multiplier)
+    accountant.compose(step if sample_rate >= 1 else dp_event.PoissonSampledDpEvent(sample_rate, step))
+    return float(accountant.rdp[0])
+
+
 def best_order(releases: Releases, delta: float) -> tuple[float, float]:
     """Returns the order at which releases look cheapest, and their epsilon there.
 

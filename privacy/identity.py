@@ -22,6 +22,8 @@ from privacy.errors import LedgerError
 
 _KEY: Final = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
+# What a peer signs before a receipt's text.
+COUNTERSIGN: Final = b"tacit/countersign/1\n"
 
 
 @final

@@ -9,6 +9,8 @@ holder's signed statement that no person is in both, because another split of th
 
 The signature in a charge entry is that of its `Receipt`, which names the entry's hash and so covers the chain: who
 has the ledger has every receipt. Entries of version 1 were not signed; they are still read, and counted as unsigned.
+Since version 3 the ``commit`` entry, with which a job begins, also names the code, the settings of the job and
+the sampling law, and a ``budget`` entry is the holder's own change of its budget, which no job can make.
 
 Order (guarantee G8): `Book.charge` returns only after the entries are on disk. Nothing may touch private data before.
 A crash in between over-counts, never under-counts.
@@ -41,14 +43,16 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from privacy.accounting import Event, Grant, rdp
-from privacy.errors import LedgerError, TacitError
+from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.files import sync_folder
 from privacy.identity import Secret, verify
 from privacy.noise import SECURE_SOURCE
-from privacy.plan import Adjacency, Plan, Unit, canonical
+from privacy.plan import Adjacency, Plan, Unit, canonical, require
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 _GENESIS: Final = "0" * 64
+# The filter forgives so much of rounding (see `Grant.affords`); a budget may be closed at what that let through.
+_SLACK: Final = 1e-9
 # An entry is well under 2 KiB; a longer line is not ours and is not parsed.
 _LINE_BYTES: Final = 16 * 1024
 _ENTRY_KEYS: Final = frozenset({"v", "account", "seq", "prev", "kind", "time", "body", "hash", "sig"})
@@ -62,6 +66,21 @@ class Word(StrEnum):
     BEHIND = "behind"
     MALFORMED = "malformed"
     UNAVAILABLE = "unavailable"
+
+
+class Law(StrEnum):
+    """How the records of a release are sampled: the law and where its coins come from, never a coin (guarantee G7)."""
+
+    POISSON = "poisson, secret coins, keystream"
+    TEST = "poisson, coins of a test source"
+    NONE = "none, every record takes part"
+
+    @classmethod
+    def of(cls, event: Event, noise: str) -> Law:
+        """Returns the law of an event whose coins and noise come from one source."""
+        if event.sample_rate >= 1:
+            return cls.NONE
+        return cls.POISSON if noise == SECURE_SOURCE else cls.TEST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +198,8 @@ class ChargeRequest:
         commitment: Keyed commitment to the data's content, or empty where it is not known yet.
         noise: Name of the source that will draw the noise.
         witness: Pair (seq, head) of the last receipt that the peer holds, or None.
+        code: SHA-256 of the code that will run, in hex, or empty where the holder cannot name it.
+        settings: SHA-256 of the job's settings as the client got them, in hex; see `privacy.wire.settings_digest`.
     """
 
     name: str
@@ -189,6 +210,25 @@ class ChargeRequest:
     commitment: str = ""
     noise: str = SECURE_SOURCE
     witness: tuple[int, str] | None = None
+    code: str = ""
+    settings: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetChange:
+    """A holder's own change of a budget: lowered at any time, raised only by an explicit word that every report shows.
+
+    Attributes:
+        seq: Number of the entry in its account.
+        time: Seconds since 1970 by the holder's clock.
+        before: Budget in epsilon until then.
+        after: Budget in epsilon from then on.
+    """
+
+    seq: int
+    time: int
+    before: float
+    after: float
 
 
 @dataclasses.dataclass
@@ -208,6 +248,10 @@ class Account:
         charges: Number of charges.
         test: Whether a test noise source was ever used.
         commitment: Last keyed commitment to the content.
+        version: Version of the last entry; an account never goes back to an older one.
+        time: Latest time of any entry, in seconds since 1970.
+        backwards: Entries whose time is before that of an earlier one: the holder's clock was set back. They count.
+        changes: The holder's own changes of the budget; the order of the filter never changes.
         jobs: Per job: plan digest, allowed joins, charges made, the request charged per round, the round of each
             charge entry by its number, and the number of each round's latest charge entry.
     """
@@ -225,6 +269,10 @@ class Account:
     charges: int = 0
     test: bool = False
     commitment: str = ""
+    version: int = 1
+    time: int = 0
+    backwards: int = 0
+    changes: list[BudgetChange] = dataclasses.field(default_factory=list)
     jobs: dict[str, _JobState] = dataclasses.field(default_factory=dict)
 
     @property
@@ -244,7 +292,190 @@ class _JobState:
     latest: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-class Book:
+class Ledger:
+    """Accounts as their entries tell them: what is read is checked line by line, whoever reads it.
+
+    Holds no secret: chains are checked by their hashes and signatures by the public keys in the grants, so a copy can
+    be read by anybody. `Book` adds the holder's key, the file and the gate.
+    """
+
+    def __init__(self, path: Path, population: str | None = None) -> None:
+        """Starts without an entry.
+
+        Args:
+            path: What the entries are read from, for messages.
+            population: Whose accounts are meant; needed only where there are several populations.
+        """
+        self._path = path
+        self._accounts: dict[str, Account] = {}
+        self._populations: dict[str, dict[str, Account]] = {}
+        self._population = population
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def accounts(self) -> Mapping[str, Account]:
+        """Accounts of the book's population by the holder's own names, as last read.
+
+        Raises:
+            LedgerError: The book holds several populations, and it was not opened for one of them.
+        """
+        if self._population is None:
+            if len(self._populations) > 1:
+                raise LedgerError(
+                    f"expected to be told which of the populations in {self._path} is meant, got none; name one of "
+                    f"{sorted(self._populations)}"
+                )
+            self._population = next(iter(self._populations), None)
+        return self._populations.get(self._population or "", {})
+
+    @property
+    def populations(self) -> frozenset[str]:
+        """The populations whose accounts the book holds."""
+        return frozenset(self._populations)
+
+    def _damaged(self, line: int, why: str) -> LedgerError:
+        return LedgerError(
+            f"expected an unbroken ledger in {self._path}, got {why} at line {line}; restore it from a backup, "
+            "it is never reset"
+        )
+
+    def _take(self, added: bytes) -> None:
+        """Checks and adds whole lines, each with its line end."""
+        last: dict[str, tuple[int, dict[str, Any]]] = {}
+        for number, line in enumerate(added[:-1].split(b"\n"), start=1):
+            entry = self._apply(line, number)
+            last[entry["account"]] = number, entry
+        # An account's last entry binds all before it, so its signature vouches for the whole chain.
+        for number, entry in last.values():
+            self._require_signed(entry, number)
+
+    def _is_own(self, identity: str, key: str) -> bool:
+        """Whether a key in a grant is its account's; without the holder's secret only its signatures can tell."""
+        return True
+
+    def _apply(self, line: bytes, number: int) -> dict[str, Any]:
+        """Checks one line against its chain and adds it to its account; returns the entry."""
+        if len(line) > _LINE_BYTES:
+            raise self._damaged(number, "an overlong line")
+        try:
+            entry: dict[str, Any] = _loads(line)
+            version, identity, seq, prev = entry["v"], entry["account"], entry["seq"], entry["prev"]
+            if (type(version), type(identity), type(seq)) != (int, str, int):
+                raise TypeError("another type")
+            unchanged = canonical(entry) == line and _digest(entry) == entry["hash"]
+            known = set(entry) == _ENTRY_KEYS - ({"sig"} if version == 1 else set())
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise self._damaged(number, "a line that is not an entry") from None
+        if not 1 <= version <= _VERSION:
+            raise self._damaged(number, f"an entry of version {version!r} (this program knows 1 to {_VERSION})")
+        if not unchanged or not known:
+            raise self._damaged(number, "an entry whose hash does not match it")
+        account = self._accounts.get(identity)
+        expected = (len(account.heads), account.link) if account else (0, _GENESIS)
+        if (seq, prev) != expected:
+            raise self._damaged(number, "an entry out of its chain")
+        if version == 1 and account is not None and account.unsigned < len(account.heads):
+            raise self._damaged(number, "an unsigned entry after signed ones")
+        if account is not None and version < account.version:
+            raise self._damaged(number, "an entry of an older version after a newer one")
+        try:
+            self._add(account, entry)
+        except (KeyError, TypeError, ValueError, TacitError) as error:
+            raise self._damaged(number, f"an entry that cannot be read ({error})") from None
+        return entry
+
+    def _require_signed(self, entry: dict[str, Any], number: int) -> None:
+        """Refuses an entry that its account's key did not sign; entries of version 1 have no signature."""
+        if entry["v"] == 1:
+            return
+        account = self._accounts[entry["account"]]
+        try:
+            if entry["kind"] == "charge":
+                message = receipt_of(account, entry).signed_bytes()
+            else:
+                message = _statement(entry["hash"])
+            verify(account.public_key, message, entry["sig"])
+        except (LedgerError, KeyError, TypeError, ValueError):
+            raise self._damaged(number, "an entry without the holder's signature") from None
+
+    def _add(self, account: Account | None, entry: Mapping[str, Any]) -> None:
+        """Adds an entry that is known to be unbroken and in its place."""
+        identity, kind, body = entry["account"], entry["kind"], entry["body"]
+        if type(entry["time"]) is not int:
+            raise TypeError("a time that is no whole number of seconds")
+        if (kind == "grant") != (account is None):
+            raise ValueError("an account starts with exactly one grant")
+        if account is None:
+            grant = Grant(
+                epsilon=body["epsilon"],
+                delta=body["delta"],
+                order=body["order"],
+                unit=Unit(body["unit"]),
+                adjacency=Adjacency(body["adjacency"]),
+                records_bound=body["records_bound"],
+            )
+            population, apart = body["population"], tuple(body["apart"]) if entry["v"] > 1 else ()
+            if body["name"] in self._populations.get(population, {}):
+                raise ValueError(f"a second account named {body['name']!r}")
+            if not self._is_own(identity, body["key"]):
+                raise ValueError("it belongs to another ledger.key")
+            if not set(apart) >= self._populations.keys() - {population}:
+                raise ValueError("another population without the statement that no person is in both")
+            account = Account(
+                identity=identity,
+                name=body["name"],
+                grant=grant,
+                population=population,
+                apart=apart,
+                public_key=body["key"],
+            )
+            self._accounts[identity] = account
+            self._populations.setdefault(population, {})[account.name] = account
+        elif kind == "commit":
+            if body["job"] in account.jobs:
+                raise ValueError("a second commitment to one job")
+            event = Event.from_dict(body["event"])
+            if entry["v"] > 2:
+                _require_terms(body, event)
+            account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], event=event)
+        elif kind == "charge":
+            job, event = account.jobs[body["job"]], Event.from_dict(body["event"])
+            if (event.unit, event.adjacency) != (account.grant.unit, account.grant.adjacency):
+                raise ValueError("a release for another unit or adjacency than the grant's")
+            account.spent_rdp += rdp(event, account.grant.order)
+            account.charges += 1
+            account.test |= body["noise"] != SECURE_SOURCE
+            account.commitment = body["commitment"] or account.commitment
+            job.charges += 1
+            job.rounds[body["round"]] = body["request"]
+            job.entries[entry["seq"]] = body["round"]
+            job.latest[body["round"]] = entry["seq"]
+            if entry["v"] > 1 and (body["charges"], body["test"]) != (account.charges, account.test):
+                raise ValueError("it miscounts its account")
+        elif kind == "budget" and entry["v"] > 2:
+            changed = dataclasses.replace(account.grant, epsilon=body["epsilon"])
+            if body["before"] != account.grant.epsilon or body["raised"] is not (
+                changed.epsilon > account.grant.epsilon
+            ):
+                raise ValueError("a change of another budget")
+            if changed.budget_rdp * (1 + _SLACK) < account.spent_rdp:
+                raise ValueError("a budget below what was spent")
+            account.changes.append(
+                BudgetChange(entry["seq"], entry["time"], account.grant.epsilon, float(changed.epsilon))
+            )
+            account.grant = changed
+        else:
+            raise ValueError(f"the unknown kind {kind!r}")
+        account.version = entry["v"]
+        account.backwards += entry["time"] < account.time
+        account.time = max(account.time, entry["time"])
+        account.heads.append(entry["hash"])
+        account.link = _link(entry)
+        account.unsigned += entry["v"] == 1
+
+
+class Book(Ledger):
     """An append-only file of accounts; see the module's text for its promises.
 
     Several processes may hold the same book: every charge takes the file's lock and first reads what others added.
@@ -264,11 +495,8 @@ class Book:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
-        self._path = folder / "ledger.jsonl"
+        super().__init__(folder / "ledger.jsonl", population)
         self._intent = folder / "ledger.intent"
-        self._accounts: dict[str, Account] = {}
-        self._populations: dict[str, dict[str, Account]] = {}
-        self._population = population
         self._claimed: set[str] = set()
         self._size = 0
         self._process = os.getpid()
@@ -294,29 +522,6 @@ class Book:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- reading ------------------------------------------------------------------------------------------------
-
-    @property
-    def accounts(self) -> Mapping[str, Account]:
-        """Accounts of the book's population by the holder's own names, as last read.
-
-        Raises:
-            LedgerError: The book holds several populations, and it was not opened for one of them.
-        """
-        if self._population is None:
-            if len(self._populations) > 1:
-                raise LedgerError(
-                    f"expected to be told which of the populations in {self._path} is meant, got none; name one of "
-                    f"{sorted(self._populations)}"
-                )
-            self._population = next(iter(self._populations), None)
-        return self._populations.get(self._population or "", {})
-
-    @property
-    def populations(self) -> frozenset[str]:
-        """The populations whose accounts the book holds."""
-        return frozenset(self._populations)
-
     def refresh(self) -> None:
         """Reads what other processes appended."""
         with self._locked():
@@ -334,12 +539,6 @@ class Book:
                 yield
             finally:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def _damaged(self, line: int, why: str) -> LedgerError:
-        return LedgerError(
-            f"expected an unbroken ledger in {self._path}, got {why} at line {line}; restore it from a backup, "
-            "it is never reset"
-        )
 
     def _finish_torn_append(self) -> None:
         if not self._intent.exists():
@@ -394,114 +593,11 @@ class Book:
             added = self._read(os.fstat(self._file).st_size - self._size, self._size)
         if not added.endswith(b"\n"):
             raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
-        last: dict[str, tuple[int, dict[str, Any]]] = {}
-        for number, line in enumerate(added[:-1].split(b"\n"), start=1):
-            entry = self._apply(line, number)
-            last[entry["account"]] = number, entry
-        # An account's last entry binds all before it, so its signature vouches for the whole chain.
-        for number, entry in last.values():
-            self._require_signed(entry, number)
+        self._take(added)
         self._size += len(added)
 
-    def _apply(self, line: bytes, number: int) -> dict[str, Any]:
-        """Checks one line against its chain and adds it to its account; returns the entry."""
-        if len(line) > _LINE_BYTES:
-            raise self._damaged(number, "an overlong line")
-        try:
-            entry: dict[str, Any] = _loads(line)
-            version, identity, seq, prev = entry["v"], entry["account"], entry["seq"], entry["prev"]
-            if (type(version), type(identity), type(seq)) != (int, str, int):
-                raise TypeError("another type")
-            unchanged = canonical(entry) == line and _digest(entry) == entry["hash"]
-            known = set(entry) == _ENTRY_KEYS - ({"sig"} if version == 1 else set())
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise self._damaged(number, "a line that is not an entry") from None
-        if version not in (1, _VERSION):
-            raise self._damaged(number, f"an entry of version {version!r} (this program knows 1 to {_VERSION})")
-        if not unchanged or not known:
-            raise self._damaged(number, "an entry whose hash does not match it")
-        account = self._accounts.get(identity)
-        expected = (len(account.heads), account.link) if account else (0, _GENESIS)
-        if (seq, prev) != expected:
-            raise self._damaged(number, "an entry out of its chain")
-        if version == 1 and account is not None and account.unsigned < len(account.heads):
-            raise self._damaged(number, "an unsigned entry after signed ones")
-        try:
-            self._add(account, entry)
-        except (KeyError, TypeError, ValueError, TacitError) as error:
-            raise self._damaged(number, f"an entry that cannot be read ({error})") from None
-        return entry
-
-    def _require_signed(self, entry: dict[str, Any], number: int) -> None:
-        """Refuses an entry that its account's key did not sign; entries of version 1 have no signature."""
-        if entry["v"] == 1:
-            return
-        account = self._accounts[entry["account"]]
-        try:
-            if entry["kind"] == "charge":
-                message = _receipt(account, entry, entry["hash"]).signed_bytes()
-            else:
-                message = _statement(entry["hash"])
-            verify(account.public_key, message, entry["sig"])
-        except (LedgerError, KeyError, TypeError, ValueError):
-            raise self._damaged(number, "an entry without the holder's signature") from None
-
-    def _add(self, account: Account | None, entry: Mapping[str, Any]) -> None:
-        """Adds an entry that is known to be unbroken and in its place."""
-        identity, kind, body = entry["account"], entry["kind"], entry["body"]
-        if (kind == "grant") != (account is None):
-            raise ValueError("an account starts with exactly one grant")
-        if account is None:
-            grant = Grant(
-                epsilon=body["epsilon"],
-                delta=body["delta"],
-                order=body["order"],
-                unit=Unit(body["unit"]),
-                adjacency=Adjacency(body["adjacency"]),
-                records_bound=body["records_bound"],
-            )
-            population, apart = body["population"], tuple(body["apart"]) if entry["v"] > 1 else ()
-            if body["name"] in self._populations.get(population, {}):
-                raise ValueError(f"a second account named {body['name']!r}")
-            if body["key"] != self.secret.identity(identity).public_key:
-                raise ValueError("it belongs to another ledger.key")
-            if not set(apart) >= self._populations.keys() - {population}:
-                raise ValueError("another population without the statement that no person is in both")
-            account = Account(
-                identity=identity,
-                name=body["name"],
-                grant=grant,
-                population=population,
-                apart=apart,
-                public_key=body["key"],
-            )
-            self._accounts[identity] = account
-            self._populations.setdefault(population, {})[account.name] = account
-        elif kind == "commit":
-            if body["job"] in account.jobs:
-                raise ValueError("a second commitment to one job")
-            account.jobs[body["job"]] = _JobState(
-                plan=body["plan"], joins=body["joins"], event=Event.from_dict(body["event"])
-            )
-        elif kind == "charge":
-            job, event = account.jobs[body["job"]], Event.from_dict(body["event"])
-            if (event.unit, event.adjacency) != (account.grant.unit, account.grant.adjacency):
-                raise ValueError("a release for another unit or adjacency than the grant's")
-            account.spent_rdp += rdp(event, account.grant.order)
-            account.charges += 1
-            account.test |= body["noise"] != SECURE_SOURCE
-            account.commitment = body["commitment"] or account.commitment
-            job.charges += 1
-            job.rounds[body["round"]] = body["request"]
-            job.entries[entry["seq"]] = body["round"]
-            job.latest[body["round"]] = entry["seq"]
-            if entry["v"] > 1 and (body["charges"], body["test"]) != (account.charges, account.test):
-                raise ValueError("it miscounts its account")
-        else:
-            raise ValueError(f"the unknown kind {kind!r}")
-        account.heads.append(entry["hash"])
-        account.link = _link(entry)
-        account.unsigned += entry["v"] == 1
+    def _is_own(self, identity: str, key: str) -> bool:
+        return key == self.secret.identity(identity).public_key
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -538,6 +634,90 @@ class Book:
                     lines.append(entry | {"sig": key.sign(_statement(entry["hash"]))})
             self._append(lines)
             self._population = population
+
+    def set_budget(self, name: str, epsilon: float, *, may_raise: bool = False) -> Account:
+        """Changes the budget of an account that exists: the holder's own act, out of any job's reach (guarantee G2).
+
+        The delta and the order of the filter stay as they were granted. Lowering is always sound. Raising lets more be
+        released than was promised when the earlier releases were made, so it needs a word of its own, is written down
+        for ever, and every report shows it.
+
+        Args:
+            name: The holder's own name of the data set.
+            epsilon: The new budget, not below what was spent.
+            may_raise: The holder's explicit word that the budget may grow.
+
+        Returns:
+            The account as it is now; equal to before where the budget is already that.
+
+        Raises:
+            LedgerError: There is no such account, or more was spent already.
+            PlanError: The new budget is none, or it is larger and may not be.
+        """
+        with self._locked():
+            self._catch_up()
+            account = self.accounts.get(name)
+            if account is None:
+                raise LedgerError(f"expected an account named {name!r}, got none; grant it a budget first")
+            try:
+                grant = dataclasses.replace(account.grant, epsilon=epsilon)
+            except PlanError as error:
+                raise PlanError(f"{error}; the order was fixed with the first budget and does not change") from None
+            if epsilon == account.grant.epsilon:
+                return account
+            raised = epsilon > account.grant.epsilon
+            require(
+                may_raise or not raised,
+                f"expected a budget of at most the {account.grant.epsilon:g} that was promised, got {epsilon:g}; "
+                "raising it breaks that promise: say so with --raise, and every report will show it",
+            )
+            if grant.budget_rdp * (1 + _SLACK) < account.spent_rdp:
+                raise LedgerError(
+                    f"expected a budget of at least the {account.spent:.6g} that was spent, got {epsilon:g}; what is "
+                    "spent cannot be taken back, the least that closes the account is that figure rounded up"
+                )
+            body = {"epsilon": epsilon, "before": account.grant.epsilon, "raised": raised}
+            entry = _entry(account.identity, len(account.heads), account.link, "budget", body)
+            key = self.secret.identity(account.identity)
+            self._append([entry | {"sig": key.sign(_statement(entry["hash"]))}])
+            return account
+
+    def content(self) -> bytes:
+        """Returns the entries that were read so far, as they stand in the file; they hold no secret."""
+        with self._locked():
+            return self._read(self._size, 0)
+
+    def absorb(self, data: bytes) -> int:
+        """Continues this book with a copy of it that is longer; see `privacy.transcript.import_into`.
+
+        Args:
+            data: The lines of the copy, which were checked with public keys already.
+
+        Returns:
+            How many entries were added; 0 where the copy has nothing new.
+
+        Raises:
+            LedgerError: The copy is not this book's own continuation; nothing was changed.
+        """
+        with self._locked():
+            self._catch_up()
+            mine = self._read(self._size, 0)
+            if mine.startswith(data):
+                return 0
+            if not data.startswith(mine):
+                raise LedgerError(
+                    f"expected a copy that goes on where {self._path} ends, got one that went another way; nothing was "
+                    "imported, because spend would be lost. Whichever peers hold receipts of is the true one"
+                )
+            entries = [_loads(line) for line in data[len(mine) : -1].split(b"\n")]
+            for entry in entries:
+                if entry["kind"] == "grant" and not self._is_own(entry["account"], entry["body"]["key"]):
+                    raise LedgerError(
+                        f"expected a copy of this holder's own ledger, got one of another ledger.key than that beside "
+                        f"{self._path}; put the key's backup there first"
+                    )
+            self._append(entries)
+            return len(entries)
 
     def charge(self, requests: Sequence[ChargeRequest]) -> list[Receipt | Word]:
         """Charges a cohort: gates each request, writes all entries, and syncs once.
@@ -587,6 +767,9 @@ class Book:
                 "plan": request.plan.digest(),
                 "joins": request.plan.joins,
                 "event": event.to_dict(),
+                "code": request.code,
+                "settings": request.settings,
+                "sampling": Law.of(event, request.noise).value,
             }
             commit = _entry(account.identity, seq, prev, "commit", body)
             entries.append(commit | {"sig": key.sign(_statement(commit["hash"]))})
@@ -606,7 +789,7 @@ class Book:
             "test": account.test or request.noise != SECURE_SOURCE,
         }
         charge = _entry(account.identity, seq, prev, "charge", body)
-        receipt = _receipt(account, charge, charge["hash"])
+        receipt = receipt_of(account, charge)
         receipt = dataclasses.replace(receipt, signature=key.sign(receipt.signed_bytes()))
         entries.append(charge | {"sig": receipt.signature})
         return entries, receipt
@@ -732,13 +915,48 @@ def _statement(digest: str) -> bytes:
     return b"tacit/entry/2\n" + digest.encode()
 
 
-def _receipt(account: Account, entry: Mapping[str, Any], head: str) -> Receipt:
-    """Returns the receipt that a charge entry stands for, not signed yet."""
+def require_signed_entry(entry: Mapping[str, Any], key: str) -> None:
+    """Checks a grant, a commitment or a change of budget that stands alone, outside its ledger.
+
+    It shows that the holder of the key wrote this entry; only the whole ledger shows what came before and after.
+
+    Raises:
+        LedgerError: It was changed, or the key did not sign it, or it is of version 1, which was not signed.
+    """
+    try:
+        sound = set(entry) == _ENTRY_KEYS and entry["kind"] != "charge" and _digest(entry) == entry["hash"]
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise LedgerError("expected a signed entry of a ledger, got another or a changed one")
+    verify(key, _statement(entry["hash"]), entry["sig"])
+
+
+def _require_terms(body: Mapping[str, Any], event: Event) -> None:
+    """Refuses a commitment that does not say which code, which settings and which sampling law.
+
+    Raises:
+        ValueError: A term is missing, or the law is not one of the event's.
+    """
+    for name in ("code", "settings"):
+        if not re.fullmatch("(?:[0-9a-f]{64})?", body[name]):
+            raise ValueError(f"a {name} that is no SHA-256")
+    if body["sampling"] not in {Law.of(event, noise).value for noise in (SECURE_SOURCE, "")}:
+        raise ValueError(f"the unknown sampling law {body['sampling']!r:.40}")
+
+
+def receipt_of(account: Account, entry: Mapping[str, Any]) -> Receipt:
+    """Returns the receipt that a charge entry stands for, with its signature where the entry has one.
+
+    Args:
+        account: The account as it was when the entry was made: its budget then is in the receipt.
+        entry: A charge entry of version 2 or later, with its hash.
+    """
     body = entry["body"]
     return Receipt(
         account=account.identity,
         seq=entry["seq"],
-        head=head,
+        head=entry["hash"],
         job=body["job"],
         round=body["round"],
         request=body["request"],
@@ -749,6 +967,7 @@ def _receipt(account: Account, entry: Mapping[str, Any], head: str) -> Receipt:
         charges=body["charges"],
         test=body["test"],
         public_key=account.public_key,
+        signature=entry.get("sig", ""),
     )
 
 

@@ -1,9 +1,18 @@
 """The report of a run: what it cost the data holders' privacy, for a reader who need not trust the operator.
 
-`build` turns plain values into a JSON-able report (schema ``tacit-report/1``), `privacy.report_page.render`
+`build` turns plain values into a JSON-able report (schema ``tacit-report/2``), `privacy.report_page.render`
 turns that report, and nothing else, into one self-contained page, and `write` stores both. No record, count
 or draw of a data holder enters: the only exact counts live under ``simulation_only``, a key that a
 deployment never has (G12).
+
+What makes a report checkable by somebody who distrusts whoever made it (`privacy.verify`):
+
+* ``report_id`` is the SHA-256 of everything but itself and ``signature``; ``signature`` is the server's, over all the
+  rest; the file is the one text of its content (`to_json`), so any changed byte is found.
+* ``clients[i].proof`` holds what that client signed: its grant, its commitment to this job (plan, schedule, code,
+  settings, sampling law), and its last receipt with the peer's countersignature. The figures of a client's line that
+  its receipt signs are named in ``signed``.
+* ``evidence`` names the receipts file beside the report by its number of lines and its SHA-256.
 
 Which epsilon is the headline (G1, G3, G4, G6):
 
@@ -30,6 +39,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from privacy.errors import RunError
+from privacy.identity import Identity
 from privacy.plan import Local, Plan, canonical, require
 from privacy.report_page import INFINITY, SCHEMA, UNKNOWN, figure_words, partition_picture, render
 
@@ -54,6 +64,9 @@ _AGREEMENT: Final = 0.05
 
 # At most this many reasons are spelled out; the rest is in the per-client list.
 _REASONS: Final = 8
+
+# The fields of a client's line that its last receipt signs.
+_SIGNED: Final = ("spent_epsilon", "granted_epsilon", "delta", "charges", "test_noise", "public_key", "ledger_head")
 
 # What a round may say; anything else a caller puts into a round's record stays out of the report.
 _ROUND_FIELDS: Final = ("round", "metrics", "replies", "declined", "missing", "epsilon", "seconds")
@@ -102,6 +115,11 @@ class ClientSpend:
         public_key: The client's signing key, in hex or base64; empty where it has none.
         ledger_head: Hash of the last ledger entry.
         verdict: What proves the spend.
+        account: The data set's random identity.
+        proof: What the client signed: ``grant`` and ``commit`` (ledger entries), ``receipt`` (text), its ``peer`` and
+            ``countersignature``; None where there is nothing.
+        changes: The holder's own changes of its budget: (ISO 8601 time, before, after).
+        clock_set_back: Entries of the ledger whose time is before that of an earlier one; their spend counts.
     """
 
     name: str
@@ -120,6 +138,10 @@ class ClientSpend:
     public_key: str
     ledger_head: str
     verdict: Verdict
+    account: str = ""
+    proof: Mapping[str, Any] | None = None
+    changes: tuple[tuple[str, float, float], ...] = ()
+    clock_set_back: int = 0
 
     def figure(self) -> float | None:
         """Returns the spend that may be printed: infinity under test noise, None where it is not proven."""
@@ -147,6 +169,10 @@ class Prices:
         at_deltas: (delta, epsilon) by PLD at other deltas.
         tpr: (false positive rate, largest true positive rate) of any membership test, by PLD.
         accountant: Libraries and versions, in words.
+        unamplified: Epsilon by RDP without any discount for sampling, for somebody who knows each record's coins.
+        rho: zCDP of the schedule without that discount.
+        persons: (records, epsilon) for a person with so many records in one data set, by mixture of Gaussians; empty
+            where nobody asked.
     """
 
     schedule: str
@@ -161,6 +187,9 @@ class Prices:
     at_deltas: tuple[tuple[float, float], ...]
     tpr: tuple[tuple[float, float], ...]
     accountant: str
+    unamplified: float | None = None
+    rho: float | None = None
+    persons: tuple[tuple[int, float], ...] = ()
 
     def accountants_agree(self) -> bool | None:
         """Returns whether PLD, PRV and RDP fit together; None where there is nothing to compare with."""
@@ -207,6 +236,10 @@ class RunFacts:
         engine: Which engine ran the job.
         device: Device words.
         hardware: Hardware words.
+        receipts: ``file``, ``lines`` and ``sha256`` of the receipts that the report was made from; empty without any.
+        settings: Digest that each client's ledger should name as the job's settings; see `privacy.wire`.
+        product: Who is responsible, what for, and on what data, in the curator's words: curator, purpose, data.
+        audit: What an empirical audit of this run found, as it wrote it down; None where there was none.
 
     Raises:
         PlanError: ``multiplicity`` is below 1.
@@ -239,6 +272,10 @@ class RunFacts:
     engine: str
     device: str
     hardware: str
+    receipts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: str = ""
+    product: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    audit: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -278,6 +315,7 @@ def build(facts: RunFacts) -> dict[str, Any]:
             "covers": facts.covers,
             "setting": _setting(facts),
         },
+        "product": {name: str(facts.product.get(name) or "not stated") for name in ("curator", "purpose", "data")},
         "warnings": _warnings(facts),
         "budget": _budget(facts),
         "rounds": _rounds(facts),
@@ -290,24 +328,46 @@ def build(facts: RunFacts) -> dict[str, Any]:
         "witness": _witness(facts),
         "mechanism": _mechanism(facts),
         "sampling": _sampling(facts),
+        "empirical": _empirical(facts),
+        "accesses": _accesses(facts),
+        "limits": _limits(facts),
         "plan": dataclasses.asdict(facts.plan) | {"digest": facts.plan.digest()},
         "local": dataclasses.asdict(facts.local),
         "config": facts.config,
         "software": {
             "code_hash": facts.code_hash,
             "config_hash": hashlib.sha256(canonical(_plain(facts.config))).hexdigest(),
+            "settings_hash": facts.settings,
             "engine": facts.engine,
             "device": facts.device,
             "hardware": facts.hardware,
             "versions": facts.versions,
         },
+        "evidence": {"receipts": dict(facts.receipts)},
     }
     if facts.simulation is not None:
         report["simulation_only"] = {
             name: facts.simulation[name] for name in _SIMULATION_FIELDS if name in facts.simulation
         }
     plain: dict[str, Any] = _plain(report)
-    return {"schema": SCHEMA, "report_id": hashlib.sha256(canonical(plain)).hexdigest()} | plain
+    return {"schema": SCHEMA, "report_id": report_id(plain), "signature": None} | plain
+
+
+def report_id(report: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a report's content, in hex: of everything but the id itself and the signature."""
+    content = {name: value for name, value in report.items() if name not in ("report_id", "signature")}
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def signed_bytes(report: Mapping[str, Any]) -> bytes:
+    """Returns what a report's signature covers: everything but the signature."""
+    return b"tacit/report/2\n" + canonical({name: value for name, value in report.items() if name != "signature"})
+
+
+def sign(report: Mapping[str, Any], identity: Identity) -> dict[str, Any]:
+    """Returns a report with the signature of whoever answers for it, the server of the job."""
+    signature = {"by": "server", "public_key": identity.public_key, "value": identity.sign(signed_bytes(report))}
+    return {**report, "signature": signature}
 
 
 def to_json(report: Mapping[str, Any]) -> str:
@@ -327,8 +387,13 @@ def to_json(report: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def write(facts: RunFacts, directory: Path) -> tuple[Path, Path]:
+def write(facts: RunFacts, directory: Path, identity: Identity | None = None) -> tuple[Path, Path]:
     """Writes ``report.json`` and ``report.html`` into a run folder.
+
+    Args:
+        facts: What the report is made of.
+        directory: Where.
+        identity: Who signs it, the job's server; unsigned without, and `privacy.verify` then says so.
 
     Guarantees:
         Whole: each file is replaced in one step; a reader never finds half a report.
@@ -339,7 +404,7 @@ def write(facts: RunFacts, directory: Path) -> tuple[Path, Path]:
     Raises:
         RunError: A file could not be written; nothing partial is left behind.
     """
-    report = build(facts)
+    report = build(facts) if identity is None else sign(build(facts), identity)
     contents = {"report.json": to_json(report), "report.html": render(report)}
     for name, text in contents.items():
         _replace(directory / name, text)
@@ -498,21 +563,21 @@ def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
             epsilon = facts.multiplicity_epsilon
             basis = f"composed over the {facts.multiplicity} data sets in which one person may be"
         # Removing and adding is two steps, so group privacy gives a bound, at a larger delta.
-        swap, swap_delta = 2 * epsilon, delta * (1 + _odds(epsilon))
+        swap, swap_delta = 2 * epsilon, delta * (1 + odds_of(epsilon))
         swap_basis = "group privacy: twice epsilon at delta (1 + e^epsilon)"
         if math.isinf(epsilon):
             swap_delta, swap_basis = delta, basis
         elif swap_delta >= 1:
             swap, swap_delta, swap_basis = None, delta, "group privacy gives no bound at this epsilon"
-        tpr = [(fpr, _tpr_bound(fpr, epsilon, delta)) for fpr in (0.001, 0.01)]
+        tpr = [(fpr, tpr_bound(fpr, epsilon, delta)) for fpr in (0.001, 0.01)]
         if facts.multiplicity == 1 and _one_schedule(facts) and _pld_holds(facts.prices):
             tpr = list(facts.prices.tpr) or tpr
             if facts.prices.pld_replace_one is not None:
                 swap, swap_delta = facts.prices.pld_replace_one, delta
                 swap_basis = "the same schedule, priced by PLD"
-    odds = None if epsilon is None else _odds(epsilon)
+    odds = None if epsilon is None else odds_of(epsilon)
     return {
-        "sentence": _sentence(epsilon, delta, _protects(facts), reasons),
+        "sentence": sentence_of(epsilon, delta, _protects(facts), reasons),
         "protects": _protects(facts),
         "person": _person(facts, epsilon),
         "unit": facts.plan.unit,
@@ -523,6 +588,7 @@ def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
         "replace_one": {"epsilon": _figure(swap), "delta": swap_delta, "basis": swap_basis},
         "odds_factor": _figure(odds),
         "tpr": [{"fpr": fpr, "tpr": _figure(rate)} for fpr, rate in tpr],
+        "tier": tier_words(_figure(epsilon)),
         "federation": {
             "epsilon": _figure(epsilon),
             "one_data_set": _figure(one_data_set),
@@ -535,14 +601,14 @@ def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
     }
 
 
-def _odds(epsilon: float) -> float:
+def odds_of(epsilon: float) -> float:
     """Returns e^epsilon, infinity where a float cannot hold it."""
     return math.exp(epsilon) if epsilon < 700 else math.inf
 
 
-def _tpr_bound(fpr: float, epsilon: float, delta: float) -> float:
+def tpr_bound(fpr: float, epsilon: float, delta: float) -> float:
     """Returns the largest true positive rate that (epsilon, delta) allows any membership test at ``fpr``."""
-    odds = _odds(epsilon)
+    odds = odds_of(epsilon)
     return min(1.0, odds * fpr + delta, max(0.0, 1 - (1 - delta - fpr) / odds))
 
 
@@ -553,18 +619,29 @@ def _protects(facts: RunFacts) -> str:
     return f"one person (one record in each of up to {facts.multiplicity} data sets)"
 
 
-def _sentence(epsilon: float | None, delta: float, protects: str, reasons: list[str]) -> str:
+def sentence_of(epsilon: float | None, delta: float, protects: str, reasons: list[str]) -> str:
     """Returns the headline in plain words."""
     if epsilon is None:
         return f"What this cost in privacy is unknown, so no figure may be quoted. {reasons[0]}"
     if math.isinf(epsilon):
         return f"There is no privacy guarantee here: epsilon is infinity. {' '.join(reasons)}".strip()
-    factor = figure_words(_plain(_odds(epsilon)))
+    factor = figure_words(_plain(odds_of(epsilon)))
     return (
         f"Adding or removing {protects} changes the odds of any conclusion that anyone can draw from what "
         f"was released by at most a factor of {factor}, up to a slack of one in {1 / delta:,.0f} (epsilon "
         f"{figure_words(epsilon)} at delta {figure_words(delta)})."
     )
+
+
+def tier_words(epsilon: float | str) -> str:
+    """Returns how a figure is commonly read (Ponomareva et al. 2023); no threshold holds for every use."""
+    if epsilon == UNKNOWN:
+        return "unknown: no figure"
+    if epsilon == INFINITY or isinstance(epsilon, str):
+        return "none: no formal protection"
+    if epsilon <= 1:
+        return "tier 1, strong: epsilon at most 1"
+    return "tier 2, reasonable: epsilon at most 10" if epsilon <= 10 else "tier 3, weak: epsilon above 10"
 
 
 def _person(facts: RunFacts, epsilon: float | None) -> list[dict[str, Any]]:
@@ -578,6 +655,14 @@ def _person(facts: RunFacts, epsilon: float | None) -> list[dict[str, Any]]:
             "epsilon": "none possible",
             "note": "nothing bounds how many records one person has, so no figure carries over",
         },
+        *(
+            {
+                "who": f"A person with at most {records} records, all in one data set",
+                "epsilon": _figure(figure if epsilon is not None and math.isfinite(epsilon) else epsilon),
+                "note": "priced by mixture of Gaussians for this schedule; it holds only where that bound is kept",
+            }
+            for records, figure in (facts.prices.persons if times == 1 and _one_schedule(facts) else ())
+        ),
     ]
 
 
@@ -599,6 +684,13 @@ def _warnings(facts: RunFacts) -> list[str]:
     agree = facts.prices.accountants_agree()
     if agree is False:
         warnings.append("The accountants disagree by more than their error: the looser RDP filter's figure is quoted.")
+    if raised := [client.name for client in facts.clients if any(after > old for _, old, after in client.changes)]:
+        warnings.append(
+            f"The budget of {_some(raised)} was raised by its holder after it was first promised; the table says when. "
+            "A figure holds for the raised budget only if that decision did not depend on what earlier releases showed."
+        )
+    if back := [client.name for client in facts.clients if client.clock_set_back]:
+        warnings.append(f"The clock of {_some(back)} was set back between entries: times are not to be relied on.")
     if agree is None:
         note = facts.prices.prv_note.strip().rstrip(".") or "a second figure is missing"
         warnings.append(f"No cross-check of the accountants: {note}.")
@@ -653,6 +745,14 @@ def _client(client: ClientSpend) -> dict[str, Any]:
         "public_key": client.public_key,
         "ledger_head": client.ledger_head,
         "history": [[step, _figure(spent if finite else figure)] for step, spent in client.history],
+        "account": client.account,
+        "budget_changes": [
+            {"time": when, "before": before, "after": after, "raised": after > before}
+            for when, before, after in client.changes
+        ],
+        "clock_set_back": client.clock_set_back,
+        "signed": list(_SIGNED) if client.verdict is Verdict.VERIFIED and client.proof else [],
+        "proof": client.proof,
     }
 
 
@@ -689,6 +789,10 @@ def _prices(facts: RunFacts) -> dict[str, Any]:
         "accountants_agree": prices.accountants_agree(),
         "at_deltas": [{"delta": delta, "epsilon": price(epsilon)} for delta, epsilon in prices.at_deltas],
         "tpr": [{"fpr": fpr, "tpr": 1.0 if facts.test_noise else price(rate)} for fpr, rate in prices.tpr],
+        "unamplified": price(prices.unamplified),
+        "zcdp_rho": price(prices.rho),
+        "delta_times_records": facts.plan.delta * facts.plan.records_bound,
+        "persons": [{"records": records, "epsilon": price(figure)} for records, figure in prices.persons],
         "accountant": prices.accountant,
         "meaning": "what a client pays that joins as often as it may; for all of it, even if stopped early",
     }
@@ -936,3 +1040,45 @@ def _sampling(facts: RunFacts) -> list[dict[str, str]]:
         ),
     ]
     return [{"what": what, "assumed": assumed, "actual": actual} for what, assumed, actual in rows]
+
+
+def _empirical(facts: RunFacts) -> dict[str, Any]:
+    """Returns what an audit found, beside whether it audited the code that ran."""
+    if facts.audit is None:
+        return {
+            "status": "not audited",
+            "words": "No empirical audit of this run was made; the figures are proofs alone.",
+        }
+    same = str(facts.audit.get("code_hash", "")) == facts.code_hash
+    words = (
+        "An audit gives a lower bound on epsilon by attacking; it can show a claim to be wrong, never to be right."
+        if same
+        else "An audit is here, of other code than ran: it says nothing about this run."
+    )
+    return {"status": "audited" if same else "audit of other code", "words": words, "audit": facts.audit}
+
+
+def _accesses(facts: RunFacts) -> list[dict[str, str]]:
+    """Returns every use of private data and whether the figures account for it."""
+    shared = "yes, where those runs share these ledgers" if facts.covers.lower() != "this run only" else "no"
+    rows = [
+        ("training", "yes", "every step of every round that a client joined, crashes and retries included"),
+        ("preprocessing and normalisation", "not used", "constants are public; none is computed from records"),
+        ("choosing hyper-parameters", shared, "settings tried on this data in runs with other ledgers are not counted"),
+        ("stopping early", "yes", "the whole committed schedule is priced; stopping refunds nothing"),
+        ("evaluation", "not used", "the model is measured on the server's public test set"),
+        ("earlier releases on the same data", shared, "only what these ledgers hold is counted"),
+    ]
+    return [{"access": access, "accounted": accounted, "words": words} for access, accounted, words in rows]
+
+
+def _limits(facts: RunFacts) -> list[str]:
+    """Returns what would void the figures, and what is known of the parts they rest on."""
+    return [
+        "Void where a holder ran other code, used the data outside this ledger, or declared bounds that do not hold.",
+        "Void where a noise source is not secret; a test source makes every figure infinity.",
+        "Opacus' engine, loaders and checkpointed accountants are not used; of it only gradients, RDP and PRV are.",
+        "Epsilon bounds what is learnt from the releases; it says nothing of the size of a harm or of its chance.",
+        f"Accountants: {facts.prices.accountant}; PLD rounds losses up to 1e-4, or 3e-4 up to 2,000 steps; the filter "
+        f"counts at the order {facts.prices.gate_order:g}.",
+    ]

@@ -19,7 +19,8 @@ from typing import Any, Final
 
 from privacy.errors import RunError
 
-SCHEMA: Final = "tacit-report/1"
+SCHEMA: Final = "tacit-report/2"
+LEDGER_SCHEMA: Final = "tacit-ledger-report/1"
 INFINITY: Final = "infinity"
 UNKNOWN: Final = "unknown"
 
@@ -497,6 +498,7 @@ def render(report: Mapping[str, Any]) -> str:
         _adversaries,
         _witness,
         _how,
+        _empirical,
         _simulation,
         _software,
     )
@@ -507,6 +509,11 @@ def render(report: Mapping[str, Any]) -> str:
         raise RunError(
             f"expected a whole report of schema {SCHEMA}, got one that breaks it ({error}); make it again"
         ) from error
+    return _document(title, body)
+
+
+def _document(title: str, body: str) -> str:
+    """Returns a whole page around safe HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" '
@@ -515,6 +522,98 @@ def render(report: Mapping[str, Any]) -> str:
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def render_ledgers(report: Mapping[str, Any]) -> str:
+    """Returns the page of a report over ledgers as HTML; as alone and as escaped as that of a run.
+
+    Args:
+        report: What `privacy.ledger_report.over_ledgers` made, or the same read back.
+
+    Raises:
+        RunError: The report is of another schema, or not whole.
+    """
+    if report.get("schema") != LEDGER_SCHEMA:
+        raise RunError(f"expected a report of schema {LEDGER_SCHEMA}, got {report.get('schema')!r}; make it anew")
+    try:
+        gaps = "".join(f"<li>{_safe(text)}</li>" for text in report["not_covered"])
+        named = [("Report id", f"<code>{_safe(report['report_id'])}</code>")]
+        sections = "".join(_data_set(number, row) for number, row in enumerate(report["data_sets"]))
+        body = (
+            '<header><p class="mark"><b>tacit</b> <i>understood without being said</i></p><h1>Privacy ledgers</h1>'
+            f'<p class="about">{len(report["data_sets"]):,} data sets; {_safe(report["meaning"])}.</p></header>'
+            f"{sections}{_section('Not covered', f'<ul>{gaps}</ul>', 'coverage')}"
+            f"{_section('Report', _pairs(named), 'software')}"
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(
+            f"expected a whole report over ledgers, got one that breaks it ({error}); make it again"
+        ) from error
+    return _document("Privacy ledgers", body)
+
+
+def _data_set(number: int, row: Mapping[str, Any]) -> str:
+    """Returns one data set: its budget, its runs, the price of its schedule, and its last charges."""
+    facts = [
+        ("Budget", f"{_EPSILON} {_bound(row['granted_epsilon'])}"),
+        ("Spent", f"<strong>{_epsilon(row['spent_epsilon'])}</strong>"),
+        ("Left", f"{_EPSILON} {_power(_floor_words(row['remaining_epsilon']))}"),
+        ("Delta", _bound(row["delta"])),
+        ("Charges", f"{row['charges']:,}"),
+        ("Key", f"<code>{_safe(row['public_key'])}</code>"),
+        ("Ledger head", f"<code>{_safe(row['ledger_head'])}</code>"),
+    ]
+    notes = [
+        f"The budget was {'raised' if change['raised'] else 'lowered'} from {_bound(change['before'])} to "
+        f"{_bound(change['after'])} at {_moment(change['time'])}."
+        for change in row["budget_changes"]
+    ]
+    if row["test_noise"]:
+        notes.append("Its noise came from a test source, which is no protection.")
+    if row["unsigned_entries"]:
+        notes.append(f"{row['unsigned_entries']:,} entries of version 1 were never signed.")
+    if row["clock_set_back"]:
+        notes.append("The holder's clock was set back: times are not to be relied on.")
+    warnings = f'<ul class="warnings">{"".join(f"<li>{note}</li>" for note in notes)}</ul>' if notes else ""
+    runs = [
+        [
+            f"<code>{_safe(run['job'][:12])}</code>",
+            f"{run['charges']:,}",
+            _bound(run["alone_epsilon"]),
+            _safe(", ".join(run["released"])),
+            _safe(run["sampling"]),
+            f"{_moment(run['first'])} to {_moment(run['last'])}",
+        ]
+        for run in row["runs"]
+    ]
+    heads = ["Run", "#charges", f"#{_EPSILON} of it alone", "Released", "Sampling law", "Time"]
+    table = _table(heads, runs, kind="words") if runs else ""
+    schedule = row["schedule"]
+    priced = ""
+    if schedule is not None:
+        figures = [
+            [label, _bound(schedule[name])]
+            for label, name in (
+                ("PLD, add or remove a record", "pld"),
+                ("PLD, replace a record", "pld_replace_one"),
+                ("PRV, add or remove a record", "prv"),
+                ("RDP at the best order", "rdp"),
+            )
+        ]
+        priced = _table(
+            ["The one committed schedule, all of it", f"#{_EPSILON} at {_DELTA} = {_bound(row['delta'])}"], figures
+        )
+    shown = row["history"][-_TABLE_ROWS:]
+    lines = [
+        [_moment(when), f"<code>{_safe(job[:12])}</code>", f"{moment:,}", _safe(released), _bound(spent)]
+        for when, job, moment, released, spent in shown
+    ]
+    caption = f"The last {len(shown):,} of {len(row['history']):,} charges." if len(shown) < len(row["history"]) else ""
+    heads = ["Time", "Run", "#round", "Released", f"#{_EPSILON} spent after it"]
+    spend = _table(heads, lines, caption=caption) if lines else ""
+    return _section(
+        _safe(row["name"]), f"{_pairs(facts, 'facts')}{warnings}{table}{priced}{spend}", f"data-set-{number}", ""
     )
 
 
@@ -574,6 +673,7 @@ def _top(report: Mapping[str, Any]) -> str:
         ("Status", _safe(run["status"])),
         ("Time", f"{_moment(run['started'])} to {_moment(run['finished'])}"),
         ("Covers", f"<strong>{_safe(run['covers'])}</strong>"),
+        *((_name(key).capitalize(), _safe(text)) for key, text in report["product"].items() if text != "not stated"),
     ]
     return (
         '<header><p class="mark"><b>tacit</b> <i>understood without being said</i></p><h1>Privacy report</h1>'
@@ -880,7 +980,20 @@ def _how(report: Mapping[str, Any]) -> str:
     entries = [(_name(key).capitalize(), _safe(text)) for key, text in report["mechanism"].items()]
     rows = [[_safe(row["what"]), _safe(row["assumed"]), _safe(row["actual"])] for row in report["sampling"]]
     table = _table(["Sampling", "Assumed by the accountants", "What the code does"], rows, kind="words")
-    return _section("How it was done", _pairs(entries) + table, "how")
+    heads = ["Use of private data", "Accounted for", "In words"]
+    uses = [[_safe(row["access"]), _safe(row["accounted"]), _safe(row["words"])] for row in report["accesses"]]
+    limits = "".join(f"<li>{_safe(text)}</li>" for text in report["limits"])
+    return _section(
+        "How it was done", f"{_pairs(entries)}{table}{_table(heads, uses, kind='words')}<ul>{limits}</ul>", "how"
+    )
+
+
+def _empirical(report: Mapping[str, Any]) -> str:
+    """Returns what an audit found, in its own words."""
+    found = report["empirical"]
+    entries = [("Status", _safe(found["status"])), ("Meaning", _safe(found["words"]))]
+    entries += [(_name(key).capitalize(), _value(item)) for key, item in found.get("audit", {}).items()]
+    return _section("Empirical evidence", _pairs(entries), "empirical")
 
 
 def _simulation(report: Mapping[str, Any]) -> str:
@@ -929,7 +1042,15 @@ def _software(report: Mapping[str, Any]) -> str:
         for key, item in software.items()
         if key != "versions"
     ]
+    signature = report["signature"]
+    signed = (
+        f"by the {_safe(signature['by'])}, key <code>{_safe(signature['public_key'])}</code>; compare it with the key "
+        "that you were given another way, and check the file with <code>tacit verify</code>"
+        if signature
+        else "not signed: only the receipts in it speak for its figures"
+    )
     plain.insert(0, ("Report id", f"<code>{_safe(report['report_id'])}</code>"))
+    plain.insert(1, ("Signed", signed))
     groups = [
         ("Versions", software["versions"]),
         ("Plan", report["plan"]),

@@ -69,6 +69,18 @@ def model_digest(arrays: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> s
     return digest.hexdigest()
 
 
+def settings_digest(task: str, plan: str, local: str, seed: int) -> str:
+    """Returns the SHA-256 of what a job's requests have in common, in hex; a ledger's commitment names it.
+
+    Args:
+        task: Name of the task.
+        plan: Digest of the plan.
+        local: The learning knobs as canonical JSON.
+        seed: Seed of the model's frozen parameters.
+    """
+    return hashlib.sha256(b"tacit/settings/1\n" + canonical([task, plan, local, seed])).hexdigest()
+
+
 def request_digest(fields: Mapping[str, str | int | float], model: str) -> str:
     """Returns the SHA-256 of a whole request, in hex: what a charge and its kept release are bound to (G9).
 

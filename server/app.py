@@ -33,7 +33,7 @@ from models.task import Shape, Task
 from privacy.accounting import Event
 from privacy.errors import LedgerError, PlanError, RunError
 from privacy.files import write_whole
-from privacy.identity import Identity
+from privacy.identity import COUNTERSIGN, Identity
 from privacy.ledger import Receipt
 from privacy.plan import Local, Plan, require
 from privacy.wire import model_digest, read_float32, request_digest
@@ -388,7 +388,7 @@ def _identity_of(receipt: Receipt) -> str:
 def countersign(identity: Identity, receipt: Receipt) -> str:
     """Returns one line of the receipts file: the holder's receipt with the server's signature over it."""
     text = receipt.to_json()
-    signature = identity.sign(b"tacit/countersign/1\n" + text.encode())
+    signature = identity.sign(COUNTERSIGN + text.encode())
     return json.dumps({"receipt": text, "peer": identity.public_key, "countersignature": signature})
 
 

@@ -7,6 +7,8 @@ told to the report as a doubt, and the report then prints no finite figure (guar
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -17,13 +19,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from privacy.accounting import Event, attacker_power, best_order, pld_epsilon, prv_epsilon, rdp
+from privacy.accounting import Event, attacker_power, best_order, group_epsilon, pld_epsilon, prv_epsilon, rdp
 from privacy.errors import LedgerError, RunError
-from privacy.identity import Secret, verify
+from privacy.identity import COUNTERSIGN, Identity, Secret, verify
 from privacy.ledger import Account, Receipt
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan
 from privacy.report import ClientSpend, Prices, RunFacts, Verdict, write
+from privacy.transcript import iso
+from privacy.wire import settings_digest
 from server.app import CHECKPOINT, METRICS, RECEIPTS
 from server.checkpoint import State, load
 from simulations.world import JOB_FILE, World, now, population_words
@@ -31,33 +35,53 @@ from simulations.world import JOB_FILE, World, now, population_words
 STATUS: Final = "status.json"
 _PLD_EPSILON: Final = 100
 SERVER_KEY: Final = "server.key"
+AUDIT: Final = "audit.json"
 
 _PACKAGES: Final = ("torch", "opacus", "flwr", "dp-accounting", "cryptography", "numpy")
 # Scenario keys that hold paths of this machine, which are nobody else's business.
 _PATHS: Final = ("data", "ledgers", "out")
 
 
-def render(folder: Path) -> Path:
+def render(folder: Path, persons: Sequence[int] = ()) -> Path:
     """Writes the report of a run folder anew, from its receipts and ledgers alone.
+
+    Args:
+        folder: The run folder.
+        persons: Numbers of records of one person for which the schedule is priced too.
 
     Raises:
         TacitError: The folder is no run folder, or its ledgers or receipts are damaged.
     """
     if not (folder / JOB_FILE).exists():
         raise RunError(f"expected a run folder that has started, got {folder} without {JOB_FILE}; resume it first")
-    return write(facts_of(World.open(folder.resolve())), folder)[1]
+    world = World.open(folder.resolve())
+    return write(facts_of(world, persons), folder, server_identity(world))[1]
 
 
-def facts_of(world: World) -> RunFacts:
+def server_identity(world: World) -> Identity | None:
+    """Returns the identity that countersigned a run's receipts and signs its report; None before it first ran."""
+    path = world.folder / SERVER_KEY
+    return Secret.load_or_create(path).identity("server") if path.exists() else None
+
+
+def facts_of(world: World, persons: Sequence[int] = ()) -> RunFacts:
     """Collects what a report is made of from a run folder.
+
+    Args:
+        world: The run.
+        persons: Numbers of records of one person for which the schedule is priced too; each takes up to a minute.
 
     Raises:
         LedgerError: The ledgers or the receipts are damaged, or the server's key is missing.
         RunError: The log of the rounds or the checkpoint is damaged.
     """
     settled, folder, scenario = world.settled, world.folder, world.scenario
-    rounds, receipts, state = _read_rounds(folder), read_receipts(folder), load(folder / CHECKPOINT)
+    rounds, state = _read_rounds(folder), load(folder / CHECKPOINT)
+    lines = read_countersigned(folder)
+    receipts = [line.receipt for line in lines]
+    countersigned = {line.receipt.head: line for line in lines}
     world.book.refresh()
+    papers = _papers(world)
     by_account: dict[str, list[Receipt]] = defaultdict(list)
     for receipt in receipts:
         by_account[receipt.account].append(receipt)
@@ -84,10 +108,16 @@ def facts_of(world: World) -> RunFacts:
         local=settled.local,
         rounds=rounds,
         clients=[
-            _spend(world, account, by_account[account.identity], sound[account.identity], lost, declined)
+            dataclasses.replace(
+                _spend(world, account, by_account[account.identity], sound[account.identity], lost, declined),
+                account=account.identity,
+                proof=_proof(account, settled.id, papers, sound[account.identity], countersigned),
+                changes=tuple((iso(change.time), change.before, change.after) for change in account.changes),
+                clock_set_back=account.backwards,
+            )
             for account in accounts
         ],
-        prices=prices_of(world),
+        prices=prices_of(world, persons),
         multiplicity=scenario.multiplicity,
         multiplicity_epsilon=composed_epsilon(accounts, scenario.multiplicity, settled.plan.delta),
         augmented=world.task.augment is not None,
@@ -100,6 +130,10 @@ def facts_of(world: World) -> RunFacts:
         engine=f"{scenario.engine}, {scenario.workers} worker(s)",
         device=settled.device,
         hardware=f"{platform.machine()}, {os.cpu_count()} cores",
+        receipts=_receipts_file(folder),
+        settings=settings_digest(world.task.name, settled.plan.digest(), settled.local.to_json(), world.scenario.seed),
+        product={"curator": scenario.curator, "purpose": scenario.purpose, "data": scenario.data_domain},
+        audit=_audit(folder),
     )
 
 
@@ -126,7 +160,47 @@ def _read_rounds(folder: Path) -> list[dict[str, Any]]:
     return rounds
 
 
-def read_receipts(folder: Path) -> list[Receipt]:
+def _receipts_file(folder: Path) -> dict[str, Any]:
+    lines = _whole_lines(folder / RECEIPTS)
+    text = "".join(f"{line}\n" for line in lines)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"file": RECEIPTS, "lines": len(lines), "sha256": digest} if lines else {}
+
+
+def _audit(folder: Path) -> dict[str, Any] | None:
+    """Returns what an audit of this run wrote down, or None.
+
+    Raises:
+        RunError: It is no JSON object; an audit that cannot be read is not an audit that found nothing.
+    """
+    path = folder / AUDIT
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(f"expected an audit's findings in {path}, got something else; run the audit again")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Countersigned:
+    """One line of a receipts file.
+
+    Attributes:
+        receipt: The holder's receipt.
+        peer: Key of the server that countersigned it.
+        countersignature: Its signature over the receipt's text.
+    """
+
+    receipt: Receipt
+    peer: str
+    countersignature: str
+
+
+def read_countersigned(folder: Path) -> list[Countersigned]:
     """Reads and verifies every receipt of a run, which its own server must have countersigned.
 
     Raises:
@@ -145,13 +219,47 @@ def read_receipts(folder: Path) -> list[Receipt]:
             receipt = Receipt.from_json(line["receipt"])
             if line["peer"] != peer:
                 raise LedgerError("expected this run's own server to have countersigned, got another one")
-            verify(peer, b"tacit/countersign/1\n" + line["receipt"].encode(), line["countersignature"])
+            verify(peer, COUNTERSIGN + line["receipt"].encode(), line["countersignature"])
         except (ValueError, KeyError, TypeError, LedgerError) as error:
             raise LedgerError(
                 f"expected whole receipts in {folder / RECEIPTS}, got a damaged one at line {number}: {error}"
             ) from None
-        receipts.append(receipt)
+        receipts.append(Countersigned(receipt, peer, line["countersignature"]))
     return receipts
+
+
+def _papers(world: World) -> dict[tuple[str, str], dict[str, Any]]:
+    """Returns the grant of each account, under no job, and its commitments by job, as its ledger has them."""
+    found = {}
+    for line in world.book.content().split(b"\n"):
+        # Charges are by far the most lines, and their receipts say what they say.
+        if line and b'"kind":"charge"' not in line:
+            entry = json.loads(line)
+            if entry["kind"] in ("grant", "commit"):
+                found[entry["account"], entry["body"].get("job", "")] = entry
+    return found
+
+
+def _proof(
+    account: Account,
+    job: str,
+    papers: Mapping[tuple[str, str], dict[str, Any]],
+    sound: Sequence[Receipt],
+    countersigned: Mapping[str, Countersigned],
+) -> dict[str, Any]:
+    """Returns what a client signed: its grant, its commitment to this job, and its last receipt of it."""
+    proof: dict[str, Any] = {
+        "grant": papers.get((account.identity, "")),
+        "commit": papers.get((account.identity, job)),
+    }
+    if sound:
+        last = countersigned[max(sound, key=lambda receipt: receipt.seq).head]
+        proof |= {
+            "receipt": last.receipt.to_json(),
+            "peer": last.peer,
+            "countersignature": last.countersignature,
+        }
+    return proof
 
 
 # -- judging --------------------------------------------------------------------------------------------------------
@@ -269,8 +377,13 @@ def composed_epsilon(accounts: Sequence[Account], multiplicity: int, delta: floa
     return accounts[0].grant.epsilon_of(sum(top))
 
 
-def prices_of(world: World) -> Prices:
-    """Prices the committed schedule with every accountant."""
+def prices_of(world: World, persons: Sequence[int] = ()) -> Prices:
+    """Prices the committed schedule with every accountant.
+
+    Args:
+        world: The run.
+        persons: Numbers of records of one person to price it for too.
+    """
     plan = world.settled.plan
     event = Event.of_schedule(plan)
     best = best_order(event, plan.delta)
@@ -304,4 +417,7 @@ def prices_of(world: World) -> Prices:
         tpr=tuple((fpr, attacker_power(curve, fpr)) for fpr in (0.001, 0.01)),
         accountant=f"dp-accounting {importlib.metadata.version('dp-accounting')} (PLD), "
         f"opacus {importlib.metadata.version('opacus')} (RDP, PRV)",
+        unamplified=best_order(dataclasses.replace(event, sample_rate=1.0), plan.delta)[1],
+        rho=event.steps / (2 * event.noise_multiplier**2),
+        persons=tuple((records, group_epsilon(event, plan.delta, records)) for records in persons if tight),
     )

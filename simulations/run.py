@@ -26,7 +26,7 @@ from privacy.files import write_whole
 from privacy.report import RunFacts, build, partition_picture, write
 from server.app import Ending, server_app
 from simulations import apps
-from simulations.evidence import STATUS, facts_of, render
+from simulations.evidence import STATUS, facts_of, render, server_identity
 from simulations.scenario import BY_NAME, MACHINE, Scenario
 from simulations.world import World, code_hash, now, server_context
 
@@ -155,7 +155,7 @@ def conclude(world: World, ending: Ending) -> tuple[RunFacts, Path]:
         # A finished job asks nothing again, so nothing needs to be sent again.
         shutil.rmtree(folder / "kept", ignore_errors=True)
     facts = facts_of(world)
-    return facts, write(facts, folder)[1]
+    return facts, write(facts, folder, server_identity(world))[1]
 
 
 def _most_spent(facts: RunFacts) -> float | None:

@@ -148,6 +148,9 @@ class Scenario:
     clients: int = _key(10, JOB, "data holders in the federation", least=1)
     rounds: int = _key(20, JOB, "rounds of training", least=1)
     cohort: int = _key(0, JOB, "clients asked in each round; 0 = all", least=0)
+    curator: str = _key("", JOB, "who answers for the product, in words for the report; empty = not stated")
+    purpose: str = _key("", JOB, "what the model is for, in words for the report; empty = not stated")
+    data_domain: str = _key("", JOB, "what the data is about, in words for the report; empty = not stated")
     seed: int = _key(
         0, JOB, "seed of what is public (initial model, partition, cohorts); never of noise or coins", least=0
     )

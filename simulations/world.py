@@ -288,6 +288,8 @@ class World:
             sources=self.sources,
             pay=pay,
             commitment=self.commitments.get(name, ""),
+            # Where a resumed job goes on with other code, the newest is the one that runs.
+            code=self.settled.code[-64:],
             device=self.settled.device,
             simulated=True,
         )
@@ -303,7 +305,9 @@ class World:
             holder, request = self.holder(context), parse_request(message)
             # What was kept is sent again, and must not be charged again (guarantee G9).
             if self.kept.get(request.job, holder.account(), request.digest) is None:
-                charge = request.charge_of(holder.name, noise=noise_name(self.sources), commitment=holder.commitment)
+                charge = request.charge_of(
+                    holder.name, noise=noise_name(self.sources), commitment=holder.commitment, code=holder.code
+                )
                 wanted.append((context, charge))
         self._grant([charge.name for _, charge in wanted if charge.name not in self.book.accounts])
         outcomes = self.book.charge([charge for _, charge in wanted])

@@ -121,12 +121,23 @@ def rechain(lines: Sequence[bytes], change: Callable[[dict[str, Any]], None], ke
     return out
 
 
+def as_version_2(lines: Sequence[bytes], key: Path) -> bytes:
+    """Rewrites a ledger as version 2 of this program wrote it: a commitment without the terms that came later."""
+
+    def older(entry: dict[str, Any]) -> None:
+        entry["v"] = 2
+        for name in ("code", "settings", "sampling"):
+            entry["body"].pop(name, None)
+
+    return rechain(lines, older, key)
+
+
 def as_version_1(lines: Sequence[bytes]) -> bytes:
     """Rewrites a ledger as version 1 of this program wrote it: without signatures, and without what came with them."""
 
     def older(entry: dict[str, Any]) -> None:
         entry["v"] = 1
-        for name in ("apart", "spent", "charges", "test"):
+        for name in ("apart", "spent", "charges", "test", "code", "settings", "sampling"):
             entry["body"].pop(name, None)
 
     return rechain(lines, older)

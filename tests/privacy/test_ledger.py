@@ -660,7 +660,7 @@ def test_planted_reader_that_trusts_the_stated_hash_misses_a_flip(folder: Path) 
         lambda lines: [*lines, b'{"v":NaN}'],
         lambda lines: [*lines, b" " * 20_000],
         lambda lines: [lines[0] + b" ", *lines[1:]],
-        lambda lines: [lines[0].replace(b'"v":2', b'"v":2,"v":2'), *lines[1:]],
+        lambda lines: [lines[0].replace(b'"v":3', b'"v":3,"v":3'), *lines[1:]],
     ],
 )
 def test_lines_moved_dropped_repeated_or_foreign_are_refused(
@@ -676,7 +676,7 @@ def test_lines_moved_dropped_repeated_or_foreign_are_refused(
     "change",
     [
         lambda e: e.update(v=0),
-        lambda e: e.update(v=3),
+        lambda e: e.update(v=4),
         lambda e: e.update(note="more"),
         lambda e: e["body"].update(apart=3) if e["kind"] == "grant" else None,
         lambda e: e["body"].update(charges=1) if e["kind"] == "charge" else None,

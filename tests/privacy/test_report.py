@@ -200,11 +200,11 @@ class Page(html.parser.HTMLParser):
 
 def test_a_report_has_every_section_of_the_schema() -> None:
     report = build(a_run(simulation=a_simulation()))
-    assert report["schema"] == "tacit-report/1"
+    assert report["schema"] == "tacit-report/2"
     assert list(report) == [
-        "schema", "report_id", "headline", "run", "warnings", "budget", "rounds", "clients", "prices",
-        "assumptions", "covered", "not_covered", "adversaries", "witness", "mechanism", "sampling", "plan",
-        "local", "config", "software", "simulation_only",
+        "schema", "report_id", "signature", "headline", "run", "product", "warnings", "budget", "rounds", "clients",
+        "prices", "assumptions", "covered", "not_covered", "adversaries", "witness", "mechanism", "sampling",
+        "empirical", "accesses", "limits", "plan", "local", "config", "software", "evidence", "simulation_only",
     ]  # fmt: skip
     assert {
         "epsilon",
@@ -664,7 +664,7 @@ def test_a_run_of_few_rounds_still_gives_a_page(rounds: int) -> None:
 
 def test_another_schema_and_a_broken_report_are_refused() -> None:
     report = build(a_run())
-    with pytest.raises(RunError, match="expected a report of schema tacit-report/1, got 'tacit-report/9'"):
+    with pytest.raises(RunError, match="expected a report of schema tacit-report/2, got 'tacit-report/9'"):
         render(report | {"schema": "tacit-report/9"})
     with pytest.raises(RunError, match="expected a whole report"):
         render({name: value for name, value in report.items() if name != "budget"})

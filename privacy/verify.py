@@ -1,0 +1,941 @@
+"""Checks reports, receipts and ledgers from the files alone, for somebody who trusts none of those who made them.
+
+Each question gives one `Check`: it holds, it does not hold, or it cannot be proven from these files. Nothing is taken
+over that can be worked out anew: hashes, signatures and chains are checked, and every epsilon is computed again, by the
+accountant that a report quotes and by a second implementation (RDP: dp-accounting beside Opacus; PLD: Opacus' PRV and
+the RDP bound beside dp-accounting).
+
+What no file can prove is said every time: that a holder ran this code on the data it says it has, and that a key is
+whose it is said to be, unless the reader pins it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from privacy.accounting import (
+    Event,
+    Grant,
+    attacker_power,
+    best_order,
+    group_epsilon,
+    pld_epsilon,
+    prv_epsilon,
+    rdp,
+    second_filter,
+)
+from privacy.errors import TacitError
+from privacy.identity import COUNTERSIGN, verify
+from privacy.ledger import Law, Receipt, require_signed_entry
+from privacy.ledger_report import over_ledgers
+from privacy.noise import SECURE_SOURCE
+from privacy.plan import Adjacency, Local, Plan, Unit, canonical
+from privacy.report import (
+    INFINITY,
+    SCHEMA,
+    UNKNOWN,
+    odds_of,
+    render,
+    report_id,
+    sentence_of,
+    signed_bytes,
+    tier_words,
+    to_json,
+    tpr_bound,
+)
+from privacy.report_page import LEDGER_SCHEMA, render_ledgers
+from privacy.transcript import LEDGER_FILE, Line, Transcript, is_ledger, read_ledger
+from privacy.wire import settings_digest
+
+RECEIPTS_FILE: Final = "receipts.jsonl"
+# What a folder stands for: whatever of these lies in it.
+_IN_A_FOLDER: Final = ("report.json", "report.html", RECEIPTS_FILE, LEDGER_FILE, f"ledgers/{LEDGER_FILE}")
+
+# What malformed content may raise on its way through a check; it is then a check that does not hold.
+_FAULTS: Final = (
+    TacitError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    RecursionError,
+)
+
+# Two computations of one figure by one library differ by rounding alone.
+_SAME: Final = 1e-6
+# PRV adds its own error of 0.01; see `privacy.report`.
+_AGREEMENT: Final = 0.05
+# Above it loss distributions take minutes, and nobody needs the figure exactly.
+_PLD_EPSILON: Final = 100
+# How many names a sentence gives.
+_NAMES: Final = 3
+
+
+class Result(StrEnum):
+    """What a check says."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    OPEN = "cannot be proven"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        name: What was asked, in a few words.
+        result: The answer.
+        words: Why, in one sentence.
+    """
+
+    name: str
+    result: Result
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Witnessed:
+    receipt: Receipt
+    peer: str
+
+
+@dataclasses.dataclass
+class _Files:
+    """What was given, read.
+
+    Attributes:
+        report: The report; None where none was given or it cannot be read.
+        text: Its text.
+        pages: Pages by their names.
+        overviews: Texts of reports over ledgers, by the files' names.
+        receipts: Lines of receipts files that could be read.
+        digests: SHA-256 and number of lines of each receipts file.
+        ledgers: Ledgers that hold.
+        keys: Public keys that the reader trusts.
+    """
+
+    report: dict[str, Any] | None = None
+    text: str = ""
+    pages: dict[str, str] = dataclasses.field(default_factory=dict)
+    overviews: dict[str, str] = dataclasses.field(default_factory=dict)
+    receipts: list[_Witnessed] = dataclasses.field(default_factory=list)
+    digests: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    ledgers: list[Transcript] = dataclasses.field(default_factory=list)
+    keys: frozenset[str] = frozenset()
+
+    @property
+    def clients(self) -> list[dict[str, Any]]:
+        """The report's clients."""
+        return list(self.report["clients"]) if self.report is not None else []
+
+    def known(self) -> list[_Witnessed]:
+        """All receipts, those inside the report included, each once."""
+        inside = []
+        for client in self.clients:
+            proof = client.get("proof") or {}
+            if proof.get("receipt"):
+                inside.append(_Witnessed(Receipt.from_json(proof["receipt"]), proof["peer"]))
+        return list({found.receipt.signature: found for found in (*self.receipts, *inside)}.values())
+
+
+def passed(checks: Sequence[Check]) -> bool:
+    """Whether there was something to check and nothing of it failed."""
+    return bool(checks) and all(check.result is not Result.FAILS for check in checks)
+
+
+def verify_files(places: Sequence[Path], keys: Collection[str] = ()) -> list[Check]:
+    """Checks files against themselves and against each other.
+
+    Args:
+        places: Files (``report.json``, ``report.html``, ``receipts.jsonl``, ledgers, exports), or folders with such.
+        keys: Public keys (64 hex digits) that the reader got another way: of the server, of the holders.
+
+    Returns:
+        One answer per question, in an order to be read from above. A file that cannot be read is an answer too.
+    """
+    files, checks = _Files(keys=frozenset(keys)), []
+    for path in _expand(places):
+        checks.append(_read(path, files))
+    if files.ledgers and files.report is None and not files.receipts:
+        checks.append(
+            Check(
+                "rollback", Result.OPEN, "a ledger alone cannot show that no later state exists; receipts of peers can"
+            )
+        )
+    for question in _QUESTIONS:
+        try:
+            answers = list(question(files))
+            checks += answers
+            if question is _identity and not passed(answers or checks) and files.report is not None:
+                # Whatever a changed report says, nobody said it.
+                checks.append(Check("the report's figures", Result.OPEN, "not looked at: the report was changed"))
+                files.report = None
+        except _FAULTS as error:
+            name = (question.__doc__ or "").partition("\n")[0].rstrip(".").lower()
+            checks.append(
+                Check(name, Result.FAILS, f"what is asked about is not whole: {type(error).__name__}: {error}")
+            )
+    return checks
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def _expand(places: Sequence[Path]) -> Iterator[Path]:
+    for place in places:
+        if place.is_dir():
+            found = [place / name for name in _IN_A_FOLDER if (place / name).exists()]
+            # A folder without any of them is answered like a file that is not there.
+            yield from found or [place / LEDGER_FILE]
+        else:
+            yield place
+
+
+def _read(path: Path, files: _Files) -> Check:
+    name = f"file {path.name}"
+    try:
+        data = path.read_bytes()
+        if is_ledger(data):
+            return _read_a_ledger(name, path, files)
+        text = data.decode()
+        if text.startswith("<!doctype html>"):
+            files.pages[path.name] = text
+            return Check(name, Result.HOLDS, "a report's page; what it says is compared with the report below")
+        if text.startswith('{"receipt"'):
+            return _read_receipts(name, text, files)
+        if text.lstrip().startswith("{"):
+            return _read_a_report(name, text, files)
+        return Check(name, Result.FAILS, "it is no report, receipts file, ledger or export of this program")
+    except OSError as error:
+        return Check(name, Result.FAILS, f"it cannot be read: {error.strerror}")
+    except _FAULTS as error:
+        return Check(name, Result.FAILS, f"it is damaged: {error}")
+
+
+def _read_a_ledger(name: str, path: Path, files: _Files) -> Check:
+    ledger = read_ledger(path)
+    files.ledgers.append(ledger)
+    accounts = ledger.everyone.values()
+    words = f"{len(accounts):,} accounts, {len(ledger.lines):,} charges: chains and signatures are sound"
+    if unsigned := sum(account.unsigned for account in accounts):
+        return Check(name, Result.OPEN, f"{words}, but {unsigned:,} entries are of version 1, which nobody signed")
+    if ledger.exported is not None:
+        words += "; an export whose holder signed how long it is"
+    if back := sum(account.backwards for account in accounts):
+        words += f"; in {back:,} entries the holder's clock was set back, their spend counts"
+    return Check(name, Result.HOLDS, words)
+
+
+def _read_receipts(name: str, text: str, files: _Files) -> Check:
+    if not text.endswith("\n"):
+        return Check(name, Result.FAILS, "its last line has no end: it was cut")
+    lines = text[:-1].split("\n")
+    files.digests.append((hashlib.sha256(text.encode()).hexdigest(), len(lines)))
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = json.loads(line)
+            receipt = Receipt.from_json(fields["receipt"])
+            verify(fields["peer"], COUNTERSIGN + fields["receipt"].encode(), fields["countersignature"])
+            # A second text of the same line could be read differently elsewhere.
+            if json.dumps({key: fields[key] for key in ("receipt", "peer", "countersignature")}) != line:
+                raise ValueError("another text")
+        except _FAULTS as error:
+            return Check(name, Result.FAILS, f"line {number:,} is no countersigned receipt: {error}")
+        files.receipts.append(_Witnessed(receipt, fields["peer"]))
+    return Check(name, Result.HOLDS, f"{len(lines):,} receipts, each signed by its client and countersigned")
+
+
+def _read_a_report(name: str, text: str, files: _Files) -> Check:
+    def no_number(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    report = json.loads(text, parse_constant=no_number)
+    if report.get("schema") == LEDGER_SCHEMA:
+        files.overviews[name] = text
+        return Check(name, Result.HOLDS, "a report over ledgers; it is made again from them below")
+    if report.get("schema") != SCHEMA:
+        return Check(name, Result.FAILS, f"it is of schema {report.get('schema')!r:.40}; this program knows {SCHEMA}")
+    if files.report is not None:
+        return Check(name, Result.FAILS, "a second report; check one at a time")
+    files.report, files.text = report, text
+    if to_json(report) != text:
+        return Check(name, Result.FAILS, "its text is not the one text of its content: a byte was changed")
+    return Check(name, Result.HOLDS, "whole, and the one text of its content")
+
+
+# -- the report itself -----------------------------------------------------------------------------
+
+
+def _identity(files: _Files) -> Iterator[Check]:
+    """Report id and signature."""
+    report = files.report
+    if report is None:
+        return
+    right = report["report_id"] == report_id(report)
+    yield Check(
+        "report id",
+        Result.HOLDS if right else Result.FAILS,
+        f"{report['report_id'][:16]}... is{'' if right else ' not'} the SHA-256 of the content",
+    )
+    signature = report["signature"]
+    if signature is None:
+        yield Check("report signature", Result.OPEN, "nobody signed it; only the receipts in it speak for its figures")
+        return
+    try:
+        verify(signature["public_key"], signed_bytes(report), signature["value"])
+    except TacitError:
+        yield Check("report signature", Result.FAILS, "the signature does not match the content")
+        return
+    if set(signature) != {"by", "public_key", "value"} or signature["by"] != "server":
+        yield Check("report signature", Result.FAILS, "the signature says something that nobody signed")
+        return
+    key = signature["public_key"]
+    yield Check("report signature", Result.HOLDS, f"signed by key {key[:16]}...")
+    pinned = key in files.keys
+    yield Check(
+        "report signer",
+        Result.HOLDS if pinned else Result.OPEN,
+        "the key is one that you trust" if pinned else "compare the key with the server's own, and name it with --key",
+    )
+
+
+def _overviews(files: _Files) -> Iterator[Check]:
+    """Reports over ledgers."""
+    for name, text in files.overviews.items():
+        asked = f"made from its ledgers, {name.removeprefix('file ')}"
+        wanted = {row["account"]: row["ledger_head"] for row in json.loads(text)["data_sets"]}
+        sources = [ledger for ledger in files.ledgers if wanted.keys() & ledger.everyone.keys()]
+        if wanted.keys() - {identity for ledger in sources for identity in ledger.everyone}:
+            yield Check(asked, Result.OPEN, "some of its ledgers are not here; give them too")
+            continue
+        same = to_json(over_ledgers(sources)) == text
+        words = "made again from the ledgers it comes out the same, byte for byte"
+        yield Check(asked, Result.HOLDS if same else Result.FAILS, words if same else "the ledgers give another report")
+
+
+def _page(files: _Files) -> Iterator[Check]:
+    """Pages."""
+    for name, text in files.pages.items():
+        overviews = [render_ledgers(json.loads(overview)) for overview in files.overviews.values()]
+        if files.report is None and overviews:
+            same = text in overviews
+            words = "it is what the report gives, byte for byte" if same else "it is not what the report gives"
+            yield Check(f"page {name}", Result.HOLDS if same else Result.FAILS, words)
+        elif files.report is None:
+            yield Check(f"page {name}", Result.OPEN, "without its report.json nothing can be compared")
+        else:
+            same = render(files.report) == text
+            words = "it is what the report gives, byte for byte" if same else "it is not what the report gives"
+            yield Check(f"page {name}", Result.HOLDS if same else Result.FAILS, words)
+
+
+def _clients(files: _Files) -> Iterator[Check]:
+    """What each client signed."""
+    if files.report is None:
+        return
+    signer = (files.report["signature"] or {}).get("public_key")
+    signed, alone, silent = 0, [], []
+    for client in files.clients:
+        proof, name = client["proof"] or {}, client["name"]
+        if not proof.get("receipt"):
+            silent.append(name)
+            continue
+        receipt = Receipt.from_json(proof["receipt"])
+        verify(proof["peer"], COUNTERSIGN + proof["receipt"].encode(), proof["countersignature"])
+        if signer is not None and proof["peer"] != signer:
+            yield Check("client receipts", Result.FAILS, f"{name}: countersigned by another key than signed the report")
+            return
+        if (receipt.account, receipt.public_key) != (client["account"], client["public_key"]):
+            yield Check("client receipts", Result.FAILS, f"{name}: the receipt is of another account or key")
+            return
+        if client["verdict"] != "verified":
+            alone.append(name)
+            if not isinstance(client["spent_epsilon"], str) and client["spent_epsilon"] < receipt.spent * (1 - _SAME):
+                yield Check("client receipts", Result.FAILS, f"{name}: less is printed than its receipt says")
+                return
+            continue
+        spent = INFINITY if receipt.test else receipt.spent
+        told = (
+            client["charges"],
+            client["test_noise"],
+            client["ledger_head"],
+            client["granted_epsilon"],
+            client["delta"],
+        )
+        if told != (receipt.charges, receipt.test, receipt.head, receipt.granted, receipt.delta) or not (
+            client["spent_epsilon"] == spent
+            if isinstance(client["spent_epsilon"], str) or isinstance(spent, str)
+            else math.isclose(client["spent_epsilon"], spent, rel_tol=1e-9)
+        ):
+            yield Check("client receipts", Result.FAILS, f"{name}: the report says something else than it signed")
+            return
+        signed += 1
+    yield Check("client receipts", Result.HOLDS, f"{signed:,} of {len(files.clients):,} clients signed what is printed")
+    if alone or silent:
+        words = f"what {_some(alone + silent)} spent is told by its ledger or the operator alone"
+        ledgers = {identity for ledger in files.ledgers for identity in ledger.everyone}
+        missing = [c["name"] for c in files.clients if c["name"] in alone + silent and c["account"] not in ledgers]
+        yield Check(
+            "unsigned figures",
+            Result.OPEN if missing else Result.HOLDS,
+            f"{words}; give their ledgers" if missing else f"{words}, and that ledger is here",
+        )
+    pins = [client["name"] for client in files.clients if client["public_key"] not in files.keys]
+    yield Check(
+        "client keys",
+        Result.OPEN if pins else Result.HOLDS,
+        f"whose the keys of {_some(pins)} are; compare them with the holders' own and name them with --key"
+        if pins
+        else "every client's key is one that you trust",
+    )
+
+
+def _commitments(files: _Files) -> Iterator[Check]:
+    """What each client committed to before its first round."""
+    report = files.report
+    if report is None:
+        return
+    plan, local = _plan(report), Local.from_json(canonical(report["local"]))
+    settings = settings_digest(report["run"]["task"], plan.digest(), local.to_json(), report["config"]["seed"])
+    codes = set(report["software"]["code_hash"].split(", then "))
+    faults, old, count = [], [], 0
+    if report["plan"]["digest"] != plan.digest() or report["software"]["settings_hash"] not in ("", settings):
+        faults.append("the report's own plan and settings do not give the digests that it names")
+    if report["software"]["config_hash"] != hashlib.sha256(canonical(report["config"])).hexdigest():
+        faults.append("the scenario does not give the hash that the report names")
+    for client in files.clients:
+        proof, name = client["proof"] or {}, client["name"]
+        grant, commit = proof.get("grant"), proof.get("commit")
+        if commit is None or grant is None:
+            continue
+        if commit["v"] == 1:
+            old.append(name)
+            continue
+        for entry in (grant, commit):
+            require_signed_entry(entry, client["public_key"])
+        body = commit["body"]
+        if grant["kind"] != "grant" or grant["body"]["key"] != client["public_key"] or commit["kind"] != "commit":
+            faults.append(f"{name}: its papers are of another account")
+        elif commit["account"] != client["account"] or grant["account"] != client["account"]:
+            faults.append(f"{name}: its papers are of another account")
+        elif body["job"] != report["run"]["job"]:
+            faults.append(f"{name}: it committed to another job")
+        elif (body["plan"], body["joins"], Event.from_dict(body["event"])) != (
+            plan.digest(),
+            plan.joins,
+            Event.of_round(plan),
+        ):
+            faults.append(f"{name}: it committed to another plan")
+        elif commit["v"] < 3:
+            old.append(name)
+        elif body["code"] not in {"", *codes} or body["settings"] not in ("", settings):
+            faults.append(f"{name}: it names other code or other settings than the report")
+        elif body["sampling"] != Law.of(Event.of_round(plan), SECURE_SOURCE if not client["test_noise"] else ""):
+            faults.append(f"{name}: it names the sampling law {body['sampling']!r:.40}")
+        else:
+            count += 1
+    unproven = _committed_otherwise(files)
+    if faults or unproven:
+        yield Check("commitments", Result.FAILS, f"{(faults + unproven)[0]} ({len(faults + unproven):,} such)")
+    else:
+        words = f"{count:,} clients signed this plan, its schedule, its sampling law, the code and the settings"
+        yield Check("commitments", Result.HOLDS, words)
+    if old:
+        yield Check(
+            "older ledgers", Result.OPEN, f"{_some(old)}: entries of an older version name no code and no settings"
+        )
+
+
+def _committed_otherwise(files: _Files) -> list[str]:
+    """Returns clients of one run whose commitment to it is missing though a tight figure is claimed for all."""
+    headline = files.report["headline"] if files.report is not None else {}
+    if "committed schedule" not in headline["basis"]:
+        return []
+    return [
+        f"{client['name']}: no commitment of it to this schedule is here"
+        for client in files.clients
+        if not (client["proof"] or {}).get("commit")
+    ]
+
+
+def _plan(report: Mapping[str, Any]) -> Plan:
+    return Plan.from_json(canonical({name: value for name, value in report["plan"].items() if name != "digest"}))
+
+
+# -- receipts and ledgers --------------------------------------------------------------------------
+
+
+def _receipts(files: _Files) -> Iterator[Check]:
+    """Receipts against the report and each other."""
+    report = files.report
+    if report is not None:
+        named = report["evidence"]["receipts"]
+        if not files.digests:
+            words = (
+                "the report's receipts file is not here: only each client's last receipt, in the report, was checked"
+            )
+            yield Check("receipts file", Result.OPEN, words)
+        else:
+            same = files.digests == [(named.get("sha256"), named.get("lines"))]
+            words = "it is the one that the report was made from" if same else "the report was made from other receipts"
+            yield Check("receipts file", Result.HOLDS if same else Result.FAILS, words)
+            signer = (report["signature"] or {}).get("public_key")
+            strange = signer is not None and any(found.peer != signer for found in files.receipts)
+            words = "whoever signed the report countersigned every receipt"
+            yield Check(
+                "countersignatures",
+                Result.FAILS if strange else Result.HOLDS if signer is not None else Result.OPEN,
+                words if not strange and signer is not None else "another key countersigned than signed the report",
+            )
+            yield from _arrived(report, files)
+    known = files.known()
+    if not known:
+        return
+    by_place: dict[tuple[str, int], set[str]] = defaultdict(set)
+    by_account: dict[str, list[Receipt]] = defaultdict(list)
+    for found in known:
+        by_place[found.receipt.account, found.receipt.seq].add(found.receipt.head)
+        by_account[found.receipt.account].append(found.receipt)
+    forked = [account for (account, _), heads in by_place.items() if len(heads) > 1]
+    for account, receipts in by_account.items():
+        receipts.sort(key=lambda receipt: receipt.seq)
+        for earlier, later in itertools.pairwise(receipts):
+            grows = earlier.seq < later.seq and earlier.charges < later.charges and earlier.spent <= later.spent
+            if not grows or earlier.public_key != later.public_key or earlier.test > later.test:
+                forked.append(account)
+    yield Check(
+        "receipts agree",
+        Result.FAILS if forked else Result.HOLDS,
+        f"account {forked[0][:8]} gave receipts that contradict each other: its ledger was forked or signed again"
+        if forked
+        else f"{len(known):,} receipts of {len(by_account):,} accounts: each account's spend only grows, in one order",
+    )
+    if not files.ledgers:
+        words = "without the clients' ledgers, a rollback or fork shows only when a holder shows its own receipts"
+        yield Check("rollback", Result.OPEN, words)
+
+
+def _arrived(report: Mapping[str, Any], files: _Files) -> Iterator[Check]:
+    """Whether each update that a round counts has a receipt, and each history is that of the receipts."""
+    told: dict[str, dict[int, float]] = defaultdict(dict)
+    rounds: dict[int, set[str]] = defaultdict(set)
+    for found in files.receipts:
+        if found.receipt.job == report["run"]["job"]:
+            told[found.receipt.account][found.receipt.round] = found.receipt.spent
+            rounds[found.receipt.round].add(found.receipt.account)
+    short = [line["round"] for line in report["rounds"] if len(rounds[line["round"]]) < line["replies"]]
+    claimed = not isinstance(report["headline"]["epsilon"], str)
+    if short and claimed:
+        words = f"round {short[0]} counts more updates than there are receipts, and a figure is printed all the same"
+        yield Check("every update has a receipt", Result.FAILS, words)
+    else:
+        words = (
+            "no round counts more updates than there are receipts"
+            if not short
+            else "some lack one; no figure is claimed"
+        )
+        yield Check("every update has a receipt", Result.HOLDS, words)
+    others = [
+        client["name"]
+        for client in files.clients
+        for moment, spent in client["history"]
+        if not isinstance(spent, str)
+        and not math.isclose(told[client["account"]].get(moment, -1.0), spent, rel_tol=1e-9)
+    ]
+    strangers = told.keys() - {client["account"] for client in files.clients}
+    if others or (strangers and claimed):
+        words = (
+            f"{_some(list(dict.fromkeys(others)))}: the spend by round is not that of the receipts"
+            if others
+            else f"{len(strangers):,} accounts gave receipts for this job and are not in the report"
+        )
+        yield Check("spend by round", Result.FAILS, words)
+    else:
+        yield Check("spend by round", Result.HOLDS, "each client's spend after each round is what its receipts say")
+
+
+def _ledgers(files: _Files) -> Iterator[Check]:
+    """Receipts and report against the ledgers."""
+    heads: dict[str, Sequence[str]] = {}
+    for ledger in files.ledgers:
+        for identity, account in ledger.everyone.items():
+            kept = heads.setdefault(identity, account.heads)
+            both = min(len(kept), len(account.heads))
+            if list(kept[:both]) != account.heads[:both]:
+                yield Check(
+                    "ledgers agree", Result.FAILS, f"two ledgers tell account {account.name} differently: a fork"
+                )
+                return
+            heads[identity] = max(kept, account.heads, key=len)
+    if not heads:
+        return
+    behind, forked, seen = [], [], 0
+    for found in files.known():
+        receipt = found.receipt
+        if receipt.account in heads:
+            seen += 1
+            chain = heads[receipt.account]
+            if receipt.seq >= len(chain):
+                behind.append(receipt.account)
+            elif chain[receipt.seq] != receipt.head:
+                forked.append(receipt.account)
+    if behind or forked:
+        what = "ends before" if behind else "is not the one of"
+        why = "it was rolled back" if behind else "it was forked or signed again"
+        odd = (behind or forked)[0]
+        yield Check("receipts and ledgers", Result.FAILS, f"the ledger of account {odd[:8]} {what} its receipts: {why}")
+    elif seen:
+        yield Check(
+            "receipts and ledgers", Result.HOLDS, f"{seen:,} receipts stand in the ledgers, unchanged and in place"
+        )
+    if files.report is not None:
+        yield from _report_and_ledgers(files, heads)
+
+
+def _report_and_ledgers(files: _Files, heads: Mapping[str, Sequence[str]]) -> Iterator[Check]:
+    report = files.report or {}
+    lines: dict[str, list[Line]] = defaultdict(list)
+    for ledger in files.ledgers:
+        for line in ledger.lines:
+            if not lines[line.account] or lines[line.account][-1].seq < line.seq:
+                lines[line.account].append(line)
+    rows = {client["account"]: client for client in files.clients}
+    job = report["run"]["job"]
+    left_out = {line.name for found in lines.values() for line in found if line.job == job} - {
+        rows[identity]["name"] for identity in rows
+    }
+    if left_out:
+        words = f"{_some(sorted(left_out))} paid for this job and is not in the report"
+        yield Check("report and ledgers", Result.FAILS, words)
+        return
+    compared = 0
+    for identity, row in rows.items():
+        if identity not in heads:
+            continue
+        if row["ledger_head"] not in heads[identity]:
+            words = f"{row['name']}: the report names a state that its ledger never had"
+            yield Check("report and ledgers", Result.FAILS, words)
+            return
+        last = list(heads[identity]).index(row["ledger_head"])
+        past = [line for line in lines[identity] if line.seq <= last]
+        tested = any(line.noise != SECURE_SOURCE for line in past)
+        spent: float | str = INFINITY if tested else past[-1].spent if past else 0.0
+        printed = row["spent_epsilon"]
+        same = (
+            printed in (spent, UNKNOWN)
+            if isinstance(printed, str) or isinstance(spent, str)
+            else math.isclose(printed, spent, rel_tol=1e-9)
+        )
+        runs = len({line.job for line in past})
+        if not same or (row["charges"], row["runs"]) != (len(past), runs):
+            yield Check(
+                "report and ledgers", Result.FAILS, f"{row['name']}: the report says something else than its ledger"
+            )
+            return
+        compared += 1
+    words = f"{compared:,} of {len(rows):,} clients: spend, charges and runs are what their ledgers say"
+    yield Check("report and ledgers", Result.HOLDS if compared else Result.OPEN, words)
+
+
+# -- figures, by two accountants -------------------------------------------------------------------
+
+
+def _spends(files: _Files) -> Iterator[Check]:
+    """What was spent, counted anew."""
+    grants, histories = _histories(files)
+    if not histories:
+        if files.receipts or files.report is not None:
+            words = "no client's whole history is here: neither its ledger nor all of its receipts and its grant"
+            yield Check("spend, counted anew", Result.OPEN, words)
+        return
+    wrong, priced = [], {}
+    for identity, history in histories.items():
+        grant, total = grants[identity], 0.0
+        for _, event, spent in history:
+            total += rdp(event, grant.order)
+            if not math.isclose(grant.epsilon_of(total), spent, rel_tol=1e-9):
+                wrong.append(identity)
+                break
+        events = tuple(event for _, event, _ in history)
+        key = (_counted(events), grant.order, grant.delta)
+        if key not in priced:
+            priced[key] = second_filter(_counted(events), grant)
+        low, high = priced[key]
+        if not low * (1 - _SAME) - _SAME <= history[-1][2] <= high * (1 + _SAME) + _SAME:
+            wrong.append(identity)
+    words = (
+        f"account {wrong[0][:8]}: its releases do not cost what was printed"
+        if wrong
+        else f"{len(histories):,} accounts, {sum(map(len, histories.values())):,} charges: the filter's figure "
+        "after each, and the last one by a second accountant (dp-accounting's RDP)"
+    )
+    yield Check("spend, counted anew", Result.FAILS if wrong else Result.HOLDS, words)
+
+
+def _counted(events: Sequence[Event]) -> tuple[Event, ...]:
+    """Returns events with equal ones added up."""
+    steps: dict[Event, int] = defaultdict(int)
+    for event in events:
+        steps[dataclasses.replace(event, steps=1)] += event.steps
+    return tuple(dataclasses.replace(event, steps=count) for event, count in steps.items())
+
+
+def _histories(files: _Files) -> tuple[dict[str, Grant], dict[str, list[tuple[int, Event, float]]]]:
+    """Returns the grant and all charges of each account of which all are here: by its ledger, or by its receipts."""
+    grants: dict[str, Grant] = {}
+    histories: dict[str, list[tuple[int, Event, float]]] = {}
+    for ledger in files.ledgers:
+        found: dict[str, list[tuple[int, Event, float]]] = defaultdict(list)
+        for line in ledger.lines:
+            found[line.account].append((line.seq, line.event, line.spent))
+        for identity, history in found.items():
+            if len(history) > len(histories.get(identity, ())):
+                grants[identity], histories[identity] = ledger.everyone[identity].grant, history
+    by_account: dict[str, list[Receipt]] = defaultdict(list)
+    for one in files.known():
+        by_account[one.receipt.account].append(one.receipt)
+    for client in files.clients:
+        proof, receipts = client["proof"] or {}, by_account.get(client["account"], [])
+        entry = proof.get("grant")
+        if client["account"] in histories or entry is None or entry["v"] == 1 or not receipts:
+            continue
+        receipts.sort(key=lambda receipt: receipt.seq)
+        if receipts[-1].charges == len(receipts):
+            require_signed_entry(entry, client["public_key"])
+            grants[client["account"]] = _grant(entry["body"])
+            histories[client["account"]] = [(each.seq, each.event, each.spent) for each in receipts]
+    return grants, histories
+
+
+def _grant(body: Mapping[str, Any]) -> Grant:
+    return Grant(
+        epsilon=body["epsilon"],
+        delta=body["delta"],
+        order=body["order"],
+        unit=Unit(body["unit"]),
+        adjacency=Adjacency(body["adjacency"]),
+        records_bound=body["records_bound"],
+    )
+
+
+def _prices(files: _Files) -> Iterator[Check]:
+    """What the schedule costs, computed anew."""
+    report = files.report
+    if report is None:
+        return
+    prices, plan = report["prices"], _plan(report)
+    event, delta = Event.of_schedule(plan), plan.delta
+    if (prices["steps"], prices["delta"]) != (event.steps, delta):
+        yield Check("price of the schedule", Result.FAILS, "it is the price of other steps, or at another delta")
+        return
+    if isinstance(prices["gate"], str):
+        words = f"no price is claimed: it says {prices['gate']}"
+        names = [
+            name
+            for name in ("pld", "pld_replace_one", "prv", "rdp", "unamplified")
+            if not isinstance(prices[name], str)
+        ]
+        yield Check("price of the schedule", Result.FAILS if names else Result.HOLDS, words)
+        return
+    order, best = best_order(event, delta)
+    at = Grant(epsilon=1e9, delta=delta, order=prices["gate_order"], records_bound=plan.records_bound)
+    low, high = second_filter((event,), at)
+    gate = at.epsilon_of(rdp(event, at.order))
+    sound = _near(prices["gate"], gate) and low * (1 - _SAME) - _SAME <= prices["gate"] <= high * (1 + _SAME) + _SAME
+    yield _checked(
+        "filter's price", sound, f"{prices['gate']:.4g} at order {at.order:g}, by Opacus' RDP and dp-accounting's"
+    )
+    whole = _near(prices["rdp"], best) and _near(prices["unamplified"], _unamplified(event, delta))
+    whole = whole and _near(prices["zcdp_rho"], event.steps / (2 * event.noise_multiplier**2))
+    words = (
+        f"{prices['rdp']:.4g} at the best order {order:g}; {prices['unamplified']:.4g} with no discount for sampling"
+    )
+    yield _checked("RDP price", whole, words)
+    yield from _tight(prices, event, delta, best)
+
+
+def _unamplified(event: Event, delta: float) -> float:
+    return best_order(dataclasses.replace(event, sample_rate=1.0), delta)[1]
+
+
+def _tight(prices: Mapping[str, Any], event: Event, delta: float, best: float) -> Iterator[Check]:
+    """Compares the PLD figures with PLD anew, and with PRV and RDP as second accountants."""
+    curve = [(point["delta"], point["epsilon"]) for point in prices["at_deltas"]]
+    if isinstance(prices["pld"], str):
+        sound = best > _PLD_EPSILON and all(_near(epsilon, best_order(event, at)[1]) for at, epsilon in curve)
+        words = "no PLD figure is claimed; what is printed at other deltas is RDP's"
+        yield _checked("PLD price", sound or prices["pld"] == UNKNOWN, words)
+    else:
+        anew, (prv, note) = pld_epsilon(event, delta), prv_epsilon(event, delta)
+        sound = _near(prices["pld"], anew, 1e-4) and prices["pld"] <= best * (1 + _SAME)
+        second = f"Opacus' PRV says {prv:.4g}" if prv is not None else f"PRV was {note}"
+        if prv is not None:
+            sound = sound and abs(prv - prices["pld"]) <= _AGREEMENT + 0.02 * prices["pld"]
+        words = f"{prices['pld']:.4g} by PLD anew; {second}; RDP bounds it by {best:.4g}"
+        yield _checked("PLD price", sound, words)
+        swap = pld_epsilon(event, delta, Adjacency.REPLACE_ONE)
+        words = f"{prices['pld_replace_one']:.4g} for replacing a record, by PLD anew; no second accountant prices it"
+        yield _checked("replace-one price", _near(prices["pld_replace_one"], swap, 1e-4), words)
+        sound = all(_near(epsilon, pld_epsilon(event, at), 1e-4) for at, epsilon in curve)
+        sound = sound and all(epsilon <= best_order(event, at)[1] * (1 + _SAME) for at, epsilon in curve)
+        yield _checked("other deltas", sound, f"{len(curve)} deltas, by PLD anew, each at most what RDP gives")
+    power = all(_near(point["tpr"], attacker_power(curve, point["fpr"]), 1e-4) for point in prices["tpr"])
+    yield _checked("power of attackers", power and bool(prices["tpr"]), "true-positive rates follow from the epsilons")
+    persons = prices["persons"]
+    if persons:
+        sound = all(_near(row["epsilon"], group_epsilon(event, delta, row["records"]), 1e-3) for row in persons)
+        yield _checked("persons with several records", sound, f"{len(persons)} figures, by mixture of Gaussians anew")
+
+
+def _near(printed: Any, computed: float, tolerance: float = _SAME) -> bool:
+    return isinstance(printed, float | int) and math.isclose(printed, computed, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def _checked(name: str, sound: bool, words: str) -> Check:
+    return Check(
+        name, Result.HOLDS if sound else Result.FAILS, words if sound else f"it is not what comes out: {words}"
+    )
+
+
+def _headline(files: _Files) -> Iterator[Check]:
+    """The headline, from the figures below it."""
+    report = files.report
+    if report is None:
+        return
+    headline = report["headline"]
+    epsilon, delta = headline["epsilon"], headline["delta"]
+    if isinstance(epsilon, str):
+        quoted = [epsilon, headline["replace_one"]["epsilon"], headline["federation"]["epsilon"]]
+        quoted += [line["epsilon"] for line in headline["person"][:1]]
+        sound = epsilon in (UNKNOWN, INFINITY) and set(quoted) == {epsilon} and bool(headline["reasons"])
+        yield _checked("headline", sound, f"it claims no finite figure: {epsilon}")
+        return
+    one, one_delta = _record_level(report)
+    times = headline["federation"]["multiplicity"]
+    if times == 1:
+        right = one
+    else:
+        composed = _composed(files.clients, times)
+        if composed is None:
+            yield Check("headline", Result.FAILS, "a figure is printed for several data sets that do not add up")
+            return
+        right = composed
+    swap = headline["replace_one"]
+    by_price = times == 1 and swap["epsilon"] == report["prices"]["pld_replace_one"] and swap["delta"] == delta
+    by_group = _near(swap["epsilon"], 2 * epsilon) and _near(swap["delta"], delta * (1 + odds_of(epsilon)))
+    priced = {point["fpr"]: point["tpr"] for point in report["prices"]["tpr"]}
+    powers = [
+        _near(point["tpr"], tpr_bound(point["fpr"], epsilon, delta))
+        or (times == 1 and one == report["prices"]["pld"] and point["tpr"] == priced.get(point["fpr"]))
+        for point in headline["tpr"]
+    ]
+    sound = (
+        _near(epsilon, right)
+        and delta == one_delta
+        and not headline["reasons"]
+        and _near(headline["federation"]["one_data_set"], one)
+        and headline["federation"]["epsilon"] == headline["person"][0]["epsilon"] == epsilon
+        and _near(headline["odds_factor"], odds_of(epsilon))
+        and headline["tier"] == tier_words(epsilon)
+        and headline["sentence"] == sentence_of(epsilon, delta, headline["protects"], [])
+        and (by_price or by_group or swap["epsilon"] == UNKNOWN)
+        and all(powers)
+    )
+    yield _checked("headline", sound, f"epsilon {epsilon:.4g} at delta {delta:g} follows from the figures below it")
+    yield from _multiplicity(files, times)
+
+
+def _record_level(report: Mapping[str, Any]) -> tuple[float, float]:
+    """Returns the epsilon and delta that may be printed for one record, from a report's own rows.
+
+    Raises:
+        ValueError: None may, because a client's spend is not a number.
+    """
+    clients, prices, plan = report["clients"], report["prices"], report["plan"]
+    figures = [client["spent_epsilon"] for client in clients]
+    if not figures or any(isinstance(figure, str) for figure in figures):
+        raise ValueError("a figure is printed although a client's spend is unknown")
+    if any(client["charges"] > plan["joins"] for client in clients if client["runs"] == 1):
+        raise ValueError("a client was charged more often than the schedule allows")
+    if any(client["spent_epsilon"] > client["granted_epsilon"] * (1 + 1e-9) for client in clients):
+        raise ValueError("a client spent more than was granted")
+    one_schedule = all(
+        client["runs"] == 1 and (client["proof"] or {}).get("commit") and client["delta"] >= plan["delta"]
+        for client in clients
+    )
+    if not one_schedule:
+        return max(figures), max(client["delta"] for client in clients)
+    pld, prv = prices["pld"], prices["prv"]
+    agree = isinstance(prv, str) or abs(prv - pld) <= _AGREEMENT + 0.02 * pld if not isinstance(pld, str) else False
+    return (pld if agree else prices["gate"]), plan["delta"]
+
+
+def _composed(clients: Sequence[Mapping[str, Any]], times: int) -> float | None:
+    """Returns epsilon over the dearest clients' spends, where they count at one order and delta."""
+    grants = {_grant(client["proof"]["grant"]["body"]) for client in clients}
+    if len({(grant.order, grant.delta) for grant in grants}) != 1:
+        return None
+    grant = next(iter(grants))
+    added = grant.epsilon - grant.budget_rdp
+    top = sorted((client["spent_epsilon"] for client in clients), reverse=True)[:times]
+    return float(sum(spent - added for spent in top if spent > 0) + added)
+
+
+def _multiplicity(files: _Files, times: int) -> Iterator[Check]:
+    """Whether the holders' signed grants say in how many data sets one person may be."""
+    words = f"one person in at most {times} of them"
+    silent = [
+        client["name"]
+        for client in files.clients
+        if words not in ((client["proof"] or {}).get("grant") or {"body": {}})["body"].get("population", "")
+    ]
+    yield Check(
+        "persons in several data sets",
+        Result.OPEN if silent else Result.HOLDS,
+        f"the grants of {_some(silent)} do not say in how many data sets one person may be"
+        if silent
+        else f"every client's grant, which it signed, declares at most {times}",
+    )
+
+
+def _beyond(files: _Files) -> Iterator[Check]:
+    """What no file can prove."""
+    if files.report is not None or files.receipts or files.ledgers:
+        yield Check(
+            "this code", Result.OPEN, "no signature shows that a holder ran this code on the data it says it has"
+        )
+    if files.report is not None:
+        words = "a holder whom the operator left out can show it: verify the report beside that holder's ledger"
+        yield Check("all clients", Result.OPEN, words)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES])
+    return shown if len(names) <= _NAMES else f"{shown} and {len(names) - _NAMES:,} more"
+
+
+_QUESTIONS: Final[tuple[Callable[[_Files], Iterator[Check]], ...]] = (
+    _identity,
+    _overviews,
+    _page,
+    _clients,
+    _commitments,
+    _receipts,
+    _ledgers,
+    _spends,
+    _prices,
+    _headline,
+    _beyond,
+)

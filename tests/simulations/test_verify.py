@@ -1,0 +1,415 @@
+"""What `tacit verify` finds: every changed byte, and every lie of an operator or a holder that signs it anew."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from privacy import verify as verify_module
+from privacy.accounting import prv_epsilon
+from privacy.errors import RunError
+from privacy.identity import Secret
+from privacy.ledger import Book, Receipt
+from privacy.plan import Plan, canonical
+from privacy.report import render, report_id, sentence_of, sign, to_json
+from privacy.transcript import export
+from privacy.verify import Check, Result, passed, verify_files
+from simulations.run import simulate
+from simulations.scenario import Scenario
+from tests.oracles import make_plan, make_request, rechain
+
+CLIENTS, ROUNDS = 3, 3
+SMALL = {"clients": CLIENTS, "rounds": ROUNDS, "steps-per-round": 1, "mode": "hooks", "seed": 5, "epsilon": 2.5}
+FILES = ("report.json", "report.html", "receipts.jsonl", "ledgers/ledger.jsonl")
+
+
+class Quiet:
+    """Watches nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "run"
+    simulate(Scenario.layered(None, SMALL), out=folder, observer=Quiet())
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_price() -> Any:
+    """PRV's figure of one schedule takes seconds and never changes: it is computed once for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_module, "prv_epsilon", functools.lru_cache(prv_epsilon))
+        yield
+
+
+def failures(*places: Path, keys: tuple[str, ...] = ()) -> list[Check]:
+    checks = verify_files(places, keys)
+    assert passed(checks) == (not [check for check in checks if check.result is Result.FAILS])
+    return [check for check in checks if check.result is Result.FAILS]
+
+
+def answers(*places: Path, keys: tuple[str, ...] = ()) -> dict[str, Result]:
+    return {check.name: check.result for check in verify_files(places, keys)}
+
+
+def report_of(run: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return report
+
+
+def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The operator changes its report, and makes id, signature and page anew."""
+    report = report_of(run)
+    change(report)
+    report["report_id"] = report_id(report)
+    signed = sign(report, Secret.load_or_create(run / "server.key").identity("server"))
+    (run / "report.json").write_text(to_json(signed))
+    (run / "report.html").unlink()
+    # What cannot be drawn is still a report that somebody may hand over.
+    with contextlib.suppress(RunError):
+        (run / "report.html").write_text(render(signed))
+
+
+# -- an honest run ------------------------------------------------------------------------
+
+
+def test_an_honest_run_fails_nothing_and_says_what_cannot_be_proven(run: Path) -> None:
+    assert failures(run) == []
+    found = answers(run)
+    assert {name for name, result in found.items() if result is Result.OPEN} == {
+        "report signer",
+        "client keys",
+        "this code",
+        "all clients",
+    }
+    assert len(found) > 20
+
+
+def test_pinned_keys_are_taken_and_others_are_not(run: Path) -> None:
+    report = report_of(run)
+    keys = (report["signature"]["public_key"], *(client["public_key"] for client in report["clients"]))
+    found = answers(run, keys=keys)
+    assert found["report signer"] is found["client keys"] is Result.HOLDS
+    assert answers(run, keys=keys[:-1])["client keys"] is Result.OPEN
+    assert answers(run, keys=keys[1:])["report signer"] is Result.OPEN
+
+
+def test_each_file_can_be_checked_alone(run: Path) -> None:
+    for name in FILES:
+        assert failures(run / name) == []
+    assert answers(run / "report.json")["receipts file"] is Result.OPEN
+    assert answers(run / "ledgers/ledger.jsonl")["rollback"] is Result.OPEN
+    assert answers(run / "report.html")["page report.html"] is Result.OPEN
+    # A report alone proves each client's spend, and counts nothing it has no evidence for.
+    assert answers(run / "report.json")["client receipts"] is Result.HOLDS
+
+
+def test_an_export_serves_as_a_ledger(run: Path, tmp_path: Path) -> None:
+    with Book(run / "ledgers") as book:
+        export(book, tmp_path / "copy")
+    assert answers(run / "report.json", tmp_path / "copy")["report and ledgers"] is Result.HOLDS
+
+
+def test_a_run_that_two_jobs_paid_from_is_checked_by_the_filter(tmp_path: Path) -> None:
+    keys = SMALL | {"ledgers": str(tmp_path / "shared"), "rounds": 2, "retries": 12}
+    simulate(Scenario.layered(None, keys), out=tmp_path / "first", observer=Quiet())
+    later = Scenario.layered(None, keys | {"rounds": 1, "retries": 0, "epsilon": 1.9})
+    simulate(later, out=tmp_path / "second", observer=Quiet())
+    assert failures(tmp_path / "second", tmp_path / "shared") == []
+    assert "over all their runs" in report_of(tmp_path / "second")["headline"]["basis"]
+    # The first report is older than the ledger: it is checked against the state that it names.
+    assert answers(tmp_path / "first", tmp_path / "shared")["report and ledgers"] is Result.HOLDS
+
+
+# -- any changed byte ---------------------------------------------------------------------
+
+
+def flips(run: Path, name: str, step: int, masks: tuple[int, ...]) -> None:
+    data = (run / name).read_bytes()
+    for position in range(0, len(data), step):
+        for mask in masks:
+            (run / name).write_bytes(data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :])
+            assert failures(run / name), (position, mask, data[max(0, position - 30) : position + 30])
+
+
+@pytest.mark.parametrize("name", ["report.json", "receipts.jsonl"])
+def test_a_changed_byte_is_found(run: Path, name: str) -> None:
+    flips(run, name, max(1, (run / name).stat().st_size // 60), (0x01,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [0x01, 0x04, 0x20])
+@pytest.mark.parametrize("name", ["report.json", "receipts.jsonl"])
+def test_every_changed_byte_is_found(run: Path, name: str, mask: int) -> None:
+    flips(run, name, 1, (mask,))
+
+
+def test_a_changed_space_is_found_though_it_means_nothing(run: Path) -> None:
+    text = (run / "report.json").read_text()
+    (run / "report.json").write_text(text.replace("\n", "\n ", 1))
+    assert [check.name for check in failures(run / "report.json")] == ["file report.json"]
+
+
+def test_planted_verifier_that_looks_at_the_meaning_alone_misses_a_space(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (run / "report.json").read_text().replace("\n", "\n ", 1)
+    (run / "report.json").write_text(text)
+    monkeypatch.setattr(verify_module, "to_json", lambda report: text)
+    assert failures(run / "report.json") == []
+
+
+def test_a_changed_page_is_found(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    (run / "report.html").write_text(text.replace("Privacy report", "Privacy  report", 1))
+    assert [check.name for check in failures(run)] == ["page report.html"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b"{}\n", b'{"schema":"x"}', b"[" * 99999, b'{"a":NaN}']
+)
+def test_what_is_no_file_of_ours_is_an_answer_and_not_a_traceback(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert len(failures(tmp_path / "file")) >= 1
+    assert failures(tmp_path / "absent")
+    assert failures(tmp_path)
+
+
+# -- an operator that lies and signs it -----------------------------------------------------
+
+
+def smaller_headline(report: dict[str, Any]) -> None:
+    headline = report["headline"]
+    headline["epsilon"] = headline["federation"]["epsilon"] = headline["federation"]["one_data_set"] = 0.5
+    headline["person"][0]["epsilon"] = 0.5
+    headline["sentence"] = sentence_of(0.5, headline["delta"], headline["protects"], [])
+
+
+def smaller_price(report: dict[str, Any]) -> None:
+    smaller_headline(report)
+    report["prices"]["pld"] = 0.5
+
+
+def smaller_spend(report: dict[str, Any]) -> None:
+    report["clients"][0]["spent_epsilon"] /= 2
+    report["clients"][0]["history"] = [[step, spent / 2] for step, spent in report["clients"][0]["history"]]
+
+
+def unsigned_spend(report: dict[str, Any]) -> None:
+    smaller_spend(report)
+    report["clients"][0].update(verdict="ledger only", signed=[])
+
+
+def another_plan(report: dict[str, Any]) -> None:
+    plan = {name: value for name, value in report["plan"].items() if name != "digest"} | {"noise_multiplier": 99.0}
+    report["plan"] = plan | {"digest": Plan.from_json(canonical(plan)).digest()}
+
+
+def sentence_alone(report: dict[str, Any]) -> None:
+    report["headline"]["sentence"] = report["headline"]["sentence"].replace("a factor of ", "a factor of 1.0")
+
+
+def power_alone(report: dict[str, Any]) -> None:
+    report["prices"]["tpr"][0]["tpr"] = report["headline"]["tpr"][0]["tpr"] = 0.0011
+
+
+def set_in(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(report: dict[str, Any]) -> None:
+        inner: Any = report
+        for key in path[:-1]:
+            inner = inner[key]
+        assert inner[path[-1]] != value
+        inner[path[-1]] = value
+
+    return change
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "headline": (smaller_headline, "headline"),
+    "headline and price": (smaller_price, "PLD price"),
+    "spend": (smaller_spend, "client receipts"),
+    "spend said to be unsigned": (unsigned_spend, "client receipts"),
+    "history": (set_in("clients", 0, "history", value=[]), "none"),
+    "history made smaller": (set_in("clients", 0, "history", 1, 1, value=0.1), "spend by round"),
+    "a client left out": (lambda report: report["clients"].pop(), "spend by round"),
+    "plan": (another_plan, "commitments"),
+    "code": (set_in("software", "code_hash", value="0" * 64), "commitments"),
+    "task": (set_in("run", "task", value="other"), "commitments"),
+    "seed": (set_in("config", "seed", value=6), "commitments"),
+    "granted": (set_in("clients", 0, "granted_epsilon", value=9.0), "client receipts"),
+    "key": (set_in("clients", 0, "public_key", value="0" * 64), "client receipts"),
+    "charges": (set_in("clients", 0, "charges", value=1), "client receipts"),
+    "filter's price": (set_in("prices", "gate", value=0.9), "filter's price"),
+    "RDP price": (set_in("prices", "rdp", value=1.9), "RDP price"),
+    "unamplified": (set_in("prices", "unamplified", value=1.0), "RDP price"),
+    "replace-one": (set_in("prices", "pld_replace_one", value=1.0), "replace-one price"),
+    "other delta": (set_in("prices", "at_deltas", 1, "epsilon", value=1.0), "other deltas"),
+    "power": (power_alone, "power of attackers"),
+    "sentence": (sentence_alone, "headline"),
+    "tier": (set_in("headline", "tier", value="tier 1, strong: epsilon at most 1"), "headline"),
+    "delta": (set_in("headline", "delta", value=1e-9), "headline"),
+    "replies": (set_in("rounds", 0, "replies", value=9), "every update has a receipt"),
+    "receipts file": (set_in("evidence", "receipts", "lines", value=1), "receipts file"),
+    "steps": (set_in("prices", "steps", value=1), "price of the schedule"),
+    "ledger head": (set_in("clients", 0, "ledger_head", value="0" * 64), "client receipts"),
+    "not whole": (lambda report: report["prices"].pop("rdp"), "what the schedule costs, computed anew"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_g14_an_operator_that_signs_a_lie_is_found(run: Path, lie: str) -> None:
+    change, name = LIES[lie]
+    rewrite(run, change)
+    names = [check.name for check in failures(run)]
+    # A shorter history hides nothing: the spend is in the receipt.
+    assert name in names if name != "none" else names == []
+    assert "report signature" not in names
+
+
+@pytest.mark.parametrize("lie", ["headline", "headline and price", "plan", "history made smaller"])
+def test_g14_planted_verifier_that_checks_signatures_alone_believes_it(
+    run: Path, lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(run, LIES[lie][0])
+    monkeypatch.setattr(verify_module, "_QUESTIONS", (verify_module._identity, verify_module._page))
+    assert failures(run) == []
+
+
+def test_a_report_signed_by_somebody_else_is_found_against_its_receipts(run: Path, tmp_path: Path) -> None:
+    other = Secret.load_or_create(tmp_path / "other.key").identity("server")
+    signed = sign(report_of(run), other)
+    (run / "report.json").write_text(to_json(signed))
+    (run / "report.html").write_text(render(signed))
+    assert {check.name for check in failures(run)} == {"client receipts", "countersignatures"}
+
+
+def test_an_unsigned_report_is_not_called_signed(run: Path) -> None:
+    report = report_of(run) | {"signature": None}
+    (run / "report.json").write_text(to_json(report))
+    assert failures(run / "report.json") == []
+    assert answers(run / "report.json")["report signature"] is Result.OPEN
+
+
+def test_g6_an_unknown_figure_claims_nothing_and_does_not_fail(run: Path) -> None:
+    from simulations.evidence import render as render_run
+
+    lines = (run / "receipts.jsonl").read_text().splitlines(keepends=True)
+    (run / "receipts.jsonl").write_text("".join(lines[:-1]))
+    render_run(run)
+    assert report_of(run)["headline"]["epsilon"] == "unknown"
+    assert failures(run) == []
+
+
+# -- ledgers against receipts ----------------------------------------------------------------
+
+
+def ledger_lines(run: Path) -> list[bytes]:
+    return (run / "ledgers/ledger.jsonl").read_bytes()[:-1].split(b"\n")
+
+
+def keep_lines(run: Path, lines: list[bytes]) -> None:
+    (run / "ledgers/ledger.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (run / "ledgers/ledger.intent").unlink(missing_ok=True)
+
+
+def roll_back(run: Path) -> None:
+    keep_lines(run, ledger_lines(run)[:-CLIENTS])
+
+
+def fork(run: Path) -> None:
+    roll_back(run)
+    plan = Plan.from_json(canonical({k: v for k, v in report_of(run)["plan"].items() if k != "digest"}))
+    with Book(run / "ledgers") as book:
+        requests = [make_request(ROUNDS, plan, name=name, job=report_of(run)["run"]["job"]) for name in book.accounts]
+        assert all(isinstance(outcome, Receipt) for outcome in book.charge(requests))
+
+
+def sign_again(run: Path) -> None:
+    def noisier(entry: dict[str, Any]) -> None:
+        if entry["kind"] == "charge":
+            entry["body"]["event"]["noise_multiplier"] = 99.0
+
+    keep_lines(run, rechain(ledger_lines(run), noisier, run / "ledgers/ledger.key")[:-1].split(b"\n"))
+
+
+@pytest.mark.parametrize("act", [roll_back, fork, sign_again])
+def test_g14_a_ledger_that_was_rolled_back_forked_or_signed_again_is_found_against_receipts(
+    run: Path, act: Callable[[Path], None]
+) -> None:
+    act(run)
+    names = {check.name for check in failures(run / "receipts.jsonl", run / "ledgers")}
+    assert "receipts and ledgers" in names
+    assert "receipts and ledgers" in {check.name for check in failures(run)}
+
+
+@pytest.mark.parametrize("act", [roll_back, fork])
+def test_g14_without_a_receipt_the_answer_is_not_detectable(run: Path, act: Callable[[Path], None]) -> None:
+    act(run)
+    assert failures(run / "ledgers") == []
+    assert answers(run / "ledgers")["rollback"] is Result.OPEN
+
+
+def test_g14_planted_verifier_that_only_looks_whether_a_number_exists_misses_a_fork(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork(run)
+    questions = tuple(q for q in verify_module._QUESTIONS if q is not verify_module._ledgers)
+    monkeypatch.setattr(verify_module, "_QUESTIONS", questions)
+    assert failures(run / "receipts.jsonl", run / "ledgers") == []
+
+
+def test_two_states_of_one_ledger_agree_and_two_forks_do_not(run: Path, tmp_path: Path) -> None:
+    whole = shutil.copy(run / "ledgers/ledger.jsonl", tmp_path / "whole.jsonl")
+    roll_back(run)
+    assert failures(Path(whole), run / "ledgers") == []
+    fork(run)
+    assert "ledgers agree" in {check.name for check in failures(Path(whole), run / "ledgers")}
+
+
+def test_g14_a_holder_whom_the_operator_left_out_can_show_it(run: Path) -> None:
+    def leave_out(report: dict[str, Any]) -> None:
+        report["clients"].pop()
+
+    rewrite(run, leave_out)
+    assert "report and ledgers" in {check.name for check in failures(run / "report.json", run / "ledgers")}
+
+
+def test_receipts_that_contradict_each_other_are_found(run: Path, tmp_path: Path) -> None:
+    """Two servers each hold a receipt for the same place of one account's chain."""
+    fork(run)
+    with Book(run / "ledgers") as book:
+        book.charge(
+            [make_request(9, make_plan(noise_multiplier=60.0), name=name, job="cd" * 16) for name in book.accounts]
+        )
+    server = Secret.load_or_create(tmp_path / "other.key").identity("server")
+    from privacy.transcript import read_ledger
+    from server.app import countersign
+
+    receipts = [line.receipt for line in read_ledger(run / "ledgers").lines[-2 * CLIENTS :] if line.receipt]
+    (tmp_path / "theirs.jsonl").write_text("".join(countersign(server, receipt) + "\n" for receipt in receipts))
+    assert failures(tmp_path / "theirs.jsonl") == []
+    names = {check.name for check in failures(run / "receipts.jsonl", tmp_path / "theirs.jsonl")}
+    assert "receipts agree" in names
+
+
+@pytest.mark.parametrize("how", ["cut", "torn", "empty"])
+def test_a_receipts_file_that_was_shortened_is_found(run: Path, how: str) -> None:
+    path = run / "receipts.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + {"cut": "", "torn": lines[-1][:-9]}.get(how, "") if how != "empty" else "")
+    assert failures(run)
