@@ -389,13 +389,13 @@ def check(reply: Message, job: Job, state: State, request: Message | None, model
 
 
 def metrics_of(reply: Message, job: Job) -> dict[str, Sums]:
-    """Reads a reply's noised sums by metric; empty where the plan asks for none.
+    """Reads a reply's noised sums by metric; empty where the plan asks for none, whatever the reply says unasked.
 
     Raises:
         PlanError: It does not hold exactly the plan's metrics.
     """
     shapes = widths(job.plan.metrics, job.shape.classes)
-    record = reply.content.get("metrics", ArrayRecord())
+    record = reply.content.get("metrics") if shapes else ArrayRecord()
     if not isinstance(record, ArrayRecord) or list(record) != list(shapes):
         raise PlanError(f"expected the metrics {list(shapes)}, got something else")
     return {name: read_float32(record[name].data, shape, name) for name, shape in shapes.items()}

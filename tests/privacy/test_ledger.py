@@ -295,9 +295,11 @@ def test_a_server_cannot_win_back_a_spent_budget(tmp_path: Path) -> None:
 def test_planted_raw_price_would_win_back_a_spent_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from opacus.accountants.analysis.rdp import compute_rdp
 
-    def raw(event: Event, order: float) -> float:
-        return event.steps * float(
-            compute_rdp(q=event.sample_rate, noise_multiplier=event.noise_multiplier, steps=1, orders=order)
+    def raw(releases: Sequence[Event], order: float) -> float:
+        return sum(
+            event.steps
+            * float(compute_rdp(q=event.sample_rate, noise_multiplier=event.noise_multiplier, steps=1, orders=order))
+            for event in releases
         )
 
     with open_book(tmp_path, make_grant(order=6.9)) as book:
