@@ -192,7 +192,8 @@ class RunFacts:
         doubts: Whatever else the run's files contradict each other in, one sentence each; the headline is then unknown.
         local: The learning knobs.
         rounds: One mapping per round: round, metrics, replies, declined, missing, epsilon (largest over
-            clients, None where unknown), seconds. Metrics are those of the server's public test set.
+            clients, None where unknown), seconds. Metrics are those of the server's public test set; client_metrics,
+            where the plan asks for any, what clients say about their own records, noised and pooled.
         clients: One entry per ledger.
         prices: What the committed schedule costs.
         multiplicity: In how many clients' data sets one person may be; 1 where the holders declare "in one".
@@ -840,12 +841,13 @@ def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
     machine = (
         "the machine that ran this simulation" if facts.simulation is not None else "the client's own machine and user"
     )
+    metrics = " and noised metrics" if facts.plan.metrics is not None else ""
     rows = [
         ("the network", travel, f"{same}; no sealing of messages in this version"),
         ("the relay and its operator", travel, f"{same}; no end-to-end sealing in this version"),
         (
             "the server",
-            "each client's released update, who answered and when",
+            f"each client's released update{metrics}, who answered and when",
             f"{same}; no discount for not being in every cohort, since it sees who was",
         ),
         (
