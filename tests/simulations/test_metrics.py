@@ -211,20 +211,24 @@ def _another_name(content):
     content["metrics"] = ArrayRecord({"median": Array(np.zeros(2, np.float32))})
 
 
-@pytest.mark.parametrize("fault", [_no_metrics, _nan, _longer, _another_record, _another_name])
-def test_a_reply_without_exactly_the_plans_metrics_counts_as_missing(tmp_path, monkeypatch, fault):
-    honest, seen = server_app.check, []
+FAULTS = (_no_metrics, _nan, _longer, _another_record, _another_name)
+
+
+def test_a_reply_without_exactly_the_plans_metrics_counts_as_missing(tmp_path, monkeypatch):
+    honest, believed = server_app.check, []
 
     def spoilt(reply, *rest):
-        if not seen:
-            seen.append(reply)
-            fault(reply.content)
-        return honest(reply, *rest)
+        # The first reply stays as it is; each later one has a fault of its own.
+        if believed:
+            FAULTS[len(believed) - 1](reply.content)
+        believed.append(not isinstance(found := honest(reply, *rest), str))
+        return found
 
     monkeypatch.setattr(server_app, "check", spoilt)
-    go(tmp_path / "run", metrics="accuracy", rounds=1)
+    go(tmp_path / "run", metrics="accuracy", rounds=1, clients=1 + len(FAULTS))
+    assert believed == [True] + [False] * len(FAULTS)
     (line,) = lines_of(tmp_path / "run")
-    assert (line["replies"], line["missing"]) == (CLIENTS - 1, 1)
+    assert (line["replies"], line["missing"]) == (1, len(FAULTS))
 
 
 class _UpdateAlone(Event):
