@@ -33,6 +33,7 @@ from flwr.clientapp import ClientApp
 
 from clients.holder import Holder, Release, noise_name
 from clients.metrics import Judge
+from privacy.accounting import Event
 from privacy.dpsgd import PrivateTrainer
 from privacy.errors import PlanError, RunError
 from privacy.ledger import ChargeRequest, Word
@@ -337,13 +338,12 @@ def require_allowed(content: RecordDict, request: Request, release: Release, cla
     """
     measured = widths(request.plan.metrics, classes)
     arrays = {"arrays": _shapes(request)} | ({"metrics": measured} if measured else {})
-    paid = tuple(f"metric:{word}" for word in measured)
     sound = (
         set(content) == {*arrays, "receipt"}
         and all(_is_arrays(content[name], shapes) for name, shapes in arrays.items())
         and type(content["receipt"]) is ConfigRecord
         and dict(content["receipt"]) == {"receipt": release.receipt.to_json()}
-        and tuple(event.released for event in release.receipt.events) == ("update", *paid)
+        and release.receipt.events == Event.all_of_round(request.plan)
     )
     if not sound:
         raise RunError("expected a reply of paid arrays and their receipt, got something else; nothing was sent")
