@@ -1373,6 +1373,22 @@ def _metric(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.4f}"
 
 
+def _said(told: Mapping[str, Any]) -> str:
+    """Returns clients' pooled metrics in words, each with the standard error that its noise causes."""
+    words = []
+    for name, figure in told.items():
+        value, error = figure.get("value"), figure.get("stderr")
+        if value is None or error is None:
+            words.append(f"{name} unknown (drowned by its noise)")
+        elif isinstance(value, list):
+            words.append(f"{name} {', '.join(f'{number:.0f}' for number in value)} +- {error:.0f} each")
+        elif name == "count":
+            words.append(f"{name} {value:.0f} +- {error:.0f} records")
+        else:
+            words.append(f"{name} {_metric(name, value)} +- {_metric(name, error)}")
+    return "; ".join(words)
+
+
 def _epsilon(value: object) -> str:
     # An unknown epsilon is never shown as a small number (guarantee G6).
     if not isinstance(value, int | float) or math.isnan(value):
@@ -1414,6 +1430,8 @@ def _closing(summary: Mapping[str, object]) -> None:
     rows: dict[str, object] = {}
     for name, value in (metrics if isinstance(metrics, Mapping) else {}).items():
         rows[str(name)] = _metric(str(name), float(value))
+    if isinstance(told := summary.get("client_metrics"), Mapping):
+        rows["clients say"] = f"{_said(told)} (noised; the last round's incoming model on their own records)"
     rows["epsilon"] = f"{_epsilon(summary.get('epsilon'))} {at} for each client, add or remove one record"
     # Where group privacy gives the figure, it holds at a larger delta.
     swap = summary.get("delta_replace_one")

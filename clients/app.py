@@ -3,12 +3,18 @@
     kept?            the same request again gets the same bytes again, and costs nothing
     gate, charge     on disk before any record is read; too dear is answered with a fixed word
     sample, clip, add noise, divide      `privacy.dpsgd`, on records that only now are loaded
+    measure          only what the plan committed to and the holder allows: `privacy.metrics`; by default nothing
     keep             the finished release is stored before any byte leaves
-    send             trainable parameters and the receipt; no count, no loss, no metric
+    send             trainable parameters, those metrics and the receipt; nothing else passes `require_allowed`
+
+Metrics are those of the round's incoming model on the client's own records. They travel with the update: one message,
+one charge, one kept release for both, so that a retry repeats both byte for byte or pays for both anew, and nobody can
+ask for one without the other, or for one of them twice. The ledger's entry names each of them as an event of its own.
 
 Wire, both ways a Flower message of type "train". A request holds an ArrayRecord ``arrays`` (trainable parameters by
 name, float32) and a ConfigRecord ``job`` with exactly the keys of `REQUEST_KEYS`. A reply holds ``arrays`` of the same
-names and shapes and a ConfigRecord ``receipt``; or, with no arrays, a ConfigRecord ``refusal`` with one fixed word.
+names and shapes and a ConfigRecord ``receipt``, and where the plan has metrics an ArrayRecord ``metrics`` with each
+one's noised sums by its word; or, with no arrays, a ConfigRecord ``refusal`` with one fixed word.
 """
 
 from __future__ import annotations
@@ -26,12 +32,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from clients.holder import Holder, Release, noise_name
+from clients.metrics import Judge
+from privacy.accounting import Event
 from privacy.dpsgd import PrivateTrainer
-from privacy.errors import PlanError
+from privacy.errors import PlanError, RunError
 from privacy.ledger import ChargeRequest, Word
+from privacy.metrics import release as release_metrics
+from privacy.metrics import widths
 from privacy.plan import Local, Plan, require
 from privacy.vault import private_logger
-from privacy.wire import model_digest, read_float32, request_digest, settings_digest, write_float32
+from privacy.wire import float32_bytes, model_digest, read_float32, request_digest, settings_digest, write_float32
 
 REQUEST_KEYS: Final = frozenset({"job", "round", "task", "plan", "local", "lr", "seed", "witness"})
 _TEXT_BYTES: Final = 8 * 1024
@@ -203,7 +213,9 @@ def decode(arrays: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]) -> torch.
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0)
 
 
-def encode(flat: np.ndarray[tuple[int], np.dtype[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> ArrayRecord:
+def encode(
+    flat: np.ndarray[tuple[int, ...], np.dtype[np.float32]], shapes: Mapping[str, tuple[int, ...]]
+) -> ArrayRecord:
     """Writes flat trainable parameters as named arrays; the inverse of `decode`."""
     # One by one: the record's constructor would build every array a second time.
     record, start = ArrayRecord(), 0
@@ -227,6 +239,7 @@ class _Worker:
         )
         self.shapes = dict(zip(self.trainer.names, self.trainer.shapes, strict=True))
         self._start = _Shared()
+        self.judge = Judge(task, holder.shape, request.seed, holder.device) if plan.metrics is not None else None
 
     def synthetic(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns public records of the right shape, inputs ``(count, *shape)`` and classes ``(count,)``."""
@@ -262,6 +275,9 @@ def answer(request: Request, holder: Holder) -> Release | Word:
         PlanError: The model is not this task's; nothing was charged.
         TacitError: Anything else that went wrong; `client_app` turns it into a fixed word.
     """
+    # First of all: a holder that stopped allowing a metric does not even repeat one.
+    if not holder.allows(request.plan):
+        return Word.CONFLICT
     kept = holder.kept.get(request.job, holder.account(), request.digest)
     if kept is not None:
         return kept
@@ -271,6 +287,8 @@ def answer(request: Request, holder: Holder) -> Release | Word:
     start = worker.start(request.arrays)
     # What does not run or fit in memory fails here, for a reason that no record has a part in.
     worker.trainer.rehearse(worker.synthetic)
+    if worker.judge is not None:
+        worker.judge.rehearse(worker.synthetic)
     # From here on the charge is spent whatever happens; nothing above has touched a record.
     receipt = holder.charge(
         request.charge_of(holder.name, noise=noise_name(holder.sources), commitment=holder.commitment, code=holder.code)
@@ -281,8 +299,69 @@ def answer(request: Request, holder: Holder) -> Release | Word:
     source = holder.sources(holder=holder.name, job=request.job, round=request.round)
     parameters = worker.trainer.train(start, records.inputs, records.targets, records.valid, source, lr=request.lr)
     release = Release(parameters.cpu().numpy(), receipt)
+    if worker.judge is not None and request.plan.metrics is not None:
+        outcomes = worker.judge.outcomes(start, records)
+        # The keystream goes on where the update's noise ended: no word of it is used twice.
+        measured = release_metrics(request.plan.metrics, outcomes, source)
+        release = dataclasses.replace(release, metrics=measured)
     holder.kept.put(release)
     return release
+
+
+def _shapes(request: Request) -> dict[str, tuple[int, ...]]:
+    # The request's own shapes: `decode` found them to be the model's before anything was charged for it.
+    return {name: tuple(array.shape) for name, array in request.arrays.items()}
+
+
+def reply_of(request: Request, release: Release, classes: int) -> RecordDict:
+    """Returns a release as the content of a reply.
+
+    Args:
+        request: What was asked.
+        release: What is answered.
+        classes: Public number of classes.
+    """
+    receipt = ConfigRecord({"receipt": release.receipt.to_json()})
+    content = RecordDict({"arrays": encode(release.parameters, _shapes(request)), "receipt": receipt})
+    if request.plan.metrics is not None:
+        content["metrics"] = encode(release.metrics, widths(request.plan.metrics, classes))
+    return content
+
+
+def require_allowed(content: RecordDict, request: Request, release: Release, classes: int) -> None:
+    """The last door: refuses a reply that holds anything but what was paid for.
+
+    Guarantees:
+        Closed: what leaves are float32 arrays of the names and shapes that the public plan and request say, and the
+            receipt; the receipt names exactly the plan's events. A Flower MetricRecord never leaves, whatever is in it.
+
+    Raises:
+        RunError: The reply holds something else; it does not leave.
+    """
+    measured = widths(request.plan.metrics, classes)
+    arrays = {"arrays": _shapes(request)} | ({"metrics": measured} if measured else {})
+    sound = (
+        set(content) == {*arrays, "receipt"}
+        and all(_is_arrays(content[name], shapes) for name, shapes in arrays.items())
+        and type(content["receipt"]) is ConfigRecord
+        and dict(content["receipt"]) == {"receipt": release.receipt.to_json()}
+        and release.receipt.events == Event.all_of_round(request.plan)
+    )
+    if not sound:
+        raise RunError("expected a reply of paid arrays and their receipt, got something else; nothing was sent")
+
+
+def _is_arrays(record: object, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Says whether a record holds float32 arrays of exactly these names, shapes and lengths, in this order."""
+    return (
+        type(record) is ArrayRecord
+        and list(record) == list(shapes)
+        and all(
+            (array.dtype, array.stype, tuple(array.shape)) == ("float32", "numpy.ndarray", shapes[name])
+            and len(array.data) == float32_bytes(shapes[name])
+            for name, array in record.items()
+        )
+    )
 
 
 def client_app(find: Callable[[Context], Holder], *, simulated: bool = False) -> ClientApp:
@@ -293,19 +372,20 @@ def client_app(find: Callable[[Context], Holder], *, simulated: bool = False) ->
         simulated: Whether faults are the experimenter's own and may be raised. A real holder answers a fixed word.
 
     Returns:
-        A Flower ``ClientApp`` that answers "train" and nothing else: evaluating on private data would be a release.
+        A Flower ``ClientApp`` that answers "train" and nothing else: evaluating on private data is a release, and the
+        only way to one is a plan with metrics that the holder allows.
     """
     app = ClientApp()
 
     def content_of(message: Message, context: Context) -> RecordDict:
         request = parse_request(message)
-        result = answer(request, find(context))
+        holder = find(context)
+        result = answer(request, holder)
         if isinstance(result, Word):
             return refusal(result)
-        # The request's own shapes: `decode` found them to be the model's before anything was charged for it.
-        shapes = {name: tuple(array.shape) for name, array in request.arrays.items()}
-        receipt = ConfigRecord({"receipt": result.receipt.to_json()})
-        return RecordDict({"arrays": encode(result.parameters, shapes), "receipt": receipt})
+        content = reply_of(request, result, holder.shape.classes)
+        require_allowed(content, request, result, holder.shape.classes)
+        return content
 
     def refusal(word: Word) -> RecordDict:
         return RecordDict({"refusal": ConfigRecord({"word": word.value})})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import threading
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from privacy.errors import DataError, LedgerError, PlanError
 from privacy.files import Buffer, write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.noise import SECURE_SOURCE, Keystream, RandomSource
+from privacy.plan import Metric, Plan
 from privacy.vault import Safe, private_logger
 
 # Details of a fault stay with the holder; they reach only what a deployment attaches here, a `SealedLog`.
@@ -58,15 +60,19 @@ def noise_name(sources: Sources) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Release:
-    """What may leave a holder for one round: the new parameters, and the receipt of their charge.
+    """What may leave a holder for one round: the new parameters, the plan's metrics, the receipt of their charge.
 
     Attributes:
         parameters: Trainable parameters after local training, flat float32 of shape ``(P,)``.
-        receipt: The signed receipt of the charge that paid for them.
+        receipt: The signed receipt of the charge that paid for all of it.
+        metrics: Noised sums of the plan's metrics, flat float32 of shape ``(M,)``; M = 0 where none was asked.
     """
 
     parameters: np.ndarray[tuple[int], np.dtype[np.float32]]
     receipt: Receipt
+    metrics: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.float32)
+    )
 
 
 class Kept:
@@ -108,9 +114,12 @@ class Kept:
         """
         receipt = release.receipt
         path = self._path(receipt.job, receipt.account, receipt.request)
-        body = np.ascontiguousarray(release.parameters, dtype="<f4").view(np.uint8).data
+        count, numbers = len(release.metrics), release.parameters
+        if count:
+            numbers = np.concatenate((release.parameters, release.metrics))
+        body = np.ascontiguousarray(numbers, dtype="<f4").view(np.uint8).data
         # Against a rotten file, not against an attacker: that takes a safe.
-        header = json.dumps({"receipt": receipt.to_json(), "sum": _sum(body)})
+        header = json.dumps({"receipt": receipt.to_json(), "sum": _sum(body)} | ({"metrics": count} if count else {}))
         parts: tuple[Buffer, ...] = (self._MAGIC, header.encode(), b"\n", body)
         if self._safe is not None:
             parts = (self._safe.seal(path.name, *parts),)
@@ -142,11 +151,14 @@ class Kept:
             fields = json.loads(header)
             receipt = Receipt.from_json(fields["receipt"])
             whole = _sum(body) == fields["sum"]
+            numbers = np.frombuffer(body, dtype="<f4")
+            last = len(numbers) - operator.index(fields.get("metrics", 0))
+            whole = whole and 0 <= last <= len(numbers)
         except (ValueError, KeyError, TypeError, LedgerError):
             return None
         if not whole or (receipt.job, receipt.account, receipt.request) != (job, account, request):
             return None
-        return Release(np.frombuffer(body, dtype="<f4"), receipt)
+        return Release(numbers[:last], receipt, numbers[last:])
 
     def clear(self) -> None:
         """Forgets all kept releases: for when their round is over and nobody will ask for it again."""
@@ -178,6 +190,7 @@ class Holder:
         code: SHA-256 of the code that runs here, in hex; the ledger names it. Empty where it is not known.
         device: Where training runs.
         simulated: Whether faults are the experimenter's own and may be raised.
+        allow_metrics: Metrics of its own records that this holder lets a plan ask for; none by default.
     """
 
     name: str
@@ -192,10 +205,15 @@ class Holder:
     code: str = ""
     device: str = "cpu"
     simulated: bool = False
+    allow_metrics: frozenset[Metric] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.simulated and not self.kept.sealed:
             raise PlanError("expected a real holder's releases to be kept in a safe, got none; give its Kept a Safe")
+
+    def allows(self, plan: Plan) -> bool:
+        """Says whether this holder's own policy lets a plan ask for the metrics that it asks for."""
+        return plan.metrics is None or self.allow_metrics.issuperset(plan.metrics.words)
 
     def charge(self, request: ChargeRequest) -> Receipt | Word:
         """Gates and charges one request; on disk when it returns a receipt.

@@ -121,6 +121,23 @@ class Event:
         return dataclasses.replace(cls.of_round(plan), steps=plan.steps * plan.joins)
 
     @classmethod
+    def all_of_round(cls, plan: Plan) -> tuple[Self, ...]:
+        """Returns everything that one client releases in one round: its update, then each metric of the plan."""
+        asked = plan.metrics
+        update = cls.of_round(plan)
+        if asked is None:
+            return (update,)
+        # Every record enters a metric, and moves its sums by at most 1.
+        metric = dataclasses.replace(update, sample_rate=1.0, noise_multiplier=asked.noise, steps=1)
+        return (update, *(dataclasses.replace(metric, released=f"metric:{word}") for word in asked.words))
+
+    @classmethod
+    def all_of_schedule(cls, plan: Plan, joins: int | None = None) -> tuple[Self, ...]:
+        """Returns the most that one client can release in ``joins`` rounds; by default in the whole job."""
+        times = plan.joins if joins is None else joins
+        return tuple(dataclasses.replace(event, steps=event.steps * times) for event in cls.all_of_round(plan))
+
+    @classmethod
     def from_dict(cls, fields: Any) -> Self:
         """Reads an event from parsed JSON.
 
@@ -156,6 +173,28 @@ _SOMETIMES: Final[Mapping[str, str]] = {
 Releases: TypeAlias = Event | Sequence[Event]
 
 
+def events_to_json(events: Sequence[Event]) -> dict[str, Any] | list[dict[str, Any]]:
+    """Returns what one charge pays for as JSON: one event as it always was, several as a list.
+
+    A program that knows one event a charge refuses the list; it never takes several releases for the first of them.
+    """
+    return events[0].to_dict() if len(events) == 1 else [event.to_dict() for event in events]
+
+
+def events_from_json(value: Any) -> tuple[Event, ...]:
+    """Reads what one charge pays for; the inverse of `events_to_json`.
+
+    Raises:
+        LedgerError: It is not exactly one event, or a list of several that release different things.
+    """
+    if not isinstance(value, list):
+        return (Event.from_dict(value),)
+    events = tuple(map(Event.from_dict, value))
+    if len(events) < 2 or len({event.released for event in events}) < len(events):
+        raise LedgerError("expected several events that release different things, got fewer; each has one text")
+    return events
+
+
 def merged(releases: Releases) -> tuple[Event, ...]:
     """Returns a history with equal releases added up, in a fixed order: what it costs does not depend on the order.
 
@@ -177,6 +216,27 @@ def merged(releases: Releases) -> tuple[Event, ...]:
         Event(kind=kind, unit=unit, adjacency=adjacency, sample_rate=rate, noise_multiplier=noise, steps=count)
         for (kind, rate, noise), count in sorted(steps.items())
     )
+
+
+def repeated(releases: Releases, times: int) -> tuple[Event, ...]:
+    """Returns the same releases, each so many times."""
+    history = (releases,) if isinstance(releases, Event) else releases
+    return tuple(dataclasses.replace(event, steps=event.steps * times) for event in history)
+
+
+def unsampled(releases: Releases) -> tuple[Event, ...]:
+    """Returns the same releases without any discount for sampling, as for somebody who knows the coins."""
+    history = (releases,) if isinstance(releases, Event) else releases
+    return tuple(dataclasses.replace(event, sample_rate=1.0) for event in history)
+
+
+def zcdp_rho(releases: Releases) -> float:
+    """Returns the zero-concentrated divergence rho of releases without any discount for sampling.
+
+    References:
+        Bun & Steinke (2016): a Gaussian mechanism of noise multiplier z is 1 / (2 z^2)-zCDP, and rhos add up.
+    """
+    return sum(event.steps / (2 * event.noise_multiplier**2) for event in merged(releases))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -206,17 +266,21 @@ def _rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> f
     return (below + (order - low) * (log_moment(low + 1.0) - below)) / (order - 1)
 
 
-def rdp(event: Event, order: float) -> float:
-    """Returns the Renyi divergence bound of an event at one order.
+def rdp(releases: Releases, order: float) -> float:
+    """Returns the Renyi divergence bound of one event, or of several together, at one order.
 
     Args:
-        event: What was released.
+        releases: What was released; the bounds of several events add up.
         order: Renyi order > 1.
 
     References:
         Mironov, Talwar & Zhang (2019), "Renyi differential privacy of the sampled Gaussian mechanism".
     """
-    return event.steps * _rdp_of_step(float(event.sample_rate), float(event.noise_multiplier), float(order))
+    history = (releases,) if isinstance(releases, Event) else releases
+    return sum(
+        event.steps * _rdp_of_step(float(event.sample_rate), float(event.noise_multiplier), float(order))
+        for event in history
+    )
 
 
 def _conversion(order: float, delta: float) -> float:
@@ -265,15 +329,15 @@ class Grant:
         """Returns what a spend at ``order`` means as epsilon at the holder's delta; 0 for no spend."""
         return max(0.0, spent_rdp + _conversion(self.order, self.delta)) if spent_rdp > 0 else 0.0
 
-    def affords(self, spent_rdp: float, event: Event) -> bool:
-        """Says whether an event still fits beside what was spent.
+    def affords(self, spent_rdp: float, releases: Releases) -> bool:
+        """Says whether a release, or several together, still fit beside what was spent.
 
         Guarantees:
             Filter: if every charge is admitted by this rule, then everything released together is
                 (epsilon, delta)-DP, even if events are chosen in view of earlier results.
         """
         # A relative slack of 1e-9 forgives the rounding of a sum of equal terms; it is worth 3e-9 of epsilon 3.
-        return spent_rdp + rdp(event, self.order) <= self.budget_rdp * (1 + 1e-9)
+        return spent_rdp + rdp(releases, self.order) <= self.budget_rdp * (1 + 1e-9)
 
 
 def best_affordable_order(epsilon: float, delta: float) -> float:
@@ -363,7 +427,9 @@ def best_order(releases: Releases, delta: float) -> tuple[float, float]:
     return ORDERS[least], cost(least)
 
 
-def solve_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> tuple[float, float]:
+def solve_noise(
+    *, epsilon: float, delta: float, sample_rate: float, steps: int, beside: Sequence[Event] = ()
+) -> tuple[float, float]:
     """Finds the least noise with which a whole schedule passes the filter.
 
     The same filter later admits or refuses the charges, so a schedule solved here is never refused half-way.
@@ -373,6 +439,7 @@ def solve_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int)
         delta: Probability in (0, 1).
         sample_rate: Public Poisson rate in (0, 1].
         steps: All steps one client can be charged for.
+        beside: What is released beside them, over the whole schedule, with noise of its own.
 
     Returns:
         The noise multiplier (relative precision 1e-4, rounded up) and the Renyi order of the filter.
@@ -383,8 +450,14 @@ def solve_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int)
     require(math.isfinite(epsilon) and epsilon > 0, f"expected a finite epsilon > 0, got {epsilon}")
     require(0 < delta < 1, f"expected 0 < delta < 1, got {delta}")
 
+    require(
+        not beside or best_order(beside, delta)[1] < epsilon,
+        f"expected metrics that cost less than the whole epsilon {epsilon:g}, got some that leave nothing for updates; "
+        "raise metric-noise, or ask for fewer",
+    )
+
     def cost(noise_multiplier: float) -> float:
-        return best_order(_schedule(sample_rate, noise_multiplier, steps), delta)[1]
+        return best_order((_schedule(sample_rate, noise_multiplier, steps), *beside), delta)[1]
 
     low, high = 0.1, 1.0
     while cost(high) > epsilon:
@@ -396,7 +469,7 @@ def solve_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int)
     while high / low > 1 + 1e-4:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if cost(middle) <= epsilon else (middle, high)
-    return high, best_order(_schedule(sample_rate, high, steps), delta)[0]
+    return high, best_order((_schedule(sample_rate, high, steps), *beside), delta)[0]
 
 
 def split_noise(

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from privacy.accounting import Event, Grant, best_order, pld_epsilon, solve_noise
+from privacy.accounting import Event, Grant, best_order, pld_epsilon, repeated, solve_noise
 from privacy.bounds import (
     CosineEstimate,
     OneRunBound,
@@ -399,8 +399,8 @@ def accountant_probe(plan: Plan, folder: Path, *, rounds: int = 3) -> Finding:
         rounds: Rounds charged in each of the two jobs, at most ``plan.joins``.
     """
     rounds = min(rounds, plan.joins)
-    one = Event.of_round(plan)
-    whole = dataclasses.replace(one, steps=2 * rounds * plan.steps)
+    one = Event.all_of_round(plan)
+    whole = repeated(one, 2 * rounds)
     order, price = best_order(whole, plan.delta)
     if not math.isfinite(price):
         return Finding(
@@ -435,10 +435,9 @@ def accountant_probe(plan: Plan, folder: Path, *, rounds: int = 3) -> Finding:
         faults.append("receipts and ledger say different things")
     prices = {}
     for charges in sorted({1, rounds, 2 * rounds}):
-        event = dataclasses.replace(one, steps=charges * plan.steps)
-        prices[str(charges)] = tight = pld_epsilon(event, plan.delta)
+        prices[str(charges)] = tight = pld_epsilon(repeated(one, charges), plan.delta)
         # Loss distributions are rounded up to 3e-4 a step at most.
-        if min(spent[charges - 1], said[charges - 1]) < tight - 3e-4 * event.steps:
+        if min(spent[charges - 1], said[charges - 1]) < tight - 3e-4 * charges * sum(event.steps for event in one):
             faults.append(f"after {charges} charges {spent[charges - 1]:.4g} is spent, which in truth cost {tight:.4g}")
     return Finding(
         audit="accountant",
@@ -460,11 +459,8 @@ def ledger_check(accounts: Sequence[Account]) -> Finding:
     prices: dict[tuple[tuple[Event, ...], float], float] = {}
     short = []
     for account in accounts:
-        history = tuple(
-            dataclasses.replace(job.event, steps=job.event.steps * job.charges)
-            for _, job in sorted(account.jobs.items())
-            if job.charges
-        )
+        jobs = [job for _, job in sorted(account.jobs.items()) if job.charges]
+        history = tuple(event for job in jobs for event in repeated(job.events, job.charges))
         if not history:
             continue
         key = (history, account.grant.delta)

@@ -42,7 +42,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self
 
-from privacy.accounting import Event, Grant, rdp
+from privacy.accounting import Event, Grant, events_from_json, events_to_json, rdp
 from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.files import sync_folder
 from privacy.identity import Secret, verify
@@ -94,7 +94,8 @@ class Receipt:
         job: Job identity, stable over resumption.
         round: Round of the job, from 1.
         request: SHA-256 of the whole request that was charged for.
-        event: What is released under this charge.
+        event: The update that is released under this charge.
+        metrics: What else is released under it; empty in a plan without metrics.
         spent: Epsilon of everything ever charged to the account, by its filter, at the holder's delta.
         granted: The account's budget in epsilon.
         delta: The holder's delta.
@@ -118,6 +119,12 @@ class Receipt:
     test: bool
     public_key: str
     signature: str = ""
+    metrics: tuple[Event, ...] = ()
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """Everything that is released under this charge."""
+        return (self.event, *self.metrics)
 
     def signed_bytes(self) -> bytes:
         """Returns the bytes that the signature covers."""
@@ -126,7 +133,7 @@ class Receipt:
         return b"tacit/receipt/1\n" + canonical(fields)
 
     def _fields(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _RECEIPT_FIELDS} | {"event": self.event.to_dict()}
+        return {name: getattr(self, name) for name in _RECEIPT_FIELDS} | {"event": events_to_json(self.events)}
 
     def to_json(self) -> str:
         """Returns the canonical JSON text."""
@@ -146,7 +153,7 @@ class Receipt:
         """
         try:
             fields = _loads(text) if len(text) <= _LINE_BYTES else {}
-            fields["event"] = Event.from_dict(fields["event"])
+            fields["event"], *metrics = events_from_json(fields["event"])
             for name, kind in _RECEIPT_TYPES.items():
                 if type(fields[name]) is not kind:
                     raise TypeError(f"{name} is not a {kind.__name__}")
@@ -157,7 +164,9 @@ class Receipt:
                 raise ValueError("a count is too small")
             if not (0 <= fields["spent"] < math.inf and 0 < fields["granted"] < math.inf and 0 < fields["delta"] < 1):
                 raise ValueError("a figure is out of range")
-            receipt = cls(**fields)
+            if "metrics" in fields:
+                raise ValueError("metrics stand beside the event")
+            receipt = cls(**fields, metrics=tuple(metrics))
             signed = receipt.signed_bytes()
             # A second text for the same receipt (a repeated key, other spacing) may be read differently elsewhere.
             if receipt.to_json() != text:
@@ -168,7 +177,8 @@ class Receipt:
         return receipt
 
 
-_RECEIPT_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Receipt))
+# Metrics stand in the list of events.
+_RECEIPT_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Receipt) if field.name != "metrics")
 _RECEIPT_HEX: Final[Mapping[str, int]] = {
     "account": 32,
     "head": 64,
@@ -252,8 +262,8 @@ class Account:
         time: Latest time of any entry, in seconds since 1970.
         backwards: Entries whose time is before that of an earlier one: the holder's clock was set back. They count.
         changes: The holder's own changes of the budget; the order of the filter never changes.
-        jobs: Per job: plan digest, allowed joins, charges made, the request charged per round, the round of each
-            charge entry by its number, and the number of each round's latest charge entry.
+        jobs: Per job: plan digest, allowed joins, what each charge pays for, charges made, the request charged per
+            round, the round of each charge entry by its number, and the number of each round's latest charge entry.
     """
 
     identity: str
@@ -285,7 +295,7 @@ class Account:
 class _JobState:
     plan: str
     joins: int
-    event: Event
+    events: tuple[Event, ...]
     charges: int = 0
     rounds: dict[int, str] = dataclasses.field(default_factory=dict)
     entries: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -435,15 +445,15 @@ class Ledger:
         elif kind == "commit":
             if body["job"] in account.jobs:
                 raise ValueError("a second commitment to one job")
-            event = Event.from_dict(body["event"])
+            events = events_from_json(body["event"])
             if entry["v"] > 2:
-                _require_terms(body, event)
-            account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], event=event)
+                _require_terms(body, events[0])
+            account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], events=events)
         elif kind == "charge":
-            job, event = account.jobs[body["job"]], Event.from_dict(body["event"])
-            if (event.unit, event.adjacency) != (account.grant.unit, account.grant.adjacency):
+            job, events = account.jobs[body["job"]], events_from_json(body["event"])
+            if {(event.unit, event.adjacency) for event in events} != {(account.grant.unit, account.grant.adjacency)}:
                 raise ValueError("a release for another unit or adjacency than the grant's")
-            account.spent_rdp += rdp(event, account.grant.order)
+            account.spent_rdp += rdp(events, account.grant.order)
             account.charges += 1
             account.test |= body["noise"] != SECURE_SOURCE
             account.commitment = body["commitment"] or account.commitment
@@ -760,16 +770,17 @@ class Book(Ledger):
         key = self.secret.identity(account.identity)
         seq, prev = len(account.heads), account.link
         entries: list[dict[str, Any]] = []
-        event = Event.of_round(request.plan)
+        # One charge for all that a round's reply holds: both or none is paid for, and one receipt signs them together.
+        events = Event.all_of_round(request.plan)
         if request.job not in account.jobs:
             body = {
                 "job": request.job,
                 "plan": request.plan.digest(),
                 "joins": request.plan.joins,
-                "event": event.to_dict(),
+                "event": events_to_json(events),
                 "code": request.code,
                 "settings": request.settings,
-                "sampling": Law.of(event, request.noise).value,
+                "sampling": Law.of(events[0], request.noise).value,
             }
             commit = _entry(account.identity, seq, prev, "commit", body)
             entries.append(commit | {"sig": key.sign(_statement(commit["hash"]))})
@@ -778,13 +789,13 @@ class Book(Ledger):
             "job": request.job,
             "round": request.round,
             "request": request.request,
-            "event": event.to_dict(),
+            "event": events_to_json(events),
             "commitment": request.commitment,
             "noise": request.noise,
             # A rolled-back ledger that charges the same request within the same second must still get another hash.
             "nonce": os.urandom(16).hex(),
             # What the receipt says is written down too: it must not change when an accountant's rounding does.
-            "spent": account.grant.epsilon_of(account.spent_rdp + rdp(event, account.grant.order)),
+            "spent": account.grant.epsilon_of(account.spent_rdp + rdp(events, account.grant.order)),
             "charges": account.charges + 1,
             "test": account.test or request.noise != SECURE_SOURCE,
         }
@@ -802,8 +813,8 @@ class Book(Ledger):
                 that a later one for the same round has replaced pays for nothing any more (guarantee G9).
 
         Raises:
-            LedgerError: The receipt is for another request, is not this book's latest for it, was claimed before, or
-                does not name the test noise that is about to be used.
+            LedgerError: The receipt is for another request, is not this book's latest for it, was claimed before, does
+                not pay for everything that the plan releases, or does not name the test noise that is about to be used.
         """
         account = self.accounts.get(request.name)
         if account is None or receipt.seq >= len(account.heads):
@@ -815,6 +826,8 @@ class Book(Ledger):
         job = account.jobs.get(request.job)
         if job is None or job.latest.get(request.round) != receipt.seq or account.heads[receipt.seq] != receipt.head:
             raise LedgerError("expected a receipt that this holder's ledger holds, got another; nothing was released")
+        if not receipt.events == job.events == Event.all_of_round(request.plan):
+            raise LedgerError("expected a charge for all that this round releases, got another; nothing was released")
         if request.noise != SECURE_SOURCE and not receipt.test:
             raise LedgerError("expected a charge that names its test noise, got one for the production source")
         with self._threads:
@@ -953,6 +966,7 @@ def receipt_of(account: Account, entry: Mapping[str, Any]) -> Receipt:
         entry: A charge entry of version 2 or later, with its hash.
     """
     body = entry["body"]
+    event, *metrics = events_from_json(body["event"])
     return Receipt(
         account=account.identity,
         seq=entry["seq"],
@@ -960,7 +974,8 @@ def receipt_of(account: Account, entry: Mapping[str, Any]) -> Receipt:
         job=body["job"],
         round=body["round"],
         request=body["request"],
-        event=Event.from_dict(body["event"]),
+        event=event,
+        metrics=tuple(metrics),
         spent=body["spent"],
         granted=float(account.grant.epsilon),
         delta=float(account.grant.delta),
@@ -986,4 +1001,4 @@ def _gate(account: Account, request: ChargeRequest) -> Word | None:
             return Word.DECLINED
     if request.plan.unit is not account.grant.unit or request.plan.adjacency is not account.grant.adjacency:
         return Word.CONFLICT
-    return None if account.grant.affords(account.spent_rdp, Event.of_round(request.plan)) else Word.DECLINED
+    return None if account.grant.affords(account.spent_rdp, Event.all_of_round(request.plan)) else Word.DECLINED

@@ -10,7 +10,6 @@ loss distributions, with PRV and RDP beside it.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections import defaultdict
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from privacy.accounting import Event, best_order, pld_epsilon, prv_epsilon, rdp
+from privacy.accounting import Event, best_order, events_to_json, pld_epsilon, prv_epsilon, rdp, repeated
 from privacy.errors import LedgerError
 from privacy.files import write_whole
 from privacy.ledger import Account
@@ -121,7 +120,7 @@ def _data_set(account: Account, lines: Sequence[Line], ledger: Transcript) -> di
         ],
         "runs": [_run(account, job, lines, ledger) for job in account.jobs],
         "schedule": _schedule(account),
-        "history": [[iso(line.time), line.job, line.round, line.event.released, figure(line.spent)] for line in lines],
+        "history": [[iso(line.time), line.job, line.round, line.released, figure(line.spent)] for line in lines],
     }
 
 
@@ -129,12 +128,12 @@ def _run(account: Account, job: str, lines: Sequence[Line], ledger: Transcript) 
     """Returns what one job released, and what it would have cost alone, by the filter."""
     mine = [line for line in lines if line.job == job]
     terms = ledger.commits[account.identity, job]["body"]
-    alone = account.grant.epsilon_of(sum(rdp(line.event, account.grant.order) for line in mine))
+    alone = account.grant.epsilon_of(sum(rdp(line.events, account.grant.order) for line in mine))
     return {
         "job": job,
         "charges": len(mine),
         "rounds": sorted({line.round for line in mine}),
-        "released": sorted({line.event.released for line in mine}),
+        "released": sorted({event.released for line in mine for event in line.events}),
         "first": iso(mine[0].time) if mine else "",
         "last": iso(mine[-1].time) if mine else "",
         "alone_epsilon": INFINITY if account.test else alone,
@@ -151,19 +150,19 @@ def _schedule(account: Account) -> dict[str, Any] | None:
     if len(account.jobs) != 1 or account.test:
         return None
     job = next(iter(account.jobs.values()))
-    alone = math.isclose(account.spent_rdp, job.charges * rdp(job.event, account.grant.order), rel_tol=1e-9)
+    alone = math.isclose(account.spent_rdp, job.charges * rdp(job.events, account.grant.order), rel_tol=1e-9)
     if not alone or job.charges > job.joins or job.charges == 0:
         return None
-    whole = dataclasses.replace(job.event, steps=job.event.steps * job.joins)
+    whole = repeated(job.events, job.joins)
     return {"joins": job.joins, "charged": job.charges, **_price(whole, account.grant.delta)}
 
 
-def _price(whole: Event, delta: float) -> dict[str, Any]:
+def _price(whole: Sequence[Event], delta: float) -> dict[str, Any]:
     order, bound = best_order(whole, delta)
     tight = bound <= _PLD_EPSILON
     prv, note = prv_epsilon(whole, delta) if tight else (None, f"not asked: epsilon above {_PLD_EPSILON}")
     return {
-        "event": whole.to_dict(),
+        "event": events_to_json(whole),
         "rdp": bound if math.isfinite(bound) else INFINITY,
         "rdp_order": order,
         "pld": pld_epsilon(whole, delta) if tight else UNKNOWN,

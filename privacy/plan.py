@@ -49,6 +49,15 @@ class Optimizer(StrEnum):
     ADAMW = "adamw"
 
 
+class Metric(StrEnum):
+    """What a client may say about its own records beside its update; the list is closed, anything else is refused."""
+
+    ACCURACY = "accuracy"
+    LOSS = "loss"
+    LABELS = "label-histogram"
+    COUNT = "count"
+
+
 # More steps, rounds or records than any job has; beyond it, products with a float would overflow or lose digits.
 MOST: Final = 10**12
 
@@ -92,7 +101,7 @@ def _count(name: str, value: int, least: int = 1) -> None:
     )
 
 
-def _parse(cls: type, kind: str, text: str | bytes) -> dict[str, Any]:
+def _parse(cls: type, kind: str, text: str | bytes, optional: frozenset[str] = frozenset()) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -101,9 +110,58 @@ def _parse(cls: type, kind: str, text: str | bytes) -> dict[str, Any]:
     require(isinstance(fields, dict), f"expected a {kind} as a JSON object, got {type(fields).__name__}")
     if extra := sorted(set(fields) - names):
         raise PlanError(f"expected only the fields of a {kind}, got the unknown field {extra[0]!r}")
-    if missing := sorted(names - set(fields)):
+    if missing := sorted(names - set(fields) - optional):
         raise PlanError(f"expected all fields of a {kind}, the field {missing[0]!r} is missing")
     return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The metrics that a job asks for in every round, of the round's incoming model on the client's own records.
+
+    Guarantees:
+        Public: no field depends on a record. Priced: each word is one more Gaussian release in every round joined,
+            part of the schedule that the ledger commits to before the first round.
+
+    Attributes:
+        words: Which metrics; in the order of `Metric`, each once, at least one.
+        noise: Standard deviation of the noise on each sum; one record moves each metric's sums by at most 1 (L2).
+        loss_bound: A record's loss is clipped to [0, loss_bound], in units of the loss.
+
+    Raises:
+        PlanError: A word is not on the list, or a number is out of range.
+    """
+
+    words: tuple[Metric, ...]
+    noise: float
+    loss_bound: float
+
+    def __post_init__(self) -> None:
+        known = [word.value for word in Metric]
+        for word in self.words:
+            require(word in known, f"expected metrics among {', '.join(known)}, got {word!r:.40}")
+        words = tuple(word for word in Metric if word in self.words)
+        require(
+            len(words) > 0 and tuple(self.words) == words,
+            f"expected metrics in the order {', '.join(known)}, each once, got {', '.join(map(str, self.words))!r:.80}",
+        )
+        object.__setattr__(self, "words", words)
+        for name in ("noise", "loss_bound"):
+            _positive(f"metrics' {name}", getattr(self, name))
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> Self:
+        """Reads the metrics of a plan from parsed JSON.
+
+        Raises:
+            PlanError: They are not exactly metrics.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        require(
+            isinstance(fields, dict) and set(fields) == names and isinstance(fields["words"], list),
+            f"expected metrics with the fields {sorted(names)}, got {fields!r:.80}",
+        )
+        return cls(**fields | {"words": tuple(fields["words"])})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +170,8 @@ class Plan:
 
     Guarantees:
         Public: no field depends on a record; a plan may be printed, sent and stored.
-        Priced: ``(sample_rate, noise_multiplier, steps * joins)`` is the most that one client can be charged.
+        Priced: ``(sample_rate, noise_multiplier, steps * joins)``, and ``joins`` times each metric where it asks for
+            any, is the most that one client can be charged.
 
     Attributes:
         unit: What is protected; only ``Unit.RECORD`` is implemented by this mechanism.
@@ -130,6 +189,8 @@ class Plan:
         mode: How per-example gradients are computed; resolved before the first round.
         physical_batch: The most examples in memory at a time; never changes a result beyond rounding.
         views: Augmented views of a record whose gradients are averaged before clipping.
+        metrics: What clients are asked about their own records in every round; None, the default, is nothing. It is
+            left out of the plan's text where it is None: a plan without metrics has the digest that it always had.
 
     Raises:
         PlanError: A field is out of range, or two fields contradict each other.
@@ -150,6 +211,7 @@ class Plan:
     mode: Mode = Mode.AUTO
     physical_batch: int = 256
     views: int = 1
+    metrics: Metrics | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -169,6 +231,11 @@ class Plan:
         for name in ("steps", "rounds", "joins", "records_bound", "physical_batch", "views"):
             _count(name, getattr(self, name))
         check_delta(self.delta, self.records_bound)
+        require(
+            self.metrics is None or (isinstance(self.metrics, Metrics) and self.unit is Unit.RECORD),
+            f"expected metrics only where records are protected, got unit {self.unit!r}; one record's bound is no "
+            "bound for all records of a client",
+        )
 
     def to_json(self) -> str:
         """Returns the canonical JSON text; ``Plan.from_json`` reads it back to an equal plan."""
@@ -176,7 +243,10 @@ class Plan:
 
     @functools.cached_property
     def _text(self) -> str:
-        return canonical(dataclasses.asdict(self)).decode()
+        fields = dataclasses.asdict(self)
+        if self.metrics is None:
+            del fields["metrics"]
+        return canonical(fields).decode()
 
     @functools.cached_property
     def _digest(self) -> str:
@@ -189,8 +259,11 @@ class Plan:
         Raises:
             PlanError: The text is not exactly a plan.
         """
-        fields = _parse(cls, "plan", text)
+        fields = _parse(cls, "plan", text, optional=frozenset({"metrics"}))
         try:
+            if "metrics" in fields:
+                # One text for each plan: no metrics are no field, never null.
+                fields["metrics"] = Metrics.from_fields(fields["metrics"])
             return cls(
                 **fields
                 | {

@@ -69,7 +69,7 @@ _REASONS: Final = 8
 _SIGNED: Final = ("spent_epsilon", "granted_epsilon", "delta", "charges", "test_noise", "public_key", "ledger_head")
 
 # What a round may say; anything else a caller puts into a round's record stays out of the report.
-_ROUND_FIELDS: Final = ("round", "metrics", "replies", "declined", "missing", "epsilon", "seconds")
+_ROUND_FIELDS: Final = ("round", "metrics", "client_metrics", "replies", "declined", "missing", "epsilon", "seconds")
 _SIMULATION_FIELDS: Final = ("partition", "class_names", "sizes", "label_table", "truth")
 
 
@@ -173,6 +173,8 @@ class Prices:
         rho: zCDP of the schedule without that discount.
         persons: (records, epsilon) for a person with so many records in one data set, by mixture of Gaussians; empty
             where nobody asked.
+        metrics: Epsilon by PLD of all the metrics of clients' own records by themselves; they are part of every other
+            figure. None where none is asked, or it could not be computed.
     """
 
     schedule: str
@@ -190,6 +192,7 @@ class Prices:
     unamplified: float | None = None
     rho: float | None = None
     persons: tuple[tuple[int, float], ...] = ()
+    metrics: float | None = None
 
     def accountants_agree(self) -> bool | None:
         """Returns whether PLD, PRV and RDP fit together; None where there is nothing to compare with."""
@@ -218,7 +221,8 @@ class RunFacts:
         doubts: Whatever else the run's files contradict each other in, one sentence each; the headline is then unknown.
         local: The learning knobs.
         rounds: One mapping per round: round, metrics, replies, declined, missing, epsilon (largest over
-            clients, None where unknown), seconds. Metrics are those of the server's public test set.
+            clients, None where unknown), seconds. Metrics are those of the server's public test set; client_metrics,
+            where the plan asks for any, what clients say about their own records, noised and pooled.
         clients: One entry per ledger.
         prices: What the committed schedule costs.
         multiplicity: In how many clients' data sets one person may be; 1 where the holders declare "in one".
@@ -331,7 +335,7 @@ def build(facts: RunFacts) -> dict[str, Any]:
         "empirical": _empirical(facts),
         "accesses": _accesses(facts),
         "limits": _limits(facts),
-        "plan": dataclasses.asdict(facts.plan) | {"digest": facts.plan.digest()},
+        "plan": json.loads(facts.plan.to_json()) | {"digest": facts.plan.digest()},
         "local": dataclasses.asdict(facts.local),
         "config": facts.config,
         "software": {
@@ -839,7 +843,10 @@ def _assumptions(facts: RunFacts) -> list[dict[str, Any]]:
         ("keep", "The finished release is stored before it leaves; a retry sends the same bytes.", enforced),
         (
             "send",
-            "Only trainable parameters leave; no loss, no accuracy, no count of a client's data.",
+            "Only trainable parameters leave; no loss, no accuracy, no count of a client's data."
+            if plan.metrics is None
+            else f"Only trainable parameters leave, and of a client's own records {_metric_words(plan)}: sums to which "
+            f"a record adds at most 1, under noise of {plan.metrics.noise:g}, charged with the update.",
             enforced,
         ),
         ("examples alone", _alone(facts), enforced),
@@ -898,8 +905,10 @@ def _covered(facts: RunFacts) -> list[str]:
         if _one_schedule(facts)
         else "Every run in the clients' ledgers, every round, retries after a crash included."
     )
+    metrics = ["Every metric of clients' own records, as each client released it and pooled: part of the same figures."]
     return [
         "Every update that a client released, seen one by one, by the server or by anyone it shows them to.",
+        *(metrics if facts.plan.metrics is not None else []),
         "The model of every round, the final one, and anything computed from them later.",
         runs,
         "Any side knowledge: the figures hold against somebody who knows every other record.",
@@ -936,12 +945,13 @@ def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
     machine = (
         "the machine that ran this simulation" if facts.simulation is not None else "the client's own machine and user"
     )
+    metrics = " and noised metrics" if facts.plan.metrics is not None else ""
     rows = [
         ("the network", travel, f"{same}; no sealing of messages in this version"),
         ("the relay and its operator", travel, f"{same}; no end-to-end sealing in this version"),
         (
             "the server",
-            "each client's released update, who answered and when",
+            f"each client's released update{metrics}, who answered and when",
             f"{same}; no discount for not being in every cohort, since it sees who was",
         ),
         (
@@ -998,7 +1008,8 @@ def _mechanism(facts: RunFacts) -> dict[str, Any]:
         views = "each record by itself, at random"
         if plan.views > 1:
             views += f"; {plan.views} views of a record, averaged before clipping"
-    return {
+    told = {} if plan.metrics is None else {"client_metrics": _client_metrics(facts)}
+    return told | {
         "mechanism": "DP-SGD at each client: clip gradients, sum, add Gaussian noise, divide by a constant",
         "clipping": f"flat, L2 norm at most {plan.l2_clip:g} per record; gradients by {plan.mode}",
         "noise": f"standard deviation {plan.noise_multiplier:g} x {plan.l2_clip:g} on the sum, each step",
@@ -1011,6 +1022,30 @@ def _mechanism(facts: RunFacts) -> dict[str, Any]:
         "augmentation": views,
         "setting": _setting(facts),
     }
+
+
+def _metric_words(plan: Plan) -> str:
+    """Returns the metrics that a plan asks for, as words."""
+    return ", ".join(plan.metrics.words) if plan.metrics is not None else "nothing"
+
+
+def _client_metrics(facts: RunFacts) -> str:
+    """Returns what clients say about their own records, how it is protected and what it costs, in words."""
+    plan, alone = facts.plan, facts.prices.metrics
+    if plan.metrics is None:
+        return "none"
+    cost = "unknown"
+    if facts.test_noise:
+        cost = "infinity"
+    elif alone is not None and facts.committed:
+        cost = figure_words(_figure(alone))
+    loss = f"; a record's loss is clipped to {plan.metrics.loss_bound:g}" if "loss" in plan.metrics.words else ""
+    return (
+        f"{_metric_words(plan)} of each round's incoming model, beside the update; sums to which each record adds a "
+        f"vector of length at most 1{loss}; noise {plan.metrics.noise:g} on every sum; no quotient leaves a client. "
+        f"At most {plan.joins} releases of each. By themselves they cost epsilon {cost} at delta {plan.delta:g}, which "
+        "is part of the figures above"
+    )
 
 
 def _sampling(facts: RunFacts) -> list[dict[str, str]]:

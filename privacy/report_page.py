@@ -794,16 +794,32 @@ def _round_table(rounds: Sequence[Mapping[str, Any]]) -> str:
     last = len(rounds) - 1
     chosen = sorted({round(index * last / 11) for index in range(12)}) if last >= 12 else list(range(last + 1))
     metrics = list(dict.fromkeys(name for record in rounds for name in record.get("metrics") or {}))[:3]
-    heads = ["Round", *(f"#{_name(name)}" for name in metrics), f"#{_EPSILON}, most over clients"]
+    said = list(dict.fromkeys(name for record in rounds for name in record.get("client_metrics") or {}))
+    # A histogram has no room in a cell; it is in report.json.
+    said = [name for name in said if not any(isinstance(_told(record, name)[0], list) for record in rounds)]
+    heads = ["Round", *(f"#{_name(name)}" for name in metrics), *(f"#{_name(name)}, clients say" for name in said)]
+    heads += [f"#{_EPSILON}, most over clients"]
     heads += ["#answered", "#declined", "#missing", "#seconds"]
     rows = []
     for record in (rounds[index] for index in chosen):
         told = record.get("metrics") or {}
-        cells = [_metric(told.get(name)) for name in metrics] + [_bound(record["epsilon"])]
+        cells = [_metric(told.get(name)) for name in metrics]
+        cells += [_with_error(*_told(record, name)) for name in said] + [_bound(record["epsilon"])]
         cells += [_value(record.get(name)) for name in ("replies", "declined", "missing")]
         rows.append([_value(record.get("round")), *cells, _metric(record.get("seconds"))])
     caption = f"{len(chosen)} of {len(rounds):,} rounds; all of them are in report.json" if len(chosen) <= last else ""
     return _table(heads, rows, caption=caption)
+
+
+def _told(record: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """Returns what the clients of a round say about their own records, and its standard error by the noise alone."""
+    figure = (record.get("client_metrics") or {}).get(name) or {}
+    return figure.get("value"), figure.get("stderr")
+
+
+def _with_error(value: Any, error: Any) -> str:
+    """Returns safe HTML for a noised number; one that its noise drowns is unknown."""
+    return UNKNOWN if value is None or error is None else f"{_metric(value)} &plusmn; {_metric(error)}"
 
 
 def _metric(value: Any) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from privacy.accounting import Event, Grant, best_affordable_order
+from privacy.accounting import Event, Grant, best_affordable_order, events_from_json
 from privacy.errors import LedgerError
 from privacy.files import write_whole
 from privacy.identity import verify
@@ -44,7 +44,7 @@ class Line:
         time: Seconds since 1970 by the holder's clock.
         job: Job identity.
         round: Round of the job.
-        event: What was released.
+        events: What was released together.
         noise: Source of coins and noise.
         spent: Epsilon of everything charged until then, by the filter.
         granted: Budget at that time.
@@ -57,11 +57,16 @@ class Line:
     time: int
     job: str
     round: int
-    event: Event
+    events: tuple[Event, ...]
     noise: str
     spent: float
     granted: float
     receipt: Receipt | None
+
+    @property
+    def released(self) -> str:
+        """What was released, in words."""
+        return ", ".join(event.released for event in self.events)
 
 
 class Transcript(Ledger):
@@ -132,8 +137,8 @@ class Transcript(Ledger):
                     "name": line.name,
                     "job": line.job,
                     "round": line.round,
-                    "released": line.event.released,
-                    "kind": line.event.kind.value,
+                    "released": line.released,
+                    "kind": line.events[0].kind.value,
                     "spent": line.spent,
                     "remaining": max(0.0, line.granted - line.spent),
                 }
@@ -190,7 +195,7 @@ class Transcript(Ledger):
                     time=entry["time"],
                     job=body["job"],
                     round=body["round"],
-                    event=Event.from_dict(body["event"]),
+                    events=events_from_json(body["event"]),
                     noise=body["noise"],
                     spent=now.spent,
                     granted=float(now.grant.epsilon),

@@ -27,11 +27,14 @@ from privacy.accounting import (
     Grant,
     attacker_power,
     best_order,
+    events_from_json,
     group_epsilon,
     pld_epsilon,
     prv_epsilon,
     rdp,
     second_filter,
+    unsampled,
+    zcdp_rho,
 )
 from privacy.errors import TacitError
 from privacy.identity import COUNTERSIGN, verify
@@ -432,10 +435,10 @@ def _commitments(files: _Files) -> Iterator[Check]:
             faults.append(f"{name}: its papers are of another account")
         elif body["job"] != report["run"]["job"]:
             faults.append(f"{name}: it committed to another job")
-        elif (body["plan"], body["joins"], Event.from_dict(body["event"])) != (
+        elif (body["plan"], body["joins"], events_from_json(body["event"])) != (
             plan.digest(),
             plan.joins,
-            Event.of_round(plan),
+            Event.all_of_round(plan),
         ):
             faults.append(f"{name}: it committed to another plan")
         elif commit["v"] < 3:
@@ -663,15 +666,15 @@ def _spends(files: _Files) -> Iterator[Check]:
     wrong, priced = [], {}
     for identity, history in histories.items():
         grant, total = grants[identity], 0.0
-        for _, event, spent in history:
-            total += rdp(event, grant.order)
+        for _, events, spent in history:
+            total += rdp(events, grant.order)
             if not math.isclose(grant.epsilon_of(total), spent, rel_tol=1e-9):
                 wrong.append(identity)
                 break
-        events = tuple(event for _, event, _ in history)
-        key = (_counted(events), grant.order, grant.delta)
+        every = _counted([event for _, events, _ in history for event in events])
+        key = (every, grant.order, grant.delta)
         if key not in priced:
-            priced[key] = second_filter(_counted(events), grant)
+            priced[key] = second_filter(every, grant)
         low, high = priced[key]
         if not low * (1 - _SAME) - _SAME <= history[-1][2] <= high * (1 + _SAME) + _SAME:
             wrong.append(identity)
@@ -692,14 +695,14 @@ def _counted(events: Sequence[Event]) -> tuple[Event, ...]:
     return tuple(dataclasses.replace(event, steps=count) for event, count in steps.items())
 
 
-def _histories(files: _Files) -> tuple[dict[str, Grant], dict[str, list[tuple[int, Event, float]]]]:
+def _histories(files: _Files) -> tuple[dict[str, Grant], dict[str, list[tuple[int, tuple[Event, ...], float]]]]:
     """Returns the grant and all charges of each account of which all are here: by its ledger, or by its receipts."""
     grants: dict[str, Grant] = {}
-    histories: dict[str, list[tuple[int, Event, float]]] = {}
+    histories: dict[str, list[tuple[int, tuple[Event, ...], float]]] = {}
     for ledger in files.ledgers:
-        found: dict[str, list[tuple[int, Event, float]]] = defaultdict(list)
+        found: dict[str, list[tuple[int, tuple[Event, ...], float]]] = defaultdict(list)
         for line in ledger.lines:
-            found[line.account].append((line.seq, line.event, line.spent))
+            found[line.account].append((line.seq, line.events, line.spent))
         for identity, history in found.items():
             if len(history) > len(histories.get(identity, ())):
                 grants[identity], histories[identity] = ledger.everyone[identity].grant, history
@@ -715,7 +718,7 @@ def _histories(files: _Files) -> tuple[dict[str, Grant], dict[str, list[tuple[in
         if receipts[-1].charges == len(receipts):
             require_signed_entry(entry, client["public_key"])
             grants[client["account"]] = _grant(entry["body"])
-            histories[client["account"]] = [(each.seq, each.event, each.spent) for each in receipts]
+            histories[client["account"]] = [(each.seq, each.events, each.spent) for each in receipts]
     return grants, histories
 
 
@@ -736,8 +739,8 @@ def _prices(files: _Files) -> Iterator[Check]:
     if report is None:
         return
     prices, plan = report["prices"], _plan(report)
-    event, delta = Event.of_schedule(plan), plan.delta
-    if (prices["steps"], prices["delta"]) != (event.steps, delta):
+    history, delta = Event.all_of_schedule(plan), plan.delta
+    if (prices["steps"], prices["delta"]) != (history[0].steps, delta):
         yield Check("price of the schedule", Result.FAILS, "it is the price of other steps, or at another delta")
         return
     if isinstance(prices["gate"], str):
@@ -749,53 +752,49 @@ def _prices(files: _Files) -> Iterator[Check]:
         ]
         yield Check("price of the schedule", Result.FAILS if names else Result.HOLDS, words)
         return
-    order, best = best_order(event, delta)
+    order, best = best_order(history, delta)
     at = Grant(epsilon=1e9, delta=delta, order=prices["gate_order"], records_bound=plan.records_bound)
-    low, high = second_filter((event,), at)
-    gate = at.epsilon_of(rdp(event, at.order))
+    low, high = second_filter(history, at)
+    gate = at.epsilon_of(rdp(history, at.order))
     sound = _near(prices["gate"], gate) and low * (1 - _SAME) - _SAME <= prices["gate"] <= high * (1 + _SAME) + _SAME
     yield _checked(
         "filter's price", sound, f"{prices['gate']:.4g} at order {at.order:g}, by Opacus' RDP and dp-accounting's"
     )
-    whole = _near(prices["rdp"], best) and _near(prices["unamplified"], _unamplified(event, delta))
-    whole = whole and _near(prices["zcdp_rho"], event.steps / (2 * event.noise_multiplier**2))
+    whole = _near(prices["rdp"], best) and _near(prices["unamplified"], best_order(unsampled(history), delta)[1])
+    whole = whole and _near(prices["zcdp_rho"], zcdp_rho(history))
     words = (
         f"{prices['rdp']:.4g} at the best order {order:g}; {prices['unamplified']:.4g} with no discount for sampling"
     )
     yield _checked("RDP price", whole, words)
-    yield from _tight(prices, event, delta, best)
+    yield from _tight(prices, history, delta, best)
 
 
-def _unamplified(event: Event, delta: float) -> float:
-    return best_order(dataclasses.replace(event, sample_rate=1.0), delta)[1]
-
-
-def _tight(prices: Mapping[str, Any], event: Event, delta: float, best: float) -> Iterator[Check]:
+def _tight(prices: Mapping[str, Any], history: Sequence[Event], delta: float, best: float) -> Iterator[Check]:
     """Compares the PLD figures with PLD anew, and with PRV and RDP as second accountants."""
     curve = [(point["delta"], point["epsilon"]) for point in prices["at_deltas"]]
     if isinstance(prices["pld"], str):
-        sound = best > _PLD_EPSILON and all(_near(epsilon, best_order(event, at)[1]) for at, epsilon in curve)
+        sound = best > _PLD_EPSILON and all(_near(epsilon, best_order(history, at)[1]) for at, epsilon in curve)
         words = "no PLD figure is claimed; what is printed at other deltas is RDP's"
         yield _checked("PLD price", sound or prices["pld"] == UNKNOWN, words)
     else:
-        anew, (prv, note) = pld_epsilon(event, delta), prv_epsilon(event, delta)
+        anew, (prv, note) = pld_epsilon(history, delta), prv_epsilon(history, delta)
         sound = _near(prices["pld"], anew, 1e-4) and prices["pld"] <= best * (1 + _SAME)
         second = f"Opacus' PRV says {prv:.4g}" if prv is not None else f"PRV was {note}"
         if prv is not None:
             sound = sound and abs(prv - prices["pld"]) <= _AGREEMENT + 0.02 * prices["pld"]
         words = f"{prices['pld']:.4g} by PLD anew; {second}; RDP bounds it by {best:.4g}"
         yield _checked("PLD price", sound, words)
-        swap = pld_epsilon(event, delta, Adjacency.REPLACE_ONE)
+        swap = pld_epsilon(history, delta, Adjacency.REPLACE_ONE)
         words = f"{prices['pld_replace_one']:.4g} for replacing a record, by PLD anew; no second accountant prices it"
         yield _checked("replace-one price", _near(prices["pld_replace_one"], swap, 1e-4), words)
-        sound = all(_near(epsilon, pld_epsilon(event, at), 1e-4) for at, epsilon in curve)
-        sound = sound and all(epsilon <= best_order(event, at)[1] * (1 + _SAME) for at, epsilon in curve)
+        sound = all(_near(epsilon, pld_epsilon(history, at), 1e-4) for at, epsilon in curve)
+        sound = sound and all(epsilon <= best_order(history, at)[1] * (1 + _SAME) for at, epsilon in curve)
         yield _checked("other deltas", sound, f"{len(curve)} deltas, by PLD anew, each at most what RDP gives")
     power = all(_near(point["tpr"], attacker_power(curve, point["fpr"]), 1e-4) for point in prices["tpr"])
     yield _checked("power of attackers", power and bool(prices["tpr"]), "true-positive rates follow from the epsilons")
     persons = prices["persons"]
     if persons:
-        sound = all(_near(row["epsilon"], group_epsilon(event, delta, row["records"]), 1e-3) for row in persons)
+        sound = all(_near(row["epsilon"], group_epsilon(history, delta, row["records"]), 1e-3) for row in persons)
         yield _checked("persons with several records", sound, f"{len(persons)} figures, by mixture of Gaussians anew")
 
 

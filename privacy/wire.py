@@ -56,6 +56,11 @@ def write_float32(value: Float32s) -> bytes:
     return b"".join((_header(value.shape), np.ascontiguousarray(value, dtype="<f4").data))
 
 
+def float32_bytes(shape: tuple[int, ...]) -> int:
+    """Returns how many bytes `write_float32` makes of an array of this shape."""
+    return len(_header(tuple(shape))) + 4 * math.prod(shape)
+
+
 def model_digest(arrays: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:
     """Returns the SHA-256 of a model, in hex.
 

@@ -4,7 +4,7 @@
     ask           one message per client: model, plan, round, learning rate, the last receipt we hold of it
     check         each reply: shape, finiteness, and a signed receipt for exactly this request
     aggregate     mean with public weights (`server.aggregate`)
-    evaluate      on the server's own public test set; no client is asked for a metric
+    evaluate      on the server's own public test set; clients say about their own records what the plan's metrics say
     checkpoint    model, aggregator, receipts' heads; then the round counts
 
 Rule for clients that do not deliver: whoever declines is not asked again in this job; an error, a late or a malformed
@@ -35,6 +35,7 @@ from privacy.errors import LedgerError, PlanError, RunError
 from privacy.files import write_whole
 from privacy.identity import COUNTERSIGN, Identity
 from privacy.ledger import Receipt
+from privacy.metrics import Sums, pooled, widths
 from privacy.plan import Local, Plan, require
 from privacy.wire import model_digest, read_float32, request_digest
 from server.aggregate import Aggregator, Arrays
@@ -259,12 +260,14 @@ def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dic
     requests = {message.metadata.dst_node_id: message for message in ask(job, state, number, cohort)}
     shared = model_digest((n, f"{a.stype}/{a.dtype}", a.shape, a.data) for n, a in _model_of(requests).items())
     updates: list[tuple[int, Arrays, Receipt]] = []
+    measured: dict[int, dict[str, Sums]] = {}
     words: list[str] = []
     for reply in grid.send_and_receive(requests.values(), timeout=job.timeout_s):
         node = reply.metadata.src_node_id
         match check(reply, job, state, requests.get(node), shared):
             case (update, receipt):
                 updates.append((node, update, receipt))
+                measured[node] = metrics_of(reply, job)
             case word:
                 words.append(word)
                 # Declining is about the budget, which never grows; whatever else went wrong may pass.
@@ -298,6 +301,9 @@ def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dic
         "thin": len(updates) < job.min_replies,
         "seconds": time.perf_counter() - began,
     }
+    if job.plan.metrics is not None:
+        # Of the round's incoming model, and of everybody who answered: pooling noised sums costs nothing.
+        line["client_metrics"] = pooled(job.plan.metrics, [measured[node] for node, *_ in updates])
     write_lines(job.folder / RECEIPTS, [countersign(job.identity, receipt) for *_, receipt in updates])
     write_lines(job.folder / METRICS, [json.dumps(line)])
     state.lines[METRICS] = state.lines.get(METRICS, 0) + 1
@@ -362,6 +368,7 @@ def check(reply: Message, job: Job, state: State, request: Message | None, model
         return "missing"
     try:
         update = {name: read_float32(arrays[name].data, like.shape, name) for name, like in state.model.items()}
+        metrics_of(reply, job)
         receipt = Receipt.from_json(str(record.get("receipt", "")))
     except (PlanError, LedgerError):
         return "missing"
@@ -372,13 +379,26 @@ def check(reply: Message, job: Job, state: State, request: Message | None, model
     if (receipt.job, receipt.round, receipt.request) != (job.id, state.round + 1, digest):
         return "missing"
     # A receipt for less than the plan asks would make the client's spend look smaller than it is.
-    if receipt.event != Event.of_round(job.plan):
+    if receipt.events != Event.all_of_round(job.plan):
         return "missing"
     # The first receipt pins a node to one account and key: a fresh ledger would hide what the old one spent.
     pinned = state.identities.get(reply.metadata.src_node_id, _identity_of(receipt))
     if receipt.seq <= int(previous[0]) or pinned != _identity_of(receipt):
         return "missing"
     return update, receipt
+
+
+def metrics_of(reply: Message, job: Job) -> dict[str, Sums]:
+    """Reads a reply's noised sums by metric; empty where the plan asks for none, whatever the reply says unasked.
+
+    Raises:
+        PlanError: It does not hold exactly the plan's metrics.
+    """
+    shapes = widths(job.plan.metrics, job.shape.classes)
+    record = reply.content.get("metrics") if shapes else ArrayRecord()
+    if not isinstance(record, ArrayRecord) or list(record) != list(shapes):
+        raise PlanError(f"expected the metrics {list(shapes)}, got something else")
+    return {name: read_float32(record[name].data, shape, name) for name, shape in shapes.items()}
 
 
 def _identity_of(receipt: Receipt) -> str:

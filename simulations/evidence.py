@@ -19,7 +19,17 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from privacy.accounting import Event, attacker_power, best_order, group_epsilon, pld_epsilon, prv_epsilon, rdp
+from privacy.accounting import (
+    Event,
+    attacker_power,
+    best_order,
+    group_epsilon,
+    pld_epsilon,
+    prv_epsilon,
+    rdp,
+    unsampled,
+    zcdp_rho,
+)
 from privacy.errors import LedgerError, RunError
 from privacy.identity import COUNTERSIGN, Identity, Secret, verify
 from privacy.ledger import Account, Receipt
@@ -273,7 +283,7 @@ def _contains(world: World, account: Account, receipt: Receipt) -> bool:
         and receipt.job == world.settled.id
         and job.entries.get(receipt.seq) == receipt.round
         and account.heads[receipt.seq] == receipt.head
-        and (receipt.request, receipt.event) == (job.rounds[receipt.round], job.event)
+        and (receipt.request, receipt.events) == (job.rounds[receipt.round], job.events)
         and receipt.public_key == world.book.secret.identity(account.identity).public_key
         and receipt.charges <= account.charges
         and receipt.spent <= account.spent * (1 + 1e-9)
@@ -289,9 +299,9 @@ def _lost(rounds: Sequence[Mapping[str, Any]], sound: Sequence[Receipt]) -> set[
 def _as_committed(account: Account, job: str, plan: Plan) -> bool:
     """Whether an account committed to exactly this plan for a job, and its charges are what it committed to."""
     state = account.jobs[job]
-    priced = sum(other.charges * rdp(other.event, account.grant.order) for other in account.jobs.values())
+    priced = sum(other.charges * rdp(other.events, account.grant.order) for other in account.jobs.values())
     return (
-        (state.plan, state.joins, state.event) == (plan.digest(), plan.joins, Event.of_round(plan))
+        (state.plan, state.joins, state.events) == (plan.digest(), plan.joins, Event.all_of_round(plan))
         and state.charges <= plan.joins
         and math.isclose(account.spent_rdp, priced, rel_tol=1e-9)
     )
@@ -385,39 +395,48 @@ def prices_of(world: World, persons: Sequence[int] = ()) -> Prices:
         persons: Numbers of records of one person to price it for too.
     """
     plan = world.settled.plan
-    event = Event.of_schedule(plan)
-    best = best_order(event, plan.delta)
+    # Metrics are part of what was committed to, so they are part of every figure.
+    update, *metrics = history = Event.all_of_schedule(plan)
+    best = best_order(history, plan.delta)
     # Loss distributions of a schedule that protects next to nothing take minutes and gigabytes, for a figure that
     # nobody needs exactly.
     tight = best[1] <= _PLD_EPSILON
     # Three deltas are enough to see how epsilon moves.
     curve = tuple(
-        (delta, pld_epsilon(event, delta) if tight else best_order(event, delta)[1])
+        (delta, pld_epsilon(history, delta) if tight else best_order(history, delta)[1])
         for delta in (plan.delta, plan.delta / 10, plan.delta / 100)
     )
-    prv, note = prv_epsilon(event, plan.delta) if tight else (None, f"not asked: epsilon above {_PLD_EPSILON}")
+    prv, note = prv_epsilon(history, plan.delta) if tight else (None, f"not asked: epsilon above {_PLD_EPSILON}")
     # Accounts may hold different orders. At another order every figure is valid too, but at a larger delta none is.
     filters = {
-        grant.order: grant.epsilon_of(rdp(event, grant.order))
+        grant.order: grant.epsilon_of(rdp(history, grant.order))
         for grant in {account.grant for account in world.book.accounts.values()}
         if grant.delta <= plan.delta
     }
     order, gate = max(filters.items(), key=lambda item: item[1], default=best)
     return Prices(
-        schedule=f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {event.steps} steps",
-        steps=event.steps,
+        schedule=f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {update.steps} steps"
+        + _metrics_words(plan),
+        steps=update.steps,
         gate=gate,
         gate_order=order,
         pld=curve[0][1] if tight else None,
-        pld_replace_one=pld_epsilon(event, plan.delta, Adjacency.REPLACE_ONE) if tight else None,
+        pld_replace_one=pld_epsilon(history, plan.delta, Adjacency.REPLACE_ONE) if tight else None,
         prv=prv,
         prv_note=note,
         rdp=best[1],
+        metrics=pld_epsilon(metrics, plan.delta) if metrics and tight else None,
         at_deltas=curve,
         tpr=tuple((fpr, attacker_power(curve, fpr)) for fpr in (0.001, 0.01)),
         accountant=f"dp-accounting {importlib.metadata.version('dp-accounting')} (PLD), "
         f"opacus {importlib.metadata.version('opacus')} (RDP, PRV)",
-        unamplified=best_order(dataclasses.replace(event, sample_rate=1.0), plan.delta)[1],
-        rho=event.steps / (2 * event.noise_multiplier**2),
-        persons=tuple((records, group_epsilon(event, plan.delta, records)) for records in persons if tight),
+        unamplified=best_order(unsampled(history), plan.delta)[1],
+        rho=zcdp_rho(history),
+        persons=tuple((records, group_epsilon(history, plan.delta, records)) for records in persons if tight),
     )
+
+
+def _metrics_words(plan: Plan) -> str:
+    if plan.metrics is None:
+        return ""
+    return f", and {plan.joins} releases each of {', '.join(plan.metrics.words)} under noise {plan.metrics.noise:g}"

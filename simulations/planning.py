@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import html
+import json
 import math
 import os
 import tempfile
@@ -31,6 +32,7 @@ from privacy.accounting import (
     pld_epsilon,
     prv_epsilon,
     rdp,
+    zcdp_rho,
 )
 from privacy.errors import LedgerError, PlanError
 from privacy.ledger import Account, Book
@@ -70,7 +72,7 @@ def plan(scenario: Scenario, *, ledgers: Path | None = None) -> dict[str, Any]:
     shape, records = published(task, scenario.data or None)
     resolved = scenario.resolved(records)
     settled, order = calibrate(resolved)
-    event = Event.of_schedule(settled)
+    history = Event.all_of_schedule(settled)
     parameters = None if shape is None else _trainable(task, shape, resolved.seed)
     turns = joins_of(resolved.rounds, resolved.clients, resolved.cohort)
     facts: dict[str, Any] = {
@@ -80,15 +82,15 @@ def plan(scenario: Scenario, *, ledgers: Path | None = None) -> dict[str, Any]:
         "clients": resolved.clients,
         "cohort": resolved.cohort,
         "solved": "epsilon" if resolved.noise_multiplier else "noise",
-        "plan": dataclasses.asdict(settled),
+        "plan": json.loads(settled.to_json()),
         "schedule": {
             "joins": turns,
             "spare": resolved.retries,
             "charges": settled.joins,
-            "steps": event.steps,
+            "steps": history[0].steps,
             "records_per_client": resolved.records_per_client,
         },
-        "cost": cost(event, settled.delta, order=order, multiplicity=resolved.multiplicity),
+        "cost": cost(history, settled.delta, order=order, multiplicity=resolved.multiplicity),
         "signal": signal(settled, resolved, parameters),
         "sweeps": {
             "rounds": _over_rounds(scenario, records, settled.noise_multiplier, parameters),
@@ -115,11 +117,11 @@ def _trainable(task: Task, shape: Any, seed: int) -> int:
 # -- what it costs --------------------------------------------------------------------------------------------------
 
 
-def cost(event: Event, delta: float, *, order: float, multiplicity: int = 1) -> dict[str, Any]:
+def cost(history: Sequence[Event], delta: float, *, order: float, multiplicity: int = 1) -> dict[str, Any]:
     """Prices a committed schedule by every accountant.
 
     Args:
-        event: All that one client can be charged for in the job, spare charges included.
+        history: All that one client can be charged for in the job, spare charges included.
         delta: At which epsilon holds, in (0, 1).
         order: Renyi order of the filter that guards the ledgers.
         multiplicity: In how many clients' data sets one person may be, >= 1.
@@ -128,33 +130,33 @@ def cost(event: Event, delta: float, *, order: float, multiplicity: int = 1) -> 
         ``filter``, ``pld``, ``prv``, ``replace_one``, ``at_deltas``, ``odds``, ``tpr``, ``persons``, ``federation``,
         and ``zcdp_rho`` and ``gdp_mu``, which are None under sampling, where no finite number says it all.
     """
-    filtered = best_order(event, delta)[1]
+    filtered = best_order(history, delta)[1]
     tight = filtered <= _PLD_EPSILON
     deltas = (delta, delta / 10, delta / 100)
-    curve = [(at, pld_epsilon(event, at) if tight else best_order(event, at)[1]) for at in deltas]
+    curve = [(at, pld_epsilon(history, at) if tight else best_order(history, at)[1]) for at in deltas]
     # PRV needs a loss worth integrating: at next to no cost it works for minutes.
     asked = tight and curve[0][1] > 1e-3
     why = "epsilon below 0.001" if tight else f"epsilon above {_PLD_EPSILON}"
-    prv, note = prv_epsilon(event, delta, _PRV_TIMEOUT_S) if asked else (None, f"not asked: {why}")
+    prv, note = prv_epsilon(history, delta, _PRV_TIMEOUT_S) if asked else (None, f"not asked: {why}")
     epsilon = curve[0][1]
-    whole = event.sample_rate == 1
+    whole = all(event.sample_rate == 1 for event in history)
     return {
         "filter": {"epsilon": filtered, "order": order},
         "pld": epsilon if tight else None,
         "prv": prv,
         "prv_note": note,
-        "replace_one": pld_epsilon(event, delta, Adjacency.REPLACE_ONE) if tight else None,
+        "replace_one": pld_epsilon(history, delta, Adjacency.REPLACE_ONE) if tight else None,
         "at_deltas": [{"delta": at, "epsilon": figure} for at, figure in curve],
         "odds": math.exp(epsilon) if epsilon < 700 else math.inf,
         "tpr": [{"fpr": fpr, "tpr": attacker_power(curve, fpr)} for fpr in _FPR],
-        "persons": [{"records": k, "epsilon": _of_person(event, delta, k, epsilon)} for k in _PERSONS],
-        "federation": {"multiplicity": multiplicity, "epsilon": _of_many(event, delta, multiplicity)},
-        "zcdp_rho": event.steps / (2 * event.noise_multiplier**2) if whole else None,
-        "gdp_mu": math.sqrt(event.steps) / event.noise_multiplier if whole else None,
+        "persons": [{"records": k, "epsilon": _of_person(history, delta, k, epsilon)} for k in _PERSONS],
+        "federation": {"multiplicity": multiplicity, "epsilon": _of_many(history, delta, multiplicity)},
+        "zcdp_rho": zcdp_rho(history) if whole else None,
+        "gdp_mu": math.sqrt(2 * zcdp_rho(history)) if whole else None,
     }
 
 
-def _of_person(event: Event, delta: float, records: int, single: float) -> float | None:
+def _of_person(history: Sequence[Event], delta: float, records: int, single: float) -> float | None:
     """Returns epsilon for all of one person's records in one data set, None where it is not computed."""
     if records == 1:
         return single
@@ -162,13 +164,14 @@ def _of_person(event: Event, delta: float, records: int, single: float) -> float
     if single * records > _PLD_EPSILON:
         return None
     # The finest grid takes half a minute; these cost less than 2 % of epsilon, on the safe side.
-    interval = 0.01 if event.steps <= 100 else 0.003 if event.steps <= 3000 else 0.001
-    return group_epsilon(event, delta, records, interval)
+    steps = sum(event.steps for event in history)
+    interval = 0.01 if steps <= 100 else 0.003 if steps <= 3000 else 0.001
+    return group_epsilon(history, delta, records, interval)
 
 
-def _of_many(event: Event, delta: float, multiplicity: int) -> float:
+def _of_many(history: Sequence[Event], delta: float, multiplicity: int) -> float:
     """Returns epsilon for a person with one record at each of several clients (guarantee G4)."""
-    every = dataclasses.replace(event, steps=event.steps * multiplicity)
+    every = repeated(history, multiplicity)
     filtered = best_order(every, delta)[1]
     return pld_epsilon(every, delta) if filtered <= _PLD_EPSILON else filtered
 
@@ -243,13 +246,13 @@ def _variant(scenario: Scenario, **changes: Any) -> Scenario:
 def _row(scenario: Scenario, records: int | None, parameters: int | None) -> dict[str, float | int | None]:
     resolved = scenario.resolved(records)
     settled, _ = calibrate(resolved)
-    event = Event.of_schedule(settled)
-    filtered = best_order(event, settled.delta)[1]
+    history = Event.all_of_schedule(settled)
+    filtered = best_order(history, settled.delta)[1]
     return {
         "rounds": settled.rounds,
         "noise_multiplier": settled.noise_multiplier,
         "epsilon": filtered,
-        "pld": pld_epsilon(event, settled.delta) if filtered <= _PLD_EPSILON else None,
+        "pld": pld_epsilon(history, settled.delta) if filtered <= _PLD_EPSILON else None,
         "ratio_of_a_round": signal(settled, resolved, parameters)["ratio_of_a_round"],
     }
 
@@ -318,7 +321,7 @@ def left_in(folder: Path, settled: Plan, turns: int) -> list[dict[str, Any]]:
     with read_only(folder) as accounts:
         for account in accounts:
             grant = account.grant
-            one = rdp(Event.of_round(settled), grant.order)
+            one = rdp(Event.all_of_round(settled), grant.order)
             fits = (settled.unit, settled.adjacency) == (grant.unit, grant.adjacency)
             rounds = _times(grant.budget_rdp, account.spent_rdp, one) if fits else 0
             # Test noise protects nothing: what such a ledger has spent is infinite, whatever it counts.

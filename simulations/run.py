@@ -72,7 +72,8 @@ def simulate(
         sources: Randomness of releases; anything but the default marks the ledgers as test ledgers.
 
     Returns:
-        The summary: status, rounds, metrics, epsilon, epsilon_replace_one, delta, seconds, run, report.
+        The summary: status, rounds, metrics, epsilon, epsilon_replace_one, delta, seconds, run, report; and
+            client_metrics where the plan asks for any.
 
     Raises:
         TacitError: The scenario cannot be run; nothing is left behind, or everything is resumable.
@@ -124,6 +125,7 @@ def _simulate(
         "status": "interrupted" if ending is Ending.INTERRUPTED else str(ending),
         "rounds": len(facts.rounds),
         "metrics": next((dict(line["metrics"]) for line in reversed(facts.rounds) if line["metrics"]), {}),
+        **_client_metrics(facts),
         "epsilon": _figure(headline["epsilon"]),
         "epsilon_replace_one": _figure(headline["replace_one"]["epsilon"]),
         "delta_replace_one": headline["replace_one"]["delta"],
@@ -156,6 +158,12 @@ def conclude(world: World, ending: Ending) -> tuple[RunFacts, Path]:
         shutil.rmtree(folder / "kept", ignore_errors=True)
     facts = facts_of(world)
     return facts, write(facts, folder, server_identity(world))[1]
+
+
+def _client_metrics(facts: RunFacts) -> dict[str, object]:
+    """Returns what clients last said about their own records, where the plan asks for it; else no key at all."""
+    told = next((line["client_metrics"] for line in reversed(facts.rounds) if line.get("client_metrics")), None)
+    return {} if told is None else {"client_metrics": told}
 
 
 def _most_spent(facts: RunFacts) -> float | None:

@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 
 from privacy.errors import PlanError, RunError
 from privacy.files import write_whole
-from privacy.plan import Mode, Optimizer, check_delta, require
+from privacy.plan import Metric, Metrics, Mode, Optimizer, check_delta, require
 
 Value = str | int | float
 
@@ -224,6 +224,22 @@ class Scenario:
         "apart = you state that nobody in this data set is in another one whose ledgers the folder of ledgers holds; "
         "they record it, signed",
         choices=("unstated", "apart"),
+    )
+    metrics: str = _key(
+        "",
+        PRIVACY,
+        "what clients say in each round about their own records, noised and charged: words of "
+        f"{', '.join(Metric)}, separated by commas; empty = nothing",
+    )
+    metric_noise: float = _key(
+        20.0,
+        PRIVACY,
+        "standard deviation of the noise on each of these sums, to which a record adds at most 1",
+        least=0.0,
+        exclusive=True,
+    )
+    metric_loss_bound: float = _key(
+        5.0, PRIVACY, "a record's loss is clipped to it before it is summed", least=0.0, exclusive=True
     )
     views: int = _key(1, PRIVACY, "augmented views of a record, averaged before clipping", least=1)
     mode: str = _key(
@@ -461,6 +477,11 @@ class Scenario:
             self.strategy != "fedprox" or self.proximal_mu > 0,
             "expected proximal-mu with strategy fedprox, it is missing; add proximal-mu, 0.01 is customary",
         )
+        for key in ("metric-noise", "metric-loss-bound"):
+            require(
+                self.asked_metrics is not None or values[key] == BY_NAME[key].default,
+                f"expected {key} only with metrics, got {key}={values[key]} without; drop it or add --metrics accuracy",
+            )
         self._validate_sizes()
 
     def _validate_privacy(self) -> None:
@@ -489,6 +510,24 @@ class Scenario:
             )
         if bound:
             check_delta(self.delta, bound)
+
+    @property
+    def asked_metrics(self) -> Metrics | None:
+        """The metrics that clients are asked for, or None.
+
+        Raises:
+            PlanError: A word is not on the list, or stands there twice.
+        """
+        names = [word.strip() for word in self.metrics.split(",") if word.strip()]
+        known = tuple(word.value for word in Metric)
+        for name in names:
+            require(
+                name in known,
+                f"expected metrics among {', '.join(known)}, got {name!r:.40}{nearest(name, known)}",
+            )
+        require(len(set(names)) == len(names), f"expected each metric once, got {self.metrics!r:.80}; drop one")
+        words = tuple(word for word in Metric if word in names)
+        return Metrics(words=words, noise=self.metric_noise, loss_bound=self.metric_loss_bound) if words else None
 
     def _validate_sizes(self) -> None:
         if self.weights != "declared":

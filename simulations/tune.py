@@ -28,7 +28,7 @@ import torch
 
 from clients.data import Source, SourceName, load_source, published
 from models.task import Task, find_task
-from privacy.accounting import Event, Grant, best_order, merged, pld_epsilon, rdp, split_noise
+from privacy.accounting import Event, Grant, best_order, merged, pld_epsilon, rdp, repeated, split_noise
 from privacy.errors import BudgetExceeded, PlanError, RunError
 from privacy.files import write_whole
 from privacy.ledger import Account, Book
@@ -241,6 +241,10 @@ def prepare(
     if split:
         resolved, shared_order = _with_shares(resolved)
     plans = [calibrate(each)[0] for each in resolved]
+    require(
+        all(plan.metrics is None for plan in plans),
+        "expected a search by the server's public metric alone, got metrics of clients' own records; drop --metrics",
+    )
     names = _names(_task(base.task), base)
     require(
         not metric or metric in names,
@@ -654,7 +658,7 @@ def total(search: Mapping[str, Any], accounts: Sequence[Account]) -> dict[str, A
     for account in accounts:
         for job, number in jobs.items():
             if (state := account.jobs.get(job)) is not None:
-                alone = account.grant.epsilon_of(state.charges * rdp(state.event, account.grant.order))
+                alone = account.grant.epsilon_of(state.charges * rdp(state.events, account.grant.order))
                 charged[str(number)] = max(charged.get(str(number), 0.0), alone)
     spent = max((account.spent for account in accounts), default=0.0)
     if unpaid := _unpaid(search, accounts):
@@ -699,8 +703,8 @@ def _as_committed(search: Mapping[str, Any], accounts: Sequence[Account]) -> boo
     for account in accounts:
         wanted = [Event.from_dict(candidate["event"]) for candidate in search["candidates"]]
         for state in account.jobs.values():
-            whole = dataclasses.replace(state.event, steps=state.event.steps * state.joins)
-            if whole not in wanted or state.charges > state.joins:
+            whole, *more = repeated(state.events, state.joins)
+            if more or whole not in wanted or state.charges > state.joins:
                 return False
             wanted.remove(whole)
     return True

@@ -22,6 +22,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from clients.app import parse_request
 from clients.data import Source, load_source
 from clients.holder import Holder, Kept, SecureSources, Sources, content_of, noise_name
+from clients.metrics import Judge
 from clients.records import Records, faults
 from models.task import Shape, Task, find_task
 from privacy.accounting import Event, Grant, best_order, solve_noise
@@ -68,7 +69,9 @@ class Settled:
 
     def save(self, folder: Path) -> None:
         """Writes ``job.json``."""
-        write_whole(folder / JOB_FILE, json.dumps(dataclasses.asdict(self), indent=2).encode())
+        # A plan has one text, here too.
+        fields = dataclasses.asdict(self) | {"plan": json.loads(self.plan.to_json())}
+        write_whole(folder / JOB_FILE, json.dumps(fields, indent=2).encode())
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -232,7 +235,7 @@ class World:
         """
         plan = self.settled.plan
         turns = joins_of(plan.rounds, self.scenario.clients, self.scenario.cohort)
-        whole = dataclasses.replace(Event.of_round(plan), steps=plan.steps * turns)
+        whole = Event.all_of_schedule(plan, turns)
         accounts = self.book.accounts.values()
         # In a large population accounts are opened when a client is first asked: these have everything left.
         unopened = self.population.clients - len(accounts)
@@ -292,6 +295,8 @@ class World:
             code=self.settled.code[-64:],
             device=self.settled.device,
             simulated=True,
+            # Who simulates is every holder, and asks with the plan's own words.
+            allow_metrics=frozenset(self.settled.plan.metrics.words if self.settled.plan.metrics else ()),
         )
 
     def charge_cohort(self, pairs: Sequence[tuple[Message, Context]]) -> None:
@@ -304,7 +309,7 @@ class World:
         for message, context in pairs:
             holder, request = self.holder(context), parse_request(message)
             # What was kept is sent again, and must not be charged again (guarantee G9).
-            if self.kept.get(request.job, holder.account(), request.digest) is None:
+            if holder.allows(request.plan) and self.kept.get(request.job, holder.account(), request.digest) is None:
                 charge = request.charge_of(
                     holder.name, noise=noise_name(self.sources), commitment=holder.commitment, code=holder.code
                 )
@@ -448,14 +453,21 @@ def calibrate(scenario: Scenario) -> tuple[Plan, float]:
     """
     joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
     steps = scenario.steps_per_round * joins
+    metrics = scenario.asked_metrics
+    # Every word in every round joined, retries included: as `Event.all_of_schedule` charges them.
+    beside = (
+        [Event(sample_rate=1.0, noise_multiplier=metrics.noise, steps=joins * len(metrics.words))] if metrics else []
+    )
     if scenario.noise_multiplier:
         event = Event(sample_rate=scenario.sample_rate, noise_multiplier=scenario.noise_multiplier, steps=steps)
-        noise, (order, epsilon) = scenario.noise_multiplier, best_order(event, scenario.delta)
+        noise, (order, epsilon) = scenario.noise_multiplier, best_order((event, *beside), scenario.delta)
         if not math.isfinite(epsilon):
             raise PlanError(f"expected noise that protects at all, got noise-multiplier={noise:g}; 0.5 is little")
     else:
         epsilon = scenario.epsilon
-        noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps)
+        noise, order = solve_noise(
+            epsilon=epsilon, delta=scenario.delta, sample_rate=scenario.sample_rate, steps=steps, beside=beside
+        )
     plan = Plan(
         sample_rate=scenario.sample_rate,
         expected_batch=scenario.sample_rate * scenario.records_per_client,
@@ -470,6 +482,7 @@ def calibrate(scenario: Scenario) -> tuple[Plan, float]:
         mode=Mode(scenario.mode),
         physical_batch=scenario.physical_batch,
         views=scenario.views,
+        metrics=metrics,
     )
     return plan, order
 
@@ -527,6 +540,8 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     )
     # What does not run or fit in memory must fail before a ledger pays for it: an engine charges whole cohorts at once.
     PrivateTrainer(model, task.loss, plan=plan, local=local, augment=task.augment, device=device).rehearse(make_batch)
+    if plan.metrics is not None:
+        Judge(task, shape, scenario.seed, device).rehearse(make_batch)
     return Settled(
         id=os.urandom(16).hex(),
         plan=plan,

@@ -27,7 +27,7 @@ from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.identity import Identity
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.noise import SECURE_SOURCE
-from privacy.plan import canonical
+from privacy.plan import Metric, Metrics, canonical
 from privacy.wire import request_digest
 from tests.oracles import (
     ACCOUNT,
@@ -295,9 +295,11 @@ def test_a_server_cannot_win_back_a_spent_budget(tmp_path: Path) -> None:
 def test_planted_raw_price_would_win_back_a_spent_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from opacus.accountants.analysis.rdp import compute_rdp
 
-    def raw(event: Event, order: float) -> float:
-        return event.steps * float(
-            compute_rdp(q=event.sample_rate, noise_multiplier=event.noise_multiplier, steps=1, orders=order)
+    def raw(releases: Sequence[Event], order: float) -> float:
+        return sum(
+            event.steps
+            * float(compute_rdp(q=event.sample_rate, noise_multiplier=event.noise_multiplier, steps=1, orders=order))
+            for event in releases
         )
 
     with open_book(tmp_path, make_grant(order=6.9)) as book:
@@ -1193,8 +1195,22 @@ def test_g14_every_field_of_a_receipt_is_signed(folder: Path) -> None:
     with Book(folder) as book:
         receipt = charged(book, make_request(4))
     signed = receipt.signed_bytes().decode()
+    # Metrics are signed in the list of what the charge pays for; the test after this one holds them to it.
     for field in dataclasses.fields(Receipt):
-        assert (f'"{field.name}":' in signed) == (field.name != "signature")
+        assert (f'"{field.name}":' in signed) == (field.name not in ("signature", "metrics"))
+
+
+@pytest.mark.parametrize("change", [lambda events: events[:2], lambda events: events[0], lambda events: events[::-1]])
+def test_g14_every_metric_of_a_receipt_is_signed(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    asked = Metrics(words=(Metric.ACCURACY, Metric.LOSS), noise=20.0, loss_bound=5.0)
+    with open_book(tmp_path) as book:
+        receipt = charged(book, make_request(1, make_plan(metrics=asked)))
+    fields = json.loads(receipt.to_json())
+    assert [event.get("released") for event in fields["event"]] == [None, "metric:accuracy", "metric:loss"]
+    Receipt.from_json(canonical(fields).decode())
+    fields["event"] = change(fields["event"])
+    with pytest.raises(LedgerError):
+        Receipt.from_json(canonical(fields).decode())
 
 
 def test_g12_the_words_are_few_and_fixed() -> None:

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy.errors import PlanError
-from privacy.plan import Adjacency, Local, Mode, Optimizer, Plan, Unit, canonical, check_delta
+from privacy.plan import Adjacency, Local, Metric, Metrics, Mode, Optimizer, Plan, Unit, canonical, check_delta
 from tests.oracles import make_plan
 
 NUMBERS = ("sample_rate", "expected_batch", "l2_clip", "noise_multiplier", "epsilon", "delta")
 COUNTS = ("steps", "rounds", "joins", "records_bound", "physical_batch", "views")
+METRICS = Metrics(words=(Metric.ACCURACY, Metric.COUNT), noise=20.0, loss_bound=5.0)
 
 
 def test_a_plan_survives_json() -> None:
@@ -29,11 +30,59 @@ def test_a_plan_survives_json() -> None:
 
 def test_every_field_of_a_plan_is_in_its_digest() -> None:
     changes: dict[str, Any] = dict.fromkeys(NUMBERS, 1e-6) | dict.fromkeys(COUNTS, 3) | {"mode": Mode.FUNCTORCH}
+    changes["metrics"] = METRICS
     plan = make_plan()
     digests = {dataclasses.replace(plan, **{name: value}).digest() for name, value in changes.items()}
     assert len(digests | {plan.digest()}) == len(changes) + 1
     # Unit and adjacency have one legal value each; together these are all fields, so a new one must be added here.
     assert set(changes) | {"unit", "adjacency"} == {field.name for field in dataclasses.fields(Plan)}
+
+
+def test_a_plan_with_metrics_survives_json_and_each_of_their_fields_is_in_the_digest() -> None:
+    plan = make_plan(metrics=METRICS)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.metrics is not None
+    assert all(isinstance(word, Metric) for word in again.metrics.words)
+    others = [{"words": (Metric.COUNT,)}, {"noise": 20.5}, {"loss_bound": 6.0}]
+    digests = {make_plan(metrics=dataclasses.replace(METRICS, **other)).digest() for other in others}
+    assert len(digests | {plan.digest(), make_plan().digest()}) == 5
+
+
+def test_a_plan_without_metrics_has_the_text_and_the_digest_that_it_always_had() -> None:
+    # Ledgers and jobs written before there were metrics name this digest.
+    fields = dataclasses.asdict(make_plan())
+    del fields["metrics"]
+    old = canonical(fields).decode()
+    assert make_plan().to_json() == old
+    assert "metrics" not in old
+    assert Plan.from_json(old) == make_plan()
+    assert make_plan().digest() == "769710404a55989cf5818f9812201676252f2f93c69db214edc60cf3028eefea"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m | {"words": []},
+        lambda m: m | {"words": ["accuracy", "accuracy"]},
+        lambda m: m | {"words": ["count", "accuracy"]},
+        lambda m: m | {"words": ["accuracy", "median"]},
+        lambda m: m | {"words": "accuracy"},
+        lambda m: m | {"words": [["accuracy"]]},
+        lambda m: m | {"noise": 0.0},
+        lambda m: m | {"noise": math.inf},
+        lambda m: m | {"noise": True},
+        lambda m: m | {"loss_bound": -1.0},
+        lambda m: m | {"more": 1},
+        lambda m: {name: m[name] for name in ("words", "noise")},
+        lambda m: [m],
+        lambda m: None,
+    ],
+)
+def test_metrics_that_are_not_exactly_those_of_the_list_are_refused(change: Any) -> None:
+    fields = json.loads(make_plan(metrics=METRICS).to_json())
+    with pytest.raises(PlanError):
+        Plan.from_json(json.dumps(fields | {"metrics": change(fields["metrics"])}))
 
 
 @pytest.mark.parametrize("name", NUMBERS)
