@@ -32,6 +32,7 @@ from privacy.accounting import (
     pld_epsilon,
     prv_epsilon,
     rdp,
+    repeated,
     zcdp_rho,
 )
 from privacy.errors import LedgerError, PlanError
