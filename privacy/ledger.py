@@ -13,6 +13,10 @@ has the ledger has every receipt. Entries of version 1 were not signed; they are
 Order (guarantee G8): `Book.charge` returns only after the entries are on disk. Nothing may touch private data before.
 A crash in between over-counts, never under-counts.
 
+A matrix mechanism is one release, however many rounds it has: its first round is charged for all, and a later one is
+a ``participation`` entry. That costs nothing, and is written, synced, signed and gated like a charge: the ledger admits
+the committed drawing only, in ascending rounds as far apart as its price assumes, and no more of them (guarantee G16).
+
 What is never written here: a bare hash of data, a number of records, a label count, a coin, a noise seed.
 
 Crash safety: before the append, the batch is put whole into ``ledger.intent`` by an atomic rename. If the append is
@@ -40,10 +44,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self
 
-from privacy.accounting import Event, Grant, rdp
+from privacy.accounting import Event, Grant, Kind, rdp
 from privacy.errors import LedgerError, TacitError
 from privacy.files import sync_folder
 from privacy.identity import Secret, verify
+from privacy.matrix import Drawing, Turns, event_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit, canonical
 
@@ -51,6 +56,8 @@ _VERSION: Final = 2
 _GENESIS: Final = "0" * 64
 # An entry is well under 2 KiB; a longer line is not ours and is not parsed.
 _LINE_BYTES: Final = 16 * 1024
+# The kinds of entry under which something is released; their signature is that of their receipt.
+_PAID: Final = frozenset({"charge", "participation"})
 _ENTRY_KEYS: Final = frozenset({"v", "account", "seq", "prev", "kind", "time", "body", "hash", "sig"})
 
 
@@ -179,6 +186,8 @@ class ChargeRequest:
         commitment: Keyed commitment to the data's content, or empty where it is not known yet.
         noise: Name of the source that will draw the noise.
         witness: Pair (seq, head) of the last receipt that the peer holds, or None.
+        matrix: The drawing whose noise the release will get, or None where each round's noise is its own. The plan
+            must then sample nothing and take one step, and its noise multiplier is the whole matrix'.
     """
 
     name: str
@@ -189,6 +198,14 @@ class ChargeRequest:
     commitment: str = ""
     noise: str = SECURE_SOURCE
     witness: tuple[int, str] | None = None
+    matrix: Drawing | None = None
+
+    @property
+    def event(self) -> Event:
+        """What is charged: one round of the plan, or the whole matrix, of which only the first round is."""
+        if self.matrix is None:
+            return Event.of_round(self.plan)
+        return event_of(self.plan.noise_multiplier, unit=self.plan.unit, adjacency=self.plan.adjacency)
 
 
 @dataclasses.dataclass
@@ -209,7 +226,8 @@ class Account:
         test: Whether a test noise source was ever used.
         commitment: Last keyed commitment to the content.
         jobs: Per job: plan digest, allowed joins, charges made, the request charged per round, the round of each
-            charge entry by its number, and the number of each round's latest charge entry.
+            charge entry by its number, and the number of each round's latest charge entry; participations in a
+            matrix count as entries of their round, and their job as one charge.
     """
 
     identity: str
@@ -238,6 +256,7 @@ class _JobState:
     plan: str
     joins: int
     event: Event
+    turns: Turns | None = None
     charges: int = 0
     rounds: dict[int, str] = dataclasses.field(default_factory=dict)
     entries: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -438,7 +457,7 @@ class Book:
             return
         account = self._accounts[entry["account"]]
         try:
-            if entry["kind"] == "charge":
+            if entry["kind"] in _PAID:
                 message = _receipt(account, entry, entry["hash"]).signed_bytes()
             else:
                 message = _statement(entry["hash"])
@@ -480,16 +499,19 @@ class Book:
         elif kind == "commit":
             if body["job"] in account.jobs:
                 raise ValueError("a second commitment to one job")
-            account.jobs[body["job"]] = _JobState(
-                plan=body["plan"], joins=body["joins"], event=Event.from_dict(body["event"])
-            )
-        elif kind == "charge":
+            event, turns = Event.from_dict(body["event"]), Turns(**body["matrix"]) if "matrix" in body else None
+            if (turns is not None) != (event.kind is Kind.MATRIX_GAUSSIAN) or (turns and event.steps != 1):
+                raise ValueError("a matrix without its one event, or the other way round")
+            account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], event=event, turns=turns)
+        elif kind in _PAID:
             job, event = account.jobs[body["job"]], Event.from_dict(body["event"])
-            account.spent_rdp += rdp(event, account.grant.order)
-            account.charges += 1
+            _require_turn(job, kind, event, body["round"])
+            if kind == "charge":
+                account.spent_rdp += rdp(event, account.grant.order)
+                account.charges += 1
+                job.charges += 1
             account.test |= body["noise"] != SECURE_SOURCE
             account.commitment = body["commitment"] or account.commitment
-            job.charges += 1
             job.rounds[body["round"]] = body["request"]
             job.entries[entry["seq"]] = body["round"]
             job.latest[body["round"]] = entry["seq"]
@@ -545,6 +567,8 @@ class Book:
             Gate: no account ever passes its budget, whatever is asked and by how many processes.
             Bound: a (job, round) is only ever charged for one request, and one plan; a job's charges never exceed the
                 joins that its plan committed.
+            Turns: a matrix is charged whole, once, before its first round is joined; its later rounds are admitted
+                only as its price assumes (guarantee G16), each with an entry and a receipt of its own.
 
         Args:
             requests: At most one per account; accounts must have been granted.
@@ -578,7 +602,8 @@ class Book:
         key = self.secret.identity(account.identity)
         seq, prev = len(account.heads), account.link
         entries: list[dict[str, Any]] = []
-        event = Event.of_round(request.plan)
+        event, matrix = request.event, request.matrix
+        cost, kind = rdp(event, account.grant.order), "charge"
         if request.job not in account.jobs:
             body = {
                 "job": request.job,
@@ -586,9 +611,13 @@ class Book:
                 "joins": request.plan.joins,
                 "event": event.to_dict(),
             }
+            if matrix is not None:
+                body |= {"joins": matrix.turns.participations, "matrix": dataclasses.asdict(matrix.turns)}
             commit = _entry(account.identity, seq, prev, "commit", body)
             entries.append(commit | {"sig": key.sign(_statement(commit["hash"]))})
             seq, prev = seq + 1, _link(entries[0])
+        elif matrix is not None:
+            cost, kind = 0.0, "participation"
         body = {
             "job": request.job,
             "round": request.round,
@@ -599,11 +628,11 @@ class Book:
             # A rolled-back ledger that charges the same request within the same second must still get another hash.
             "nonce": os.urandom(16).hex(),
             # What the receipt says is written down too: it must not change when an accountant's rounding does.
-            "spent": account.grant.epsilon_of(account.spent_rdp + rdp(event, account.grant.order)),
-            "charges": account.charges + 1,
+            "spent": account.grant.epsilon_of(account.spent_rdp + cost),
+            "charges": account.charges + (kind == "charge"),
             "test": account.test or request.noise != SECURE_SOURCE,
         }
-        charge = _entry(account.identity, seq, prev, "charge", body)
+        charge = _entry(account.identity, seq, prev, kind, body)
         receipt = _receipt(account, charge, charge["hash"])
         receipt = dataclasses.replace(receipt, signature=key.sign(receipt.signed_bytes()))
         entries.append(charge | {"sig": receipt.signature})
@@ -761,8 +790,38 @@ def _gate(account: Account, request: ChargeRequest) -> Word | None:
     if job is not None:
         if job.plan != request.plan.digest() or job.rounds.get(request.round, request.request) != request.request:
             return Word.CONFLICT
-        if job.charges >= job.joins:
+        if (job.charges if job.turns is None else len(job.rounds)) >= job.joins:
             return Word.DECLINED
+    if not _may_turn(job, request):
+        return Word.CONFLICT
     if request.plan.unit is not account.grant.unit or request.plan.adjacency is not account.grant.adjacency:
         return Word.CONFLICT
-    return None if account.grant.affords(account.spent_rdp, Event.of_round(request.plan)) else Word.DECLINED
+    if job is not None and job.turns is not None:
+        return None
+    return None if account.grant.affords(account.spent_rdp, request.event) else Word.DECLINED
+
+
+def _may_turn(job: _JobState | None, request: ChargeRequest) -> bool:
+    """Whether a request keeps to the matrix that its job committed, or to none where that has none."""
+    if request.matrix is None:
+        return job is None or job.turns is None
+    turns, joined = request.matrix.turns, () if job is None else tuple(job.rounds)
+    return (
+        (job is None or job.turns == turns)
+        and turns.admits(joined, request.round)
+        # A sampled cohort or several steps would be other mechanisms than the one that is priced.
+        and (request.plan.sample_rate, request.plan.steps) == (1, 1)
+    )
+
+
+def _require_turn(job: _JobState, kind: str, event: Event, round: int) -> None:
+    """Refuses an entry that no gate of this program admits: a matrix charged twice, never, or out of turn.
+
+    Raises:
+        ValueError: It is such an entry.
+    """
+    if job.turns is None:
+        if kind != "charge" or event.kind is Kind.MATRIX_GAUSSIAN:
+            raise ValueError("a participation without its matrix")
+    elif (kind == "charge") != (job.charges == 0) or event != job.event or not job.turns.admits([*job.rounds], round):
+        raise ValueError("a participation out of turn")
