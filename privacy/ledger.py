@@ -186,8 +186,8 @@ class ChargeRequest:
         commitment: Keyed commitment to the data's content, or empty where it is not known yet.
         noise: Name of the source that will draw the noise.
         witness: Pair (seq, head) of the last receipt that the peer holds, or None.
-        matrix: The drawing whose noise the release will get, or None where each round's noise is its own. The plan
-            must then sample nothing and take one step, and its noise multiplier is the whole matrix'.
+        matrix: The drawing whose noise the release will get, or None where each round's noise is its own. Its
+            plan's round must then be one release without sampling, and its noise multiplier is the whole matrix'.
     """
 
     name: str
@@ -806,11 +806,12 @@ def _may_turn(job: _JobState | None, request: ChargeRequest) -> bool:
     if request.matrix is None:
         return job is None or job.turns is None
     turns, joined = request.matrix.turns, () if job is None else tuple(job.rounds)
+    alone = Event.of_round(request.plan)
     return (
         (job is None or job.turns == turns)
         and turns.admits(joined, request.round)
-        # A sampled cohort or several steps would be other mechanisms than the one that is priced.
-        and (request.plan.sample_rate, request.plan.steps) == (1, 1)
+        # Sampling or several steps in a round would be another mechanism than the one that is priced.
+        and (alone.sample_rate, alone.steps) == (1, 1)
     )
 
 

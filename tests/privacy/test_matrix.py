@@ -322,8 +322,9 @@ def test_g16_rows_covary_as_the_matrix_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("bug", ["fresh start", "independent", "half", "2% less", "repeated"])
+@pytest.mark.parametrize("bug", ["fresh start", "independent", "half", "5% less", "repeated"])
 def test_g16_planted_noise_of_another_law_is_found(tmp_path: Path, bug: str) -> None:
+    """5 % less noise is 9.75 % less variance, 13.8 standard errors: missed with probability below 1e-14."""
     matrix = make_matrix(6)
     with begun(tmp_path / "noise", matrix, size=SIZE) as noise:
         rows = rows_of(noise, SIZE)
@@ -336,7 +337,7 @@ def test_g16_planted_noise_of_another_law_is_found(tmp_path: Path, bug: str) -> 
     elif bug == "repeated":
         rows[4] = rows[3]
     else:
-        rows *= 0.5 if bug == "half" else 0.98
+        rows *= 0.5 if bug == "half" else 0.95
     assert not has_the_covariance(rows, matrix)
 
 
