@@ -19,6 +19,7 @@ import re
 import signal
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, Self, TypeAlias
@@ -166,14 +167,16 @@ def merged(releases: Releases) -> tuple[Event, ...]:
     """
     history = (releases,) if isinstance(releases, Event) else tuple(releases)
     require(len(history) > 0, "expected a history of at least one release, got none")
-    kinds = {(event.unit, event.adjacency) for event in history}
-    require(len(kinds) == 1, f"expected releases of one unit and adjacency, got {sorted(kinds)}; price each by itself")
-    steps: dict[Event, int] = {}
+    units = {(event.unit, event.adjacency) for event in history}
+    require(len(units) == 1, f"expected releases of one unit and adjacency, got {sorted(units)}; price each by itself")
+    steps: Counter[tuple[Kind, float, float]] = Counter()
     for event in history:
-        alike = dataclasses.replace(event, released="update", steps=1)
-        steps[alike] = steps.get(alike, 0) + event.steps
-    merged = (dataclasses.replace(event, steps=count) for event, count in steps.items())
-    return tuple(sorted(merged, key=lambda event: (event.kind, event.sample_rate, event.noise_multiplier)))
+        steps[event.kind, float(event.sample_rate), float(event.noise_multiplier)] += event.steps
+    (unit, adjacency), *_ = units
+    return tuple(
+        Event(kind=kind, unit=unit, adjacency=adjacency, sample_rate=rate, noise_multiplier=noise, steps=count)
+        for (kind, rate, noise), count in sorted(steps.items())
+    )
 
 
 @functools.lru_cache(maxsize=65536)
@@ -376,7 +379,12 @@ def pld_epsilon(releases: Releases, delta: float, adjacency: Adjacency = Adjacen
     References:
         Koskela et al. (2020); Doroshenko et al. (2022), "Connect the dots".
     """
-    return float(_pld(merged(releases), adjacency).get_epsilon(delta))
+    return _pld_epsilon(merged(releases), delta, adjacency)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pld_epsilon(history: tuple[Event, ...], delta: float, adjacency: Adjacency, records: int = 1) -> float:
+    return float(_pld(history, adjacency, records).get_epsilon(delta))
 
 
 def group_epsilon(releases: Releases, delta: float, records: int) -> float:
@@ -399,7 +407,7 @@ def group_epsilon(releases: Releases, delta: float, records: int) -> float:
         all((event.kind, event.unit) == (Kind.POISSON_GAUSSIAN, Unit.RECORD) for event in history),
         "expected releases that protect records, got others; a group of records means nothing to them",
     )
-    return float(_pld(history, Adjacency.ADD_REMOVE, records).get_epsilon(delta))
+    return _pld_epsilon(history, delta, Adjacency.ADD_REMOVE, records)
 
 
 def prv_epsilon(releases: Releases, delta: float, timeout_s: float = 60.0) -> tuple[float | None, str]:

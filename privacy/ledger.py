@@ -505,6 +505,8 @@ class Book:
             account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], event=event, turns=turns)
         elif kind in _PAID:
             job, event = account.jobs[body["job"]], Event.from_dict(body["event"])
+            if (event.unit, event.adjacency) != (account.grant.unit, account.grant.adjacency):
+                raise ValueError("a release for another unit or adjacency than the grant's")
             _require_turn(job, kind, event, body["round"])
             if kind == "charge":
                 account.spent_rdp += rdp(event, account.grant.order)
