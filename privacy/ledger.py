@@ -48,7 +48,7 @@ from privacy.accounting import Event, Grant, Kind, rdp
 from privacy.errors import LedgerError, TacitError
 from privacy.files import sync_folder
 from privacy.identity import Secret, verify
-from privacy.matrix import Drawing, Turns, event_of
+from privacy.matrix import Drawing, Turns, matrix_event
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit, canonical
 
@@ -205,7 +205,7 @@ class ChargeRequest:
         """What is charged: one round of the plan, or the whole matrix, of which only the first round is."""
         if self.matrix is None:
             return Event.of_round(self.plan)
-        return event_of(self.plan.noise_multiplier, unit=self.plan.unit, adjacency=self.plan.adjacency)
+        return matrix_event(self.plan.noise_multiplier, unit=self.plan.unit, adjacency=self.plan.adjacency)
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ share no row, and the squared sensitivity is just the sum of their squared norms
 
 Four promises hold the guarantee together, each kept by code:
 
-* **One price** (`event_of`): a whole matrix is one event. Its rounds are never priced one by one.
+* **One price** (`matrix_event`): a whole matrix is one event. Its rounds are never priced one by one.
 * **Turns** (`Turns`): each holder's ledger admits a client only to rounds s apart, k at most, in ascending order.
 * **One release a row** (`CorrelatedNoise`): a row and its noised sum reach the disk together, before the sum leaves.
 * **No second start**: noise state that is lost, altered or out of step ends the mechanism. What was begun has a random
@@ -323,7 +323,7 @@ class Drawing:
         )
 
 
-def event_of(
+def matrix_event(
     noise_multiplier: float,
     *,
     unit: Unit = Unit.CLIENT,
@@ -508,7 +508,7 @@ class CorrelatedNoise:
             matrix: The matrix.
             job: Job identity.
             size: Numbers P >= 1 in a sum.
-            noise_multiplier: Standard deviation of z divided by sensitivity and clip, > 0; what `event_of` prices.
+            noise_multiplier: Standard deviation of z divided by sensitivity and clip, > 0; what `matrix_event` prices.
             l2_clip: Bound on the L2 norm of one client's contribution to a sum, > 0.
             safe: What seals the state; None leaves it readable, for a simulation.
             sources: Makes one fresh random source a row; only tests pass another one.

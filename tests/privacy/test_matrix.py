@@ -26,7 +26,7 @@ import torch
 from privacy.accounting import Event, Kind, best_order, pld_epsilon, rdp, solve_noise
 from privacy.errors import PlanError, RunError
 from privacy.identity import Secret
-from privacy.matrix import CorrelatedNoise, Drawing, Mark, Matrix, Objective, event_of
+from privacy.matrix import CorrelatedNoise, Drawing, Mark, Matrix, Objective, matrix_event
 from privacy.noise import SECURE_SOURCE, Keystream
 from privacy.plan import Unit
 from privacy.vault import Safe
@@ -211,7 +211,7 @@ def test_the_search_improves_on_the_closed_form_also_under_momentum() -> None:
 
 def test_g16_a_whole_matrix_is_one_gaussian_event() -> None:
     multiplier, order = solve_noise(epsilon=3.0, delta=1e-5, sample_rate=1, steps=1)
-    event = event_of(multiplier)
+    event = matrix_event(multiplier)
     assert (event.kind, event.unit, event.steps, event.sample_rate) == (Kind.MATRIX_GAUSSIAN, Unit.CLIENT, 1, 1)
     assert rdp(event, order) == pytest.approx(order / (2 * multiplier**2))
     assert 2.99 < best_order(event, 1e-5)[1] <= 3.0
@@ -227,17 +227,17 @@ def test_g16_without_correlation_the_one_event_costs_what_its_rounds_cost() -> N
     a_round = matrix.stddev(1.7, 0.3) / 0.3
     rounds = Event(unit=Unit.CLIENT, sample_rate=1, noise_multiplier=a_round, steps=7)
     for order in (1.5, 8.0, 64.0):
-        assert rdp(event_of(1.7), order) == pytest.approx(rdp(rounds, order), rel=1e-12)
+        assert rdp(matrix_event(1.7), order) == pytest.approx(rdp(rounds, order), rel=1e-12)
 
 
 def test_g16_a_matrix_is_neither_free_nor_sampled() -> None:
     with pytest.raises(PlanError, match="steps"):
-        dataclasses.replace(event_of(1.0), steps=0)
+        dataclasses.replace(matrix_event(1.0), steps=0)
     with pytest.raises(PlanError, match="without sampling"):
-        dataclasses.replace(event_of(1.0), sample_rate=0.5)
+        dataclasses.replace(matrix_event(1.0), sample_rate=0.5)
     for multiplier in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(PlanError):
-            event_of(multiplier)
+            matrix_event(multiplier)
         with pytest.raises(PlanError):
             make_matrix().stddev(multiplier, 1.0)
 

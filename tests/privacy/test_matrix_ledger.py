@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from privacy.accounting import Event, Kind, rdp
 from privacy.errors import LedgerError
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
-from privacy.matrix import Drawing, Matrix, Turns, event_of
+from privacy.matrix import Drawing, Matrix, Turns, matrix_event
 from tests.oracles import ACCOUNT, as_version_1, make_grant, make_plan, make_request, open_book, rechain
 
 MATRIX = Matrix(rounds=12, separation=3, participations=3, coefficients=(1.0, 0.6, 0.5))
 DRAWING = Drawing(matrix=MATRIX, identity="12" * 16)
 PLAN = make_plan(sample_rate=1.0, steps=1, noise_multiplier=2.2)
-EVENT = event_of(2.2, unit=PLAN.unit)
+EVENT = matrix_event(2.2, unit=PLAN.unit)
 
 
 def turn(round: int, **changes: Any) -> ChargeRequest:
