@@ -15,6 +15,10 @@ the sampling law, and a ``budget`` entry is the holder's own change of its budge
 Order (guarantee G8): `Book.charge` returns only after the entries are on disk. Nothing may touch private data before.
 A crash in between over-counts, never under-counts.
 
+A matrix mechanism is one release, however many rounds it has: its first round is charged for all, and a later one is
+a ``participation`` entry. That costs nothing, and is written, synced, signed and gated like a charge: the ledger admits
+the committed drawing only, in ascending rounds as far apart as its price assumes, and no more of them (guarantee G16).
+
 What is never written here: a bare hash of data, a number of records, a label count, a coin, a noise seed.
 
 Crash safety: before the append, the batch is put whole into ``ledger.intent`` by an atomic rename. If the append is
@@ -42,10 +46,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self
 
-from privacy.accounting import Event, Grant, events_from_json, events_to_json, rdp
+from privacy.accounting import Event, Grant, Kind, events_from_json, events_to_json, rdp, repeated
 from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.files import sync_folder
 from privacy.identity import Secret, verify
+from privacy.matrix import Drawing, Turns, matrix_event
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit, canonical, require
 
@@ -55,6 +60,8 @@ _GENESIS: Final = "0" * 64
 _SLACK: Final = 1e-9
 # An entry is well under 2 KiB; a longer line is not ours and is not parsed.
 _LINE_BYTES: Final = 16 * 1024
+# The kinds of entry under which something is released; their signature is that of their receipt.
+PAID: Final = frozenset({"charge", "participation"})
 _ENTRY_KEYS: Final = frozenset({"v", "account", "seq", "prev", "kind", "time", "body", "hash", "sig"})
 
 
@@ -210,6 +217,8 @@ class ChargeRequest:
         witness: Pair (seq, head) of the last receipt that the peer holds, or None.
         code: SHA-256 of the code that will run, in hex, or empty where the holder cannot name it.
         settings: SHA-256 of the job's settings as the client got them, in hex; see `privacy.wire.settings_digest`.
+        matrix: The drawing whose noise the release will get, or None where each round's noise is its own. Its
+            plan's round must then be one release without sampling, and its noise multiplier is the whole matrix'.
     """
 
     name: str
@@ -222,6 +231,14 @@ class ChargeRequest:
     witness: tuple[int, str] | None = None
     code: str = ""
     settings: str = ""
+    matrix: Drawing | None = None
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What is charged: all of one round of the plan, or the whole matrix, of which only the first round is."""
+        if self.matrix is None:
+            return Event.all_of_round(self.plan)
+        return (matrix_event(self.plan.noise_multiplier, unit=self.plan.unit, adjacency=self.plan.adjacency),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +280,8 @@ class Account:
         backwards: Entries whose time is before that of an earlier one: the holder's clock was set back. They count.
         changes: The holder's own changes of the budget; the order of the filter never changes.
         jobs: Per job: plan digest, allowed joins, what each charge pays for, charges made, the request charged per
-            round, the round of each charge entry by its number, and the number of each round's latest charge entry.
+            round, the round of each charge entry by its number, and the number of each round's latest charge entry;
+            participations in a matrix count as entries of their round, and their job as one charge.
     """
 
     identity: str
@@ -296,10 +314,16 @@ class _JobState:
     plan: str
     joins: int
     events: tuple[Event, ...]
+    turns: Turns | None = None
     charges: int = 0
     rounds: dict[int, str] = dataclasses.field(default_factory=dict)
     entries: dict[int, int] = dataclasses.field(default_factory=dict)
     latest: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def whole(self) -> tuple[Event, ...]:
+        """The most that the job may release, all its joins; a matrix is one release, however many rounds it has."""
+        return self.events if self.turns is not None else repeated(self.events, self.joins)
 
 
 class Ledger:
@@ -401,7 +425,7 @@ class Ledger:
             return
         account = self._accounts[entry["account"]]
         try:
-            if entry["kind"] == "charge":
+            if entry["kind"] in PAID:
                 message = receipt_of(account, entry).signed_bytes()
             else:
                 message = _statement(entry["hash"])
@@ -445,19 +469,24 @@ class Ledger:
         elif kind == "commit":
             if body["job"] in account.jobs:
                 raise ValueError("a second commitment to one job")
-            events = events_from_json(body["event"])
+            events, turns = events_from_json(body["event"]), Turns(**body["matrix"]) if "matrix" in body else None
             if entry["v"] > 2:
                 _require_terms(body, events[0])
-            account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], events=events)
-        elif kind == "charge":
+            whole = any(event.kind is Kind.MATRIX_GAUSSIAN for event in events)
+            if (turns is not None) != whole or (turns is not None and (len(events), events[0].steps) != (1, 1)):
+                raise ValueError("a matrix without its one event, or the other way round")
+            account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], events=events, turns=turns)
+        elif kind in PAID:
             job, events = account.jobs[body["job"]], events_from_json(body["event"])
             if {(event.unit, event.adjacency) for event in events} != {(account.grant.unit, account.grant.adjacency)}:
                 raise ValueError("a release for another unit or adjacency than the grant's")
-            account.spent_rdp += rdp(events, account.grant.order)
-            account.charges += 1
+            _require_turn(job, kind, events, body["round"])
+            if kind == "charge":
+                account.spent_rdp += rdp(events, account.grant.order)
+                account.charges += 1
+                job.charges += 1
             account.test |= body["noise"] != SECURE_SOURCE
             account.commitment = body["commitment"] or account.commitment
-            job.charges += 1
             job.rounds[body["round"]] = body["request"]
             job.entries[entry["seq"]] = body["round"]
             job.latest[body["round"]] = entry["seq"]
@@ -737,6 +766,8 @@ class Book(Ledger):
             Gate: no account ever passes its budget, whatever is asked and by how many processes.
             Bound: a (job, round) is only ever charged for one request, and one plan; a job's charges never exceed the
                 joins that its plan committed.
+            Turns: a matrix is charged whole, once, before its first round is joined; its later rounds are admitted
+                only as its price assumes (guarantee G16), each with an entry and a receipt of its own.
 
         Args:
             requests: At most one per account; accounts must have been granted.
@@ -771,7 +802,8 @@ class Book(Ledger):
         seq, prev = len(account.heads), account.link
         entries: list[dict[str, Any]] = []
         # One charge for all that a round's reply holds: both or none is paid for, and one receipt signs them together.
-        events = Event.all_of_round(request.plan)
+        events, matrix = request.events, request.matrix
+        cost, kind = rdp(events, account.grant.order), "charge"
         if request.job not in account.jobs:
             body = {
                 "job": request.job,
@@ -782,9 +814,13 @@ class Book(Ledger):
                 "settings": request.settings,
                 "sampling": Law.of(events[0], request.noise).value,
             }
+            if matrix is not None:
+                body |= {"joins": matrix.turns.participations, "matrix": dataclasses.asdict(matrix.turns)}
             commit = _entry(account.identity, seq, prev, "commit", body)
             entries.append(commit | {"sig": key.sign(_statement(commit["hash"]))})
             seq, prev = seq + 1, _link(entries[0])
+        elif matrix is not None:
+            cost, kind = 0.0, "participation"
         body = {
             "job": request.job,
             "round": request.round,
@@ -795,11 +831,11 @@ class Book(Ledger):
             # A rolled-back ledger that charges the same request within the same second must still get another hash.
             "nonce": os.urandom(16).hex(),
             # What the receipt says is written down too: it must not change when an accountant's rounding does.
-            "spent": account.grant.epsilon_of(account.spent_rdp + rdp(events, account.grant.order)),
-            "charges": account.charges + 1,
+            "spent": account.grant.epsilon_of(account.spent_rdp + cost),
+            "charges": account.charges + (kind == "charge"),
             "test": account.test or request.noise != SECURE_SOURCE,
         }
-        charge = _entry(account.identity, seq, prev, "charge", body)
+        charge = _entry(account.identity, seq, prev, kind, body)
         receipt = receipt_of(account, charge)
         receipt = dataclasses.replace(receipt, signature=key.sign(receipt.signed_bytes()))
         entries.append(charge | {"sig": receipt.signature})
@@ -826,7 +862,7 @@ class Book(Ledger):
         job = account.jobs.get(request.job)
         if job is None or job.latest.get(request.round) != receipt.seq or account.heads[receipt.seq] != receipt.head:
             raise LedgerError("expected a receipt that this holder's ledger holds, got another; nothing was released")
-        if not receipt.events == job.events == Event.all_of_round(request.plan):
+        if not receipt.events == job.events == request.events:
             raise LedgerError("expected a charge for all that this round releases, got another; nothing was released")
         if request.noise != SECURE_SOURCE and not receipt.test:
             raise LedgerError("expected a charge that names its test noise, got one for the production source")
@@ -937,7 +973,7 @@ def require_signed_entry(entry: Mapping[str, Any], key: str) -> None:
         LedgerError: It was changed, or the key did not sign it, or it is of version 1, which was not signed.
     """
     try:
-        sound = set(entry) == _ENTRY_KEYS and entry["kind"] != "charge" and _digest(entry) == entry["hash"]
+        sound = set(entry) == _ENTRY_KEYS and entry["kind"] not in PAID and _digest(entry) == entry["hash"]
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -997,8 +1033,39 @@ def _gate(account: Account, request: ChargeRequest) -> Word | None:
     if job is not None:
         if job.plan != request.plan.digest() or job.rounds.get(request.round, request.request) != request.request:
             return Word.CONFLICT
-        if job.charges >= job.joins:
+        if (job.charges if job.turns is None else len(job.rounds)) >= job.joins:
             return Word.DECLINED
+    if not _may_turn(job, request):
+        return Word.CONFLICT
     if request.plan.unit is not account.grant.unit or request.plan.adjacency is not account.grant.adjacency:
         return Word.CONFLICT
-    return None if account.grant.affords(account.spent_rdp, Event.all_of_round(request.plan)) else Word.DECLINED
+    if job is not None and job.turns is not None:
+        return None
+    return None if account.grant.affords(account.spent_rdp, request.events) else Word.DECLINED
+
+
+def _may_turn(job: _JobState | None, request: ChargeRequest) -> bool:
+    """Whether a request keeps to the matrix that its job committed, or to none where that has none."""
+    if request.matrix is None:
+        return job is None or job.turns is None
+    turns, joined = request.matrix.turns, () if job is None else tuple(job.rounds)
+    alone = Event.of_round(request.plan)
+    return (
+        (job is None or job.turns == turns)
+        and turns.admits(joined, request.round)
+        # Sampling or several steps in a round would be another mechanism than the one that is priced.
+        and (alone.sample_rate, alone.steps) == (1, 1)
+    )
+
+
+def _require_turn(job: _JobState, kind: str, events: tuple[Event, ...], round: int) -> None:
+    """Refuses an entry that no gate of this program admits: a matrix charged twice, never, or out of turn.
+
+    Raises:
+        ValueError: It is such an entry.
+    """
+    if job.turns is None:
+        if kind != "charge" or any(event.kind is Kind.MATRIX_GAUSSIAN for event in events):
+            raise ValueError("a participation without its matrix")
+    elif (kind == "charge") != (job.charges == 0) or events != job.events or not job.turns.admits([*job.rounds], round):
+        raise ValueError("a participation out of turn")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from privacy.accounting import Event, best_order, events_to_json, pld_epsilon, prv_epsilon, rdp, repeated
+from privacy.accounting import Event, best_order, events_to_json, pld_epsilon, prv_epsilon, rdp
 from privacy.errors import LedgerError
 from privacy.files import write_whole
 from privacy.ledger import Account
@@ -128,7 +128,7 @@ def _run(account: Account, job: str, lines: Sequence[Line], ledger: Transcript) 
     """Returns what one job released, and what it would have cost alone, by the filter."""
     mine = [line for line in lines if line.job == job]
     terms = ledger.commits[account.identity, job]["body"]
-    alone = account.grant.epsilon_of(sum(rdp(line.events, account.grant.order) for line in mine))
+    alone = account.grant.epsilon_of(sum(rdp(line.events, account.grant.order) for line in mine if line.charged))
     return {
         "job": job,
         "charges": len(mine),
@@ -153,7 +153,7 @@ def _schedule(account: Account) -> dict[str, Any] | None:
     alone = math.isclose(account.spent_rdp, job.charges * rdp(job.events, account.grant.order), rel_tol=1e-9)
     if not alone or job.charges > job.joins or job.charges == 0:
         return None
-    whole = repeated(job.events, job.joins)
+    whole = job.whole
     return {"joins": job.joins, "charged": job.charges, **_price(whole, account.grant.delta)}
 
 

@@ -25,7 +25,7 @@ from privacy.accounting import Event, Grant, best_affordable_order, events_from_
 from privacy.errors import LedgerError
 from privacy.files import write_whole
 from privacy.identity import verify
-from privacy.ledger import Account, Book, Ledger, Receipt, receipt_of
+from privacy.ledger import PAID, Account, Book, Ledger, Receipt, receipt_of
 from privacy.plan import canonical
 
 EXPORT: Final = "tacit-ledger-export/1"
@@ -45,6 +45,7 @@ class Line:
         job: Job identity.
         round: Round of the job.
         events: What was released together.
+        charged: Whether this entry paid for it; a later round of a matrix was paid for with its first.
         noise: Source of coins and noise.
         spent: Epsilon of everything charged until then, by the filter.
         granted: Budget at that time.
@@ -58,6 +59,7 @@ class Line:
     job: str
     round: int
     events: tuple[Event, ...]
+    charged: bool
     noise: str
     spent: float
     granted: float
@@ -186,7 +188,7 @@ class Transcript(Ledger):
             self.grants[identity] = entry
         elif entry["kind"] == "commit":
             self.commits[identity, body["job"]] = entry
-        elif entry["kind"] == "charge":
+        elif entry["kind"] in PAID:
             self.lines.append(
                 Line(
                     account=identity,
@@ -196,6 +198,7 @@ class Transcript(Ledger):
                     job=body["job"],
                     round=body["round"],
                     events=events_from_json(body["event"]),
+                    charged=entry["kind"] == "charge",
                     noise=body["noise"],
                     spent=now.spent,
                     granted=float(now.grant.epsilon),

@@ -702,7 +702,8 @@ def _histories(files: _Files) -> tuple[dict[str, Grant], dict[str, list[tuple[in
     for ledger in files.ledgers:
         found: dict[str, list[tuple[int, tuple[Event, ...], float]]] = defaultdict(list)
         for line in ledger.lines:
-            found[line.account].append((line.seq, line.events, line.spent))
+            if line.charged:
+                found[line.account].append((line.seq, line.events, line.spent))
         for identity, history in found.items():
             if len(history) > len(histories.get(identity, ())):
                 grants[identity], histories[identity] = ledger.everyone[identity].grant, history

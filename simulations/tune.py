@@ -28,7 +28,7 @@ import torch
 
 from clients.data import Source, SourceName, load_source, published
 from models.task import Task, find_task
-from privacy.accounting import Event, Grant, best_order, merged, pld_epsilon, rdp, repeated, split_noise
+from privacy.accounting import Event, Grant, best_order, merged, pld_epsilon, rdp, split_noise
 from privacy.errors import BudgetExceeded, PlanError, RunError
 from privacy.files import write_whole
 from privacy.ledger import Account, Book
@@ -703,7 +703,7 @@ def _as_committed(search: Mapping[str, Any], accounts: Sequence[Account]) -> boo
     for account in accounts:
         wanted = [Event.from_dict(candidate["event"]) for candidate in search["candidates"]]
         for state in account.jobs.values():
-            whole, *more = repeated(state.events, state.joins)
+            whole, *more = state.whole
             if more or whole not in wanted or state.charges > state.joins:
                 return False
             wanted.remove(whole)

@@ -149,7 +149,7 @@ def _text(value: Any) -> bytes:
 
 def _signed_bytes(entry: dict[str, Any], grant: dict[str, Any]) -> bytes:
     """Returns what the holder signs for an entry: for a charge, its receipt."""
-    if entry["kind"] != "charge" or not isinstance(entry["body"], dict):
+    if entry["kind"] not in ("charge", "participation") or not isinstance(entry["body"], dict):
         return b"tacit/entry/2\n" + entry["hash"].encode()
     body = entry["body"]
     names = ("job", "round", "request", "event", "spent", "charges", "test")
