@@ -642,7 +642,7 @@ def _report_and_ledgers(files: _Files, heads: Mapping[str, Sequence[str]]) -> It
             else math.isclose(printed, spent, rel_tol=1e-9)
         )
         runs = len({line.job for line in past})
-        if not same or (row["charges"], row["runs"]) != (len(past), runs):
+        if not same or (row["charges"], row["runs"]) != (sum(line.charged for line in past), runs):
             yield Check(
                 "report and ledgers", Result.FAILS, f"{row['name']}: the report says something else than its ledger"
             )
