@@ -7,30 +7,32 @@
     divide             by the public constant ``client_rate x number of clients``, never by who came
     keep               the noised aggregate is stored before anything else reads it (`server.central`)
 
-What is protected is one client: everything that all its records together did to the models. Who is trusted is said with
-every figure, because there are three of them:
+What is protected is one client: everything that all its records together did to the models. Who is trusted is said
+with every figure, because there are three of them:
 
-* **The server: infinity.** It sees each update and adds the noise itself. A holder joins only if its own policy says so.
+* **The server: infinity.** It sees each update and adds the noise itself. A holder joins only where its own policy
+  allows that.
 * **Whoever sees who took part** (the relay, other clients, a reader of receipts or of the report): each round that a
-  client took part in is one Gaussian mechanism, with no discount for the coin. That a client took part is no secret
-  to them, what its records are is: the neighbour is the same client with nothing to say. This is the figure that
-  ledgers charge, that noise is solved for and that a report's headline shows.
-* **Somebody who sees the models alone**: Poisson sampling at the public rate over all rounds is a discount here, because
-  the coins are secret. No report can show it as its headline: the report itself tells who took part.
+  client took part in is one Gaussian mechanism, with no discount for the coin. That a client took part is no secret to
+  them, what its records are is: the neighbour is the same client with nothing to say. This is the figure that ledgers
+  charge, that noise is solved for and that a report's headline shows.
+* **Somebody who sees the models alone**: Poisson sampling at the public rate over all rounds is a discount here,
+  because the coins are secret. No report can show it as its headline: the report itself tells who took part.
 
-Why a limit on turns, and why it harms neither figure. Under secret coins the number of rounds in which a client takes
-part is random, and a budget needs a bound. A ledger that declines when it is empty would be one; but then the plan
-would hope rather than say. So the plan fixes ``turns`` (as many as all but one client in a thousand would take anyway),
-the server holds a client back whose coin has counted so often, and the ledger's ``joins`` pays for all turns and for
-retries after a crash. What holds a client back is its own earlier coins and nothing else: never a record, a norm, or
-whether it replied. The ledger's gate is the same bound once more at the holder, who need not believe the server.
+Why there is a limit on turns, and why it harms neither figure. Under secret coins the number of rounds in which a
+client takes part is random, and a budget needs a bound. A ledger that declines when it is empty would be one; but then
+the plan would hope rather than say. So the plan fixes ``turns`` (as many as all but one client in a thousand would take
+anyway), the server holds a client back whose coin has counted so often, and the ledger's ``joins`` pays for all turns
+and for retries after a crash. What holds a client back is its own earlier coins and nothing else: never a record, a
+norm, or whether it replied. The ledger's gate is the same bound once more at the holder, who need not believe the
+server.
 
 The figure for models alone survives the limit. Fix all other clients' coins, which are independent of this one's. Given
 every model so far, this client's part in the next round has some chance p <= rate: the coin falls at the rate, and is
-counted or not. The output is then the mixture (1 - p) P + p Q of "without it" and "with it", which is itself a mixture of
-P and of (1 - rate) P + rate Q; divergences are convex, so every price at the rate holds for p. Rounds compose adaptively.
-A reply that is late, lost or declined is the case Q = P. For the same reason a job ends after its rounds and never
-because too few replied: an early end would tell about coins.
+counted or not. The output is then the mixture (1 - p) P + p Q of "without it" and "with it", which is itself a mixture
+of P and of (1 - rate) P + rate Q; divergences are convex, so every price at the rate holds for p. Rounds compose
+adaptively. A reply that is late, lost or declined is the case Q = P. For the same reason a job ends after its rounds
+and never because too few replied: an early end would tell about coins.
 
 The noise is floating point with the caveat of `privacy.noise`. Clipping leaves a margin of 2^-20 below the bound, which
 covers the rounding of sums of up to 65,000 updates.
@@ -60,6 +62,9 @@ _MARGIN: Final = 1 - 2.0**-20
 # The clip follows noisy bits; far beyond any use it must still be a finite number above zero.
 _SPAN: Final = 2.0**40
 _HELD_BACK: Final = 1e-3
+
+# The array beside an update that says whether it was within the clip; no model of ours has a parameter of that name.
+BIT: Final = "bit:within-the-clip"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
