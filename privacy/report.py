@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from privacy.errors import RunError
-from privacy.plan import Local, Plan, canonical, require
+from privacy.plan import Local, Plan, Unit, canonical, require
+from privacy.report_clients import for_clients
 from privacy.report_page import INFINITY, SCHEMA, UNKNOWN, figure_words, partition_picture, render
 
 __all__ = [
@@ -147,6 +148,8 @@ class Prices:
         at_deltas: (delta, epsilon) by PLD at other deltas.
         tpr: (false positive rate, largest true positive rate) of any membership test, by PLD.
         accountant: Libraries and versions, in words.
+        models_alone: Only where the plan protects clients: epsilon for somebody who sees the models of all rounds and
+            nothing of who took part, by the coins' Poisson rate. It is no figure of this report's own readers.
     """
 
     schedule: str
@@ -161,6 +164,7 @@ class Prices:
     at_deltas: tuple[tuple[float, float], ...]
     tpr: tuple[tuple[float, float], ...]
     accountant: str
+    models_alone: float | None = None
 
     def accountants_agree(self) -> bool | None:
         """Returns whether PLD, PRV and RDP fit together; None where there is nothing to compare with."""
@@ -290,7 +294,7 @@ def build(facts: RunFacts) -> dict[str, Any]:
         "witness": _witness(facts),
         "mechanism": _mechanism(facts),
         "sampling": _sampling(facts),
-        "plan": dataclasses.asdict(facts.plan) | {"digest": facts.plan.digest()},
+        "plan": json.loads(facts.plan.to_json()) | {"digest": facts.plan.digest()},
         "local": dataclasses.asdict(facts.local),
         "config": facts.config,
         "software": {
@@ -306,6 +310,8 @@ def build(facts: RunFacts) -> dict[str, Any]:
         report["simulation_only"] = {
             name: facts.simulation[name] for name in _SIMULATION_FIELDS if name in facts.simulation
         }
+    if facts.plan.unit is Unit.CLIENT:
+        report = for_clients(report, facts, whole=_one_schedule(facts))
     plain: dict[str, Any] = _plain(report)
     return {"schema": SCHEMA, "report_id": hashlib.sha256(canonical(plain)).hexdigest()} | plain
 

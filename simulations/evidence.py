@@ -22,7 +22,7 @@ from privacy.errors import LedgerError, RunError
 from privacy.identity import Secret, verify
 from privacy.ledger import Account, Receipt
 from privacy.noise import SECURE_SOURCE
-from privacy.plan import Adjacency, Plan
+from privacy.plan import Adjacency, Plan, Unit
 from privacy.report import ClientSpend, Prices, RunFacts, Verdict, write
 from server.app import CHECKPOINT, METRICS, RECEIPTS
 from server.checkpoint import State, load
@@ -291,7 +291,9 @@ def prices_of(world: World) -> Prices:
     }
     order, gate = max(filters.items(), key=lambda item: item[1], default=best)
     return Prices(
-        schedule=f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {event.steps} steps",
+        schedule=f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {event.steps} steps"
+        if plan.unit is Unit.RECORD
+        else f"Gaussian, no sampling, sigma={plan.noise_multiplier:.4g}, {event.steps} rounds of one client",
         steps=event.steps,
         gate=gate,
         gate_order=order,
@@ -304,4 +306,12 @@ def prices_of(world: World) -> Prices:
         tpr=tuple((fpr, attacker_power(curve, fpr)) for fpr in (0.001, 0.01)),
         accountant=f"dp-accounting {importlib.metadata.version('dp-accounting')} (PLD), "
         f"opacus {importlib.metadata.version('opacus')} (RDP, PRV)",
+        models_alone=_models_alone(plan) if plan.unit is Unit.CLIENT else None,
     )
+
+
+def _models_alone(plan: Plan) -> float:
+    """Returns epsilon of one client for somebody who sees the models of all rounds and nothing of who took part."""
+    event = Event.of_models(plan)
+    loose = best_order(event, plan.delta)[1]
+    return pld_epsilon(event, plan.delta) if loose <= _PLD_EPSILON else loose
