@@ -311,6 +311,7 @@ def answer(request: Request, holder: Holder) -> Release | Word:
         return receipt
     records = holder.records()
     source = holder.sources(holder=holder.name, job=request.job, round=request.round)
+    # At unit client the noise is the server's: that it is the one in the charge, the holder's policy takes on trust.
     if isinstance(worker.trainer, PlainTrainer):
         update = worker.trainer.update(
             start, records, source, lr=request.lr, clip=request.clip, simulated=holder.simulated

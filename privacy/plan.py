@@ -52,6 +52,8 @@ class Optimizer(StrEnum):
 
 # More steps, rounds or records than any job has; beyond it, products with a float would overflow or lose digits.
 MOST: Final = 10**12
+# Beyond it the rounding of a sum of updates would no longer stay within the margin of `privacy.central`.
+_MOST_IN_A_SUM: Final = 50_000
 
 _CANONICAL: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -208,6 +210,10 @@ class Plan:
         require(
             self.views == 1 and self.mode is Mode.AUTO,
             "expected one view and mode 'auto' at unit client, got others: nothing is done example by example there",
+        )
+        require(
+            self.expected_batch <= _MOST_IN_A_SUM,
+            f"expected a cohort of {_MOST_IN_A_SUM:,} clients at most, got {self.expected_batch:g}; lower the client rate",
         )
         # What is protected here is one of so many clients.
         check_delta(self.delta, max(1, round(self.expected_batch / self.client_rate)), "clients")

@@ -97,8 +97,8 @@ def _sentence(epsilon: float, delta: float) -> str:
     odds = figure_words(math.exp(epsilon) if epsilon < 700 else INFINITY)
     return (
         f"Against {AGAINST} (other clients, readers of this report, a relay that cannot read what it carries): adding "
-        "or removing one client's records, all of them, changes the odds of any conclusion from the models by at most a "
-        f"factor of {odds}, up to a slack of one in {1 / delta:,.0f} (epsilon {figure_words(epsilon)} at delta "
+        "or removing one client's records, all of them, changes the odds of any conclusion from the models by at most "
+        f"a factor of {odds}, up to a slack of one in {1 / delta:,.0f} (epsilon {figure_words(epsilon)} at delta "
         f"{figure_words(delta)}). Against the server, which added the noise, there is no guarantee."
     )
 

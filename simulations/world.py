@@ -243,7 +243,8 @@ class World:
                 f"expected ledgers that were granted for {plan.unit}s, got ones for {min(others)}s, which decline "
                 "every charge of this job; use another folder of ledgers"
             )
-        wanted = max(1, self.scenario.min_replies)
+        # At unit client no reply is needed for a round; a job that half of the clients cannot pay is a mistake anyway.
+        wanted = self.scenario.min_replies or max(1, self.scenario.clients // 2)
         if accounts and able < wanted:
             richest = min(accounts, key=lambda account: account.spent)
             raise BudgetExceeded(

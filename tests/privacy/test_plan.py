@@ -163,6 +163,7 @@ def test_a_plan_for_clients_survives_json_and_every_field_of_its_own_is_in_its_d
         {"bit_noise": 0.65},
         {"bit_noise": math.inf},
         {"quantile": 0.0},
+        {"expected_batch": 50_001.0, "delta": 1e-9},
         # One of 100 clients could be published whole.
         {"delta": 0.01, "records_bound": 50},
     ],
