@@ -1284,9 +1284,11 @@ class _Display(_Silent):
             "task": scenario.task,
             "clients": f"{scenario.clients}, {scenario.partition} partition{cohort}",
             "promise": f"epsilon {known.get('epsilon', scenario.epsilon):g} at delta {scenario.delta:g} "
-            "for each client, add or remove one record",
+            f"for each client, add or remove {_protected(scenario.unit)}",
         }
-        if known:
+        if known and scenario.unit == "client":
+            rows |= _central_rows(known)
+        elif known:
             spare = known["joins"] - known["rounds"]
             rows["schedule"] = (
                 f"{known['rounds']} rounds of {known['steps']} steps; the noise also covers {spare} "
@@ -1422,6 +1424,24 @@ def _print_rows(console: Console, rows: Mapping[str, object]) -> None:
         console.print(Text(shown.ljust(width + 2), style="bold") + Text(words, style="not bold"), soft_wrap=True)
 
 
+def _protected(unit: object) -> str:
+    # Where figures differ by who looks, none stands without its adversary (guarantee G16).
+    return "the client, against whoever sees who takes part" if unit == "client" else "one record"
+
+
+def _central_rows(plan: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a plan that protects clients does, for the screen."""
+    spare = plan["joins"] - plan["turns"]
+    follows = f", then follows the quantile {plan['quantile']:g} of them" if plan["quantile"] else ""
+    return {
+        "schedule": f"{plan['rounds']} rounds; a client takes part with probability {plan['client_rate']:g} and in "
+        f"{plan['turns']} at most; the noise also covers {spare} spare charge{'' if spare == 1 else 's'} for retries",
+        "each round": f"an update of {plan['steps']} plain steps is clipped to {plan['l2_clip']:g}{follows}; the "
+        f"server adds noise {plan['noise_multiplier']:.3g} x clip to the sum, divides by {plan['expected_batch']:g}",
+        "trusts": "the server, which sees each client's update: against it there is no guarantee",
+    }
+
+
 def _closing(summary: Mapping[str, object]) -> None:
     from rich.text import Text
 
@@ -1432,11 +1452,15 @@ def _closing(summary: Mapping[str, object]) -> None:
         rows[str(name)] = _metric(str(name), float(value))
     if isinstance(told := summary.get("client_metrics"), Mapping):
         rows["clients say"] = f"{_said(told)} (noised; the last round's incoming model on their own records)"
-    rows["epsilon"] = f"{_epsilon(summary.get('epsilon'))} {at} for each client, add or remove one record"
+    unit = summary.get("unit")
+    rows["epsilon"] = f"{_epsilon(summary.get('epsilon'))} {at} for each client, add or remove {_protected(unit)}"
     # Where group privacy gives the figure, it holds at a larger delta.
     swap = summary.get("delta_replace_one")
     swap_at = f"at delta {swap:.3g}" if isinstance(swap, float) else at
-    rows[" replace"] = f"{_epsilon(summary.get('epsilon_replace_one'))} {swap_at} for each client, replace one record"
+    swapped = _epsilon(summary.get("epsilon_replace_one"))
+    rows[" replace"] = f"{swapped} {swap_at} for each client, replace {_protected(unit)}"
+    if unit == "client":
+        rows[" server"] = "infinite against the server, which saw each update and added the noise"
     if isinstance(seconds, int | float):
         rows["time"] = f"{_clock(float(seconds))}, {summary.get('rounds')} rounds"
     spent, budget = summary.get("epsilon_spent"), summary.get("budget")

@@ -15,6 +15,10 @@ Wire, both ways a Flower message of type "train". A request holds an ArrayRecord
 name, float32) and a ConfigRecord ``job`` with exactly the keys of `REQUEST_KEYS`. A reply holds ``arrays`` of the same
 names and shapes and a ConfigRecord ``receipt``, and where the plan has metrics an ArrayRecord ``metrics`` with each
 one's noised sums by its word; or, with no arrays, a ConfigRecord ``refusal`` with one fixed word.
+
+Where the plan protects clients (guarantee G16), a holder whose own policy allows it trains plainly and sends its
+clipped update instead of parameters, with one more array, `BIT`, where the plan's clip follows a quantile. The request
+then says this round's ``clip`` too.
 """
 
 from __future__ import annotations
@@ -33,17 +37,20 @@ from flwr.clientapp import ClientApp
 
 from clients.holder import Holder, Release, noise_name
 from clients.metrics import Judge
+from clients.plain import PlainTrainer
 from privacy.accounting import Event
-from privacy.dpsgd import PrivateTrainer
+from privacy.central import BIT
+from privacy.dpsgd import PrivateTrainer, check_model
 from privacy.errors import PlanError, RunError
 from privacy.ledger import ChargeRequest, Word
 from privacy.metrics import release as release_metrics
 from privacy.metrics import widths
-from privacy.plan import Local, Plan, require
+from privacy.plan import Local, Plan, Unit, require
 from privacy.vault import private_logger
 from privacy.wire import float32_bytes, model_digest, read_float32, request_digest, settings_digest, write_float32
 
 REQUEST_KEYS: Final = frozenset({"job", "round", "task", "plan", "local", "lr", "seed", "witness"})
+CENTRAL_KEYS: Final = REQUEST_KEYS | {"clip"}
 _TEXT_BYTES: Final = 8 * 1024
 _JOB: Final = re.compile(r"[0-9a-f]{32}")
 _WITNESS: Final = re.compile(r"(?:|\d{1,12}:[0-9a-f]{64})")
@@ -67,6 +74,7 @@ class Request:
         witness: Sequence number and hash of the last receipt the server holds, or None.
         arrays: The model's trainable parameters as they came.
         digest: SHA-256 of the whole request, in hex.
+        clip: This round's bound on the norm of an update; only where the plan protects clients, else 0.
     """
 
     job: str
@@ -79,6 +87,7 @@ class Request:
     witness: tuple[int, str] | None
     arrays: ArrayRecord
     digest: str
+    clip: float = 0.0
 
     def charge_of(self, name: str, *, noise: str, commitment: str = "", code: str = "") -> ChargeRequest:
         """Returns what this request asks one data set to pay for."""
@@ -110,7 +119,8 @@ def parse_request(message: Message) -> Request:
     arrays, job = content["arrays"], content["job"]
     if not isinstance(arrays, ArrayRecord) or not isinstance(job, ConfigRecord):
         raise PlanError("expected an ArrayRecord and a ConfigRecord, got other records; is it the same program?")
-    require(set(job) == REQUEST_KEYS, f"expected the request keys {sorted(REQUEST_KEYS)}, got {sorted(job)[:10]}")
+    keys = CENTRAL_KEYS if "clip" in job else REQUEST_KEYS
+    require(set(job) == keys, f"expected the request keys {sorted(keys)}, got {sorted(job)[:10]}")
     texts: dict[str, str] = {}
     for key in ("job", "task", "plan", "local", "witness"):
         text = job[key]
@@ -129,18 +139,34 @@ def parse_request(message: Message) -> Request:
     require(_WITNESS.fullmatch(texts["witness"]) is not None, "expected a witness 'number:hash' or nothing")
     seq, _, head = texts["witness"].partition(":")
     fields: dict[str, str | int | float] = {**texts, "round": number, "lr": lr, "seed": seed}
+    plan = _plan(texts["plan"])
+    clip = _clip(job.get("clip"), plan)
+    if plan.unit is Unit.CLIENT:
+        fields["clip"] = clip
     return Request(
         job=texts["job"],
         round=number,
         task=texts["task"],
-        plan=_plan(texts["plan"]),
+        plan=plan,
         local=_local(texts["local"]),
         lr=lr,
         seed=seed,
         witness=(int(seq), head) if seq else None,
         arrays=arrays,
         digest=_digest(_arrays_digest(arrays), **fields),
+        clip=clip,
     )
+
+
+def _clip(clip: object, plan: Plan) -> float:
+    """Returns a round's clip as the plan allows it; 0 where the plan protects records, which has no such thing."""
+    if plan.unit is Unit.RECORD:
+        require(clip is None, "expected a clip only in a plan that protects clients, got one")
+        return 0.0
+    if type(clip) is not float or not 0 < clip < math.inf:
+        raise PlanError("expected a finite clip > 0, got something else")
+    require(plan.quantile > 0 or clip == plan.l2_clip, "expected the plan's own clip, got another")
+    return clip
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -234,9 +260,14 @@ class _Worker:
         task, plan, local = holder.task, request.plan, request.local
         self.task, self.shape = task, holder.shape
         self.model = task.fresh(holder.shape, request.seed)
-        self.trainer = PrivateTrainer(
-            self.model, task.loss, plan=plan, local=local, augment=task.augment, device=holder.device
-        )
+        self.trainer: PrivateTrainer | PlainTrainer
+        if plan.unit is Unit.CLIENT:
+            check_model(self.model)
+            self.trainer = PlainTrainer(self.model, task, plan=plan, local=local, device=holder.device)
+        else:
+            self.trainer = PrivateTrainer(
+                self.model, task.loss, plan=plan, local=local, augment=task.augment, device=holder.device
+            )
         self.shapes = dict(zip(self.trainer.names, self.trainer.shapes, strict=True))
         self._start = _Shared()
         self.judge = Judge(task, holder.shape, request.seed, holder.device) if plan.metrics is not None else None
@@ -275,7 +306,7 @@ def answer(request: Request, holder: Holder) -> Release | Word:
         PlanError: The model is not this task's; nothing was charged.
         TacitError: Anything else that went wrong; `client_app` turns it into a fixed word.
     """
-    # First of all: a holder that stopped allowing a metric does not even repeat one.
+    # First of all: a holder that stopped allowing a metric, or trusting the server, does not even repeat a release.
     if not holder.allows(request.plan):
         return Word.CONFLICT
     kept = holder.kept.get(request.job, holder.account(), request.digest)
@@ -297,8 +328,15 @@ def answer(request: Request, holder: Holder) -> Release | Word:
         return receipt
     records = holder.records()
     source = holder.sources(holder=holder.name, job=request.job, round=request.round)
-    parameters = worker.trainer.train(start, records.inputs, records.targets, records.valid, source, lr=request.lr)
-    release = Release(parameters.cpu().numpy(), receipt)
+    # At unit client the noise is the server's: that it is the one in the charge, the holder's policy takes on trust.
+    if isinstance(worker.trainer, PlainTrainer):
+        update = worker.trainer.update(
+            start, records, source, lr=request.lr, clip=request.clip, simulated=holder.simulated
+        )
+        release = Release(update, receipt)
+    else:
+        parameters = worker.trainer.train(start, records.inputs, records.targets, records.valid, source, lr=request.lr)
+        release = Release(parameters.cpu().numpy(), receipt)
     if worker.judge is not None and request.plan.metrics is not None:
         outcomes = worker.judge.outcomes(start, records)
         # The keystream goes on where the update's noise ended: no word of it is used twice.
@@ -310,7 +348,8 @@ def answer(request: Request, holder: Holder) -> Release | Word:
 
 def _shapes(request: Request) -> dict[str, tuple[int, ...]]:
     # The request's own shapes: `decode` found them to be the model's before anything was charged for it.
-    return {name: tuple(array.shape) for name, array in request.arrays.items()}
+    shapes = {name: tuple(array.shape) for name, array in request.arrays.items()}
+    return shapes | ({BIT: (1,)} if request.plan.quantile else {})
 
 
 def reply_of(request: Request, release: Release, classes: int) -> RecordDict:

@@ -26,7 +26,7 @@ from privacy.errors import DataError, LedgerError, PlanError
 from privacy.files import Buffer, write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.noise import SECURE_SOURCE, Keystream, RandomSource
-from privacy.plan import Metric, Plan
+from privacy.plan import Metric, Plan, Unit
 from privacy.vault import Safe, private_logger
 
 # Details of a fault stay with the holder; they reach only what a deployment attaches here, a `SealedLog`.
@@ -63,7 +63,8 @@ class Release:
     """What may leave a holder for one round: the new parameters, the plan's metrics, the receipt of their charge.
 
     Attributes:
-        parameters: Trainable parameters after local training, flat float32 of shape ``(P,)``.
+        parameters: Trainable parameters after local training, flat float32 of shape ``(P,)``; at unit client what
+            `clients.plain.PlainTrainer.update` returns, for the server's eyes only.
         receipt: The signed receipt of the charge that paid for all of it.
         metrics: Noised sums of the plan's metrics, flat float32 of shape ``(M,)``; M = 0 where none was asked.
     """
@@ -191,6 +192,8 @@ class Holder:
         device: Where training runs.
         simulated: Whether faults are the experimenter's own and may be raised.
         allow_metrics: Metrics of its own records that this holder lets a plan ask for; none by default.
+        allow_central: Whether this holder trusts the server with its updates in the clear, for a plan that protects
+            clients (guarantee G16); never by default.
     """
 
     name: str
@@ -206,14 +209,17 @@ class Holder:
     device: str = "cpu"
     simulated: bool = False
     allow_metrics: frozenset[Metric] = frozenset()
+    allow_central: bool = False
 
     def __post_init__(self) -> None:
         if not self.simulated and not self.kept.sealed:
             raise PlanError("expected a real holder's releases to be kept in a safe, got none; give its Kept a Safe")
 
     def allows(self, plan: Plan) -> bool:
-        """Says whether this holder's own policy lets a plan ask for the metrics that it asks for."""
-        return plan.metrics is None or self.allow_metrics.issuperset(plan.metrics.words)
+        """Says whether this holder's own policy lets it take part in a plan; asked before anything is charged."""
+        if plan.metrics is not None and not self.allow_metrics.issuperset(plan.metrics.words):
+            return False
+        return plan.unit is Unit.RECORD or self.allow_central
 
     def charge(self, request: ChargeRequest) -> Receipt | Word:
         """Gates and charges one request; on disk when it returns a receipt.

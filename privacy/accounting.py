@@ -106,7 +106,20 @@ class Event:
 
     @classmethod
     def of_round(cls, plan: Plan) -> Self:
-        """Returns what one client releases in one round of a plan."""
+        """Returns what one client is charged for one round of a plan.
+
+        At unit client that is the plain Gaussian event, with no discount for the coin that decides who takes part:
+        the ledger prices what the holder's worst adversary sees, and the relay and the other clients see who took
+        part (guarantee G16). Against the server, which adds the noise, no event has a price.
+        """
+        if plan.unit is Unit.CLIENT:
+            return cls(
+                unit=plan.unit,
+                adjacency=plan.adjacency,
+                sample_rate=1.0,
+                noise_multiplier=plan.noise_multiplier,
+                steps=1,
+            )
         return cls(
             unit=plan.unit,
             adjacency=plan.adjacency,
@@ -118,7 +131,20 @@ class Event:
     @classmethod
     def of_schedule(cls, plan: Plan) -> Self:
         """Returns the most that one client can release in the whole job: every join, retries included."""
-        return dataclasses.replace(cls.of_round(plan), steps=plan.steps * plan.joins)
+        event = cls.of_round(plan)
+        return dataclasses.replace(event, steps=event.steps * plan.joins)
+
+    @classmethod
+    def of_models(cls, plan: Plan) -> Self:
+        """Returns what somebody learns of one client who sees the models of all rounds, and nothing of who took part.
+
+        Only at unit client: the coins of `privacy.central` hide who took part from nobody else.
+
+        Raises:
+            PlanError: The plan protects records; there no discount for the choice of clients is claimed.
+        """
+        require(plan.unit is Unit.CLIENT, f"expected a plan that protects clients, got one that protects {plan.unit}s")
+        return dataclasses.replace(cls.of_round(plan), sample_rate=float(plan.client_rate), steps=plan.rounds)
 
     @classmethod
     def all_of_round(cls, plan: Plan) -> tuple[Self, ...]:

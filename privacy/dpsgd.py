@@ -766,7 +766,7 @@ def _like(rows: Tensor, tensor: Tensor) -> Tensor:
 
 
 @final
-class _Descent:
+class Descent:
     """The optimisers of ``torch.optim`` on one flat vector; sees released gradients only.
 
     Flat arithmetic instead of ``torch.optim``: equal results, one call a step instead of one a parameter, and
@@ -970,7 +970,7 @@ class PrivateTrainer:
         if not (math.isfinite(lr) and lr > 0):
             raise PlanError(f"expected a finite lr > 0, got {lr}")
         weights = start.to("cpu", torch.float32, copy=True)
-        descent = _Descent(self._local, lr, anchor.to("cpu", torch.float32))
+        descent = Descent(self._local, lr, anchor.to("cpu", torch.float32))
         for _ in range(self._plan.steps):
             self._clipper.flat.copy_(weights)
             descent.move(weights, self._private_gradient(records_inputs, records_targets, records_valid, source))

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Final, Self
 
@@ -60,6 +61,8 @@ class Metric(StrEnum):
 
 # More steps, rounds or records than any job has; beyond it, products with a float would overflow or lose digits.
 MOST: Final = 10**12
+# Beyond it the rounding of a sum of updates would no longer stay within the margin of `privacy.central`.
+_MOST_IN_A_SUM: Final = 50_000
 
 _CANONICAL: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -101,7 +104,7 @@ def _count(name: str, value: int, least: int = 1) -> None:
     )
 
 
-def _parse(cls: type, kind: str, text: str | bytes, optional: frozenset[str] = frozenset()) -> dict[str, Any]:
+def _parse(cls: type, kind: str, text: str | bytes, later: Iterable[str] = ()) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -110,7 +113,7 @@ def _parse(cls: type, kind: str, text: str | bytes, optional: frozenset[str] = f
     require(isinstance(fields, dict), f"expected a {kind} as a JSON object, got {type(fields).__name__}")
     if extra := sorted(set(fields) - names):
         raise PlanError(f"expected only the fields of a {kind}, got the unknown field {extra[0]!r}")
-    if missing := sorted(names - set(fields) - optional):
+    if missing := sorted(names - set(fields) - set(later)):
         raise PlanError(f"expected all fields of a {kind}, the field {missing[0]!r} is missing")
     return fields
 
@@ -166,21 +169,30 @@ class Metrics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Record-level DP-SGD of one job, as every client must run it.
+    """What one job may release, as every client must run it.
+
+    At unit ``record`` it is DP-SGD at each client, and the server is trusted with nothing. At unit ``client`` it is
+    the mechanism of `privacy.central`: the client trains plainly, and the server, which is trusted, clips, sums and
+    adds the noise.
 
     Guarantees:
         Public: no field depends on a record; a plan may be printed, sent and stored.
-        Priced: ``(sample_rate, noise_multiplier, steps * joins)``, and ``joins`` times each metric where it asks for
-            any, is the most that one client can be charged.
+        Priced: `privacy.accounting.Event.all_of_schedule` is the most that one client can be charged, metrics included.
+        Lasting: a field that came later is left out of the text where it has its first meaning, so a plan that could
+            be said before has the text and the digest that it had then.
 
     Attributes:
-        unit: What is protected; only ``Unit.RECORD`` is implemented by this mechanism.
-        adjacency: Add or remove one record.
-        sample_rate: Poisson rate q of each step, in (0, 1].
-        expected_batch: Public divisor B in records, ``sample_rate`` times the declared number of records.
-        l2_clip: Bound C on the L2 norm of one record's gradient, in units of the gradient.
-        noise_multiplier: Standard deviation of the noise on the clipped sum, divided by ``l2_clip``.
-        steps: Local steps in each round that a client joins.
+        unit: What is protected: one record, or all records of one client.
+        adjacency: Add or remove one of them.
+        sample_rate: Poisson rate q of each step, in (0, 1]; at unit client that of the local batches, which carry no
+            guarantee.
+        expected_batch: Public divisor B: in records, ``sample_rate`` times the declared number of records; at unit
+            client in clients, ``client_rate`` times their number.
+        l2_clip: Bound C on the L2 norm of one record's gradient, in units of the gradient; at unit client on that of
+            one client's update, in units of the parameters, and only the first where ``quantile`` is given.
+        noise_multiplier: Standard deviation of the noise on the clipped sum, divided by ``l2_clip``. With a
+            ``quantile``, that of the update and the bit together.
+        steps: Local steps in each round that a client joins; at unit client without a bearing on the price.
         rounds: Rounds of the job.
         joins: The most charges one client may make, retries after a crash included; at least 1.
         epsilon: Target that the noise was solved for (or what it costs, where the noise was given).
@@ -189,8 +201,14 @@ class Plan:
         mode: How per-example gradients are computed; resolved before the first round.
         physical_batch: The most examples in memory at a time; never changes a result beyond rounding.
         views: Augmented views of a record whose gradients are averaged before clipping.
-        metrics: What clients are asked about their own records in every round; None, the default, is nothing. It is
-            left out of the plan's text where it is None: a plan without metrics has the digest that it always had.
+        metrics: What clients are asked about their own records in every round; None, the default, is nothing.
+        client_rate: Unit client: probability with which a client takes part in a round, by a secret coin of its own.
+        turns: Unit client: most rounds in which one client's coin counts, whatever falls; at most ``joins``, which
+            also pays for retries. 0 at unit record.
+        quantile: Unit client: share of the updates that the clip should leave whole, in (0, 1); 0 = a fixed clip.
+        clip_lr: With a quantile: how fast the clip follows it, > 0.
+        bit_noise: With a quantile: standard deviation of the noise on the sum of bits, in clients, more than half of
+            ``noise_multiplier``.
 
     Raises:
         PlanError: A field is out of range, or two fields contradict each other.
@@ -212,12 +230,14 @@ class Plan:
     physical_batch: int = 256
     views: int = 1
     metrics: Metrics | None = None
+    client_rate: float = 1.0
+    turns: int = 0
+    quantile: float = 0.0
+    clip_lr: float = 0.0
+    bit_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            self.unit is Unit.RECORD,
-            f"expected unit 'record', got {self.unit!r}; only records are protected yet",
-        )
+        require(type(self.unit) is Unit, f"expected unit 'record' or 'client', got {self.unit!r:.40}")
         require(
             self.adjacency is Adjacency.ADD_REMOVE,
             f"expected adjacency 'add-remove', got {self.adjacency!r}; replace-one is printed beside it",
@@ -236,6 +256,45 @@ class Plan:
             f"expected metrics only where records are protected, got unit {self.unit!r}; one record's bound is no "
             "bound for all records of a client",
         )
+        if self.unit is Unit.CLIENT:
+            self._check_central()
+        else:
+            for name, first in _AT_UNIT_CLIENT.items():
+                require(
+                    getattr(self, name) == first and type(getattr(self, name)) is type(first),
+                    f"expected {name} only at unit client, got {getattr(self, name)!r:.40}; drop it",
+                )
+
+    def _check_central(self) -> None:
+        require(
+            is_number(self.client_rate) and 0 < self.client_rate <= 1,
+            f"expected 0 < client_rate <= 1, got {self.client_rate!r:.40}",
+        )
+        _count("turns", self.turns)
+        require(self.turns <= self.joins, f"expected turns <= joins, got {self.turns} > {self.joins}; raise joins")
+        require(
+            self.views == 1 and self.mode is Mode.AUTO,
+            "expected one view and mode 'auto' at unit client, got others: nothing is done example by example there",
+        )
+        require(
+            self.expected_batch <= _MOST_IN_A_SUM,
+            f"expected a cohort of at most {_MOST_IN_A_SUM:,}, got {self.expected_batch:g}; lower the client rate",
+        )
+        # What is protected here is one of so many clients.
+        check_delta(self.delta, max(1, round(self.expected_batch / self.client_rate)), "clients")
+        for name in ("quantile", "clip_lr", "bit_noise"):
+            value = getattr(self, name)
+            require(is_number(value) and value >= 0, f"expected a finite {name} >= 0, got {value!r:.40}")
+        require(self.quantile < 1, f"expected 0 <= quantile < 1, got {self.quantile}; 0.5 is the median")
+        if self.quantile == 0:
+            require(self.clip_lr == self.bit_noise == 0, "expected clip_lr and bit_noise only with a quantile")
+            return
+        require(0 < self.clip_lr <= 1, f"expected 0 < clip_lr <= 1, got {self.clip_lr}; 0.2 is customary")
+        require(
+            2 * self.bit_noise > self.noise_multiplier,
+            f"expected bit_noise > {self.noise_multiplier / 2:g}, half the noise multiplier, got {self.bit_noise:g}: "
+            "the bit alone would cost more than the plan says; raise it",
+        )
 
     def to_json(self) -> str:
         """Returns the canonical JSON text; ``Plan.from_json`` reads it back to an equal plan."""
@@ -244,9 +303,7 @@ class Plan:
     @functools.cached_property
     def _text(self) -> str:
         fields = dataclasses.asdict(self)
-        if self.metrics is None:
-            del fields["metrics"]
-        return canonical(fields).decode()
+        return canonical({k: v for k, v in fields.items() if k not in _LATER or v != _LATER[k]}).decode()
 
     @functools.cached_property
     def _digest(self) -> str:
@@ -259,7 +316,7 @@ class Plan:
         Raises:
             PlanError: The text is not exactly a plan.
         """
-        fields = _parse(cls, "plan", text, optional=frozenset({"metrics"}))
+        fields = _parse(cls, "plan", text, _LATER)
         try:
             if "metrics" in fields:
                 # One text for each plan: no metrics are no field, never null.
@@ -280,6 +337,17 @@ class Plan:
     def digest(self) -> str:
         """Returns the SHA-256 of the canonical JSON, in hex: the name under which a ledger commits to this plan."""
         return self._digest
+
+
+_AT_UNIT_CLIENT: Final[Mapping[str, Any]] = {
+    "client_rate": 1.0,
+    "turns": 0,
+    "quantile": 0.0,
+    "clip_lr": 0.0,
+    "bit_noise": 0.0,
+}
+# Fields that came after the first plans were committed to ledgers, and what their absence means.
+_LATER: Final[Mapping[str, Any]] = {**_AT_UNIT_CLIENT, "metrics": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,20 +405,21 @@ class Local:
             raise PlanError(f"expected a local optimiser with fields of the right types, got {error}") from None
 
 
-def check_delta(delta: float, records_bound: int) -> None:
-    """Refuses a delta that could be met by publishing a random record (guarantee G2).
+def check_delta(delta: float, bound: int, of: str = "records_bound") -> None:
+    """Refuses a delta that could be met by publishing a random record, or client (guarantee G2).
 
     Args:
         delta: Probability in (0, 1).
-        records_bound: Declared public upper bound on one client's number of records, >= 1.
+        bound: Declared public upper bound on the number of what is protected, >= 1.
+        of: What the bound is called.
 
     Raises:
-        PlanError: ``delta`` is not in (0, 1), or is at least ``1 / records_bound``.
+        PlanError: ``delta`` is not in (0, 1), or is at least ``1 / bound``.
     """
     require(is_number(delta) and 0 < delta < 1, f"expected 0 < delta < 1, got {delta!r:.40}; 1e-5 is customary")
-    _count("records_bound", records_bound)
+    _count(of, bound)
     require(
-        delta < 1 / records_bound,
-        f"expected delta < 1/records_bound = {1 / records_bound:.3g}, got {delta:g}; "
-        "a delta this large allows one whole record to be published",
+        delta < 1 / bound,
+        f"expected delta < 1/{of} = {1 / bound:.3g}, got {delta:g}; "
+        f"a delta this large allows one whole {'client' if of == 'clients' else 'record'} to be published",
     )

@@ -40,7 +40,8 @@ from typing import Any, Final
 
 from privacy.errors import RunError
 from privacy.identity import Identity
-from privacy.plan import Local, Plan, canonical, require
+from privacy.plan import Local, Plan, Unit, canonical, require
+from privacy.report_clients import for_clients
 from privacy.report_page import INFINITY, SCHEMA, UNKNOWN, figure_words, partition_picture, render
 
 __all__ = [
@@ -175,6 +176,8 @@ class Prices:
             where nobody asked.
         metrics: Epsilon by PLD of all the metrics of clients' own records by themselves; they are part of every other
             figure. None where none is asked, or it could not be computed.
+        models_alone: Only where the plan protects clients: epsilon for somebody who sees the models of all rounds and
+            nothing of who took part, by the coins' Poisson rate. It is no figure of this report's own readers.
     """
 
     schedule: str
@@ -193,6 +196,7 @@ class Prices:
     rho: float | None = None
     persons: tuple[tuple[int, float], ...] = ()
     metrics: float | None = None
+    models_alone: float | None = None
 
     def accountants_agree(self) -> bool | None:
         """Returns whether PLD, PRV and RDP fit together; None where there is nothing to compare with."""
@@ -353,6 +357,8 @@ def build(facts: RunFacts) -> dict[str, Any]:
         report["simulation_only"] = {
             name: facts.simulation[name] for name in _SIMULATION_FIELDS if name in facts.simulation
         }
+    if facts.plan.unit is Unit.CLIENT:
+        report = for_clients(report, facts, whole=_one_schedule(facts))
     plain: dict[str, Any] = _plain(report)
     return {"schema": SCHEMA, "report_id": report_id(plain), "signature": None} | plain
 

@@ -699,11 +699,13 @@ def _headline(report: Mapping[str, Any]) -> str:
     )
     swap = headline["replace_one"]
     delta = f"at {_DELTA} = {_bound(headline['delta'])}"
+    # Where figures differ by who looks, none stands without its adversary.
+    against = f", against {_safe(headline['against'])}" if "against" in headline else ""
     tiles = [
-        (_bound(epsilon), f"{_EPSILON}, add or remove {_safe(headline['protects'])}", delta, " main"),
+        (_bound(epsilon), f"{_EPSILON}, add or remove {_safe(headline['protects'])}{against}", delta, " main"),
         (
             _bound(swap["epsilon"]),
-            f"{_EPSILON}, replace {_safe(headline['protects'])}",
+            f"{_EPSILON}, replace {_safe(headline['protects'])}{against}",
             f"at {_DELTA} = {_bound(swap['delta'])}",
             " main",
         ),
@@ -913,7 +915,12 @@ def _cost(report: Mapping[str, Any]) -> str:
             _bound(prices["pld"]),
             "tight; for a schedule that was fixed before its first round",
         ),
-        ("PLD", "replace one", _bound(prices["pld_replace_one"]), "the same schedule, one record exchanged"),
+        (
+            "PLD",
+            "replace one",
+            _bound(prices["pld_replace_one"]),
+            f"the same schedule, one {_safe(report['headline']['unit'])} exchanged",
+        ),
         (
             "PRV",
             "add/remove",

@@ -11,6 +11,8 @@ Rule for clients that do not deliver: whoever declines is not asked again in thi
 reply counts as missing. The mean runs over those who delivered; each update is private on its own, so this reveals
 nothing. A round with fewer than ``min_replies`` updates leaves the model as it is. When fewer than ``min_replies``
 clients are left that have not declined, the job ends there and keeps its model.
+
+Where the plan protects clients, a round is played by `server.central` instead, and these last rules do not hold there.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from models.task import Shape, Task
 from privacy.accounting import Event
+from privacy.central import BIT
 from privacy.errors import LedgerError, PlanError, RunError
 from privacy.files import write_whole
 from privacy.identity import COUNTERSIGN, Identity
 from privacy.ledger import Receipt
 from privacy.metrics import Sums, pooled, widths
-from privacy.plan import Local, Plan, require
+from privacy.noise import Keystream, RandomSource
+from privacy.plan import Local, Plan, Unit, require
 from privacy.wire import model_digest, read_float32, request_digest
 from server.aggregate import Aggregator, Arrays
 from server.checkpoint import State, load, save
@@ -100,6 +104,8 @@ class Job:
         identity: Countersigns receipts.
         folder: Where checkpoints, metrics and receipts go.
         device: Where evaluation runs.
+        sources: Where the server's own coins and noise come from, where the plan protects clients: a fresh source for
+            each use and round.
         on_round: Called with each finished round's line.
         stopping: Asked after each round; true ends the job there, to be resumed.
     """
@@ -123,6 +129,7 @@ class Job:
     identity: Identity
     folder: Path
     device: str = "cpu"
+    sources: Callable[[str, int], RandomSource] = lambda use, round: Keystream()
     on_round: Callable[[Mapping[str, Any]], None] = lambda line: None
     stopping: Callable[[], bool] = lambda: False
 
@@ -200,6 +207,12 @@ def run(job: Job, grid: Grid) -> Ending:
     Raises:
         RunError: The checkpoint is damaged or of another job, or nothing can be written.
     """
+    # Imported here, because it plays its rounds with the functions below.
+    from server import central
+
+    protects_clients = job.plan.unit is Unit.CLIENT
+    if protects_clients:
+        central.check_job(job)
     await_nodes(grid, job.nodes)
     model = job.task.fresh(job.shape, job.seed).to(job.device)
     first = trainable(model)
@@ -218,11 +231,11 @@ def run(job: Job, grid: Grid) -> Ending:
     else:
         state = State(job=job.id, round=0, model=first)
         save(state, path)
-    while state.round < job.plan.rounds:
-        line = one_round(job, grid, state, model)
+    while state.round < job.plan.rounds or central.is_pending(state):
+        line = (central.one_round if protects_clients else one_round)(job, grid, state, model)
         save(state, path)
         job.on_round(line)
-        if line["left"] < job.min_replies and state.round < job.plan.rounds:
+        if not protects_clients and line["left"] < job.min_replies and state.round < job.plan.rounds:
             return Ending.TOO_FEW
         if job.stopping() and state.round < job.plan.rounds:
             return Ending.INTERRUPTED
@@ -324,6 +337,8 @@ def ask(job: Job, state: State, number: int, cohort: Sequence[int]) -> Iterator[
         "seed": job.seed,
         "lr": job.local.lr * job.schedule.factor(number, job.plan.rounds, job.warmup),
     }
+    if state.central is not None:
+        common["clip"] = state.central.clip
     shared = ConfigRecord()
     for key, value in common.items():
         shared[key] = value
@@ -354,7 +369,7 @@ def check(reply: Message, job: Job, state: State, request: Message | None, model
         model: Digest of the model in the request.
 
     Returns:
-        The update and its receipt; or the word that was answered; or "missing" for anything else.
+        What was released and its receipt; or the word that was answered; or "missing" for anything else.
     """
     if request is None or reply.has_error():
         return "missing"
@@ -364,10 +379,11 @@ def check(reply: Message, job: Job, state: State, request: Message | None, model
     arrays, record = reply.content.get("arrays"), reply.content.get("receipt")
     if not isinstance(arrays, ArrayRecord) or not isinstance(record, ConfigRecord):
         return "missing"
-    if list(arrays) != list(state.model):
+    shapes = {name: like.shape for name, like in state.model.items()} | ({BIT: (1,)} if job.plan.quantile else {})
+    if list(arrays) != list(shapes):
         return "missing"
     try:
-        update = {name: read_float32(arrays[name].data, like.shape, name) for name, like in state.model.items()}
+        update = {name: read_float32(arrays[name].data, shape, name) for name, shape in shapes.items()}
         metrics_of(reply, job)
         receipt = Receipt.from_json(str(record.get("receipt", "")))
     except (PlanError, LedgerError):

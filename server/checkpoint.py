@@ -23,6 +23,26 @@ _MAGIC: Final = b"tacit/checkpoint/1\n"
 
 
 @dataclasses.dataclass
+class Central:
+    """What the server remembers where a plan protects clients: its coins, and a round that is noised but not told yet.
+
+    Attributes:
+        clip: The next round's clip, > 0.
+        round: Round that ``cohort`` was drawn for; 0 before the first.
+        cohort: Nodes whose coin counted in that round, stored before the first of them is asked.
+        counted: Per node, in how many rounds its coin counted.
+        pending: The line and the receipts of a round whose noised model is in the state already, until they are
+            written; None between rounds.
+    """
+
+    clip: float
+    round: int = 0
+    cohort: list[int] = dataclasses.field(default_factory=list)
+    counted: dict[int, int] = dataclasses.field(default_factory=dict)
+    pending: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
 class State:
     """Where a job stands after a round.
 
@@ -37,6 +57,7 @@ class State:
         declined: Nodes that declined for good; they are not asked again.
         spent: Per account, what its last receipt says.
         lines: Number of finished lines in the metrics and receipts files.
+        central: Only where the plan protects clients.
     """
 
     job: str
@@ -49,6 +70,7 @@ class State:
     declined: list[int] = dataclasses.field(default_factory=list)
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
+    central: Central | None = None
 
 
 def save(state: State, path: Path) -> None:
@@ -74,6 +96,10 @@ def save(state: State, path: Path) -> None:
         "layout": layout,
         "sha256": hashlib.sha256(body).hexdigest(),
     }
+    if state.central is not None:
+        header["central"] = dataclasses.asdict(state.central) | {
+            "counted": {str(node): count for node, count in state.central.counted.items()}
+        }
     write_whole(path, _MAGIC, canonical(header), b"\n", body)
 
 
@@ -110,8 +136,17 @@ def load(path: Path) -> State:
             declined=fields["declined"],
             spent=fields["spent"],
             lines=fields["lines"],
+            central=_central(fields["central"]) if "central" in fields else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"expected a whole checkpoint at {path}, got a damaged one ({error}); restore a backup"
         ) from None
+
+
+def _central(fields: dict[str, Any]) -> Central:
+    memory = Central(**fields | {"counted": {int(node): count for node, count in fields["counted"].items()}})
+    counts = [memory.round, *memory.cohort, *memory.counted.values()]
+    if type(memory.clip) is not float or any(type(count) is not int for count in counts):
+        raise TypeError("coins of another type")
+    return memory

@@ -92,7 +92,7 @@ def job_of(world: World, session: Session) -> Job:
             momentum=scenario.server_momentum,
         ),
         nodes=scenario.clients,
-        cohort=scenario.cohort,
+        cohort=scenario.cohort or scenario.clients,
         seed=scenario.seed,
         schedule=Schedule(scenario.schedule),
         warmup=scenario.warmup_rounds,
@@ -104,6 +104,8 @@ def job_of(world: World, session: Session) -> Job:
         identity=Secret.load_or_create(world.folder / "server.key").identity("server"),
         folder=world.folder,
         device=settled.device,
+        # A test source of the clients is one of the server too: every ledger then says so.
+        sources=lambda use, round: world.sources(holder=f"server/{use}", job=settled.id, round=round),
         on_round=session.on_round,
         stopping=session.stopping,
     )

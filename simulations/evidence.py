@@ -34,7 +34,7 @@ from privacy.errors import LedgerError, RunError
 from privacy.identity import COUNTERSIGN, Identity, Secret, verify
 from privacy.ledger import Account, Receipt
 from privacy.noise import SECURE_SOURCE
-from privacy.plan import Adjacency, Plan
+from privacy.plan import Adjacency, Plan, Unit
 from privacy.report import ClientSpend, Prices, RunFacts, Verdict, write
 from privacy.transcript import iso
 from privacy.wire import settings_digest
@@ -415,8 +415,12 @@ def prices_of(world: World, persons: Sequence[int] = ()) -> Prices:
     }
     order, gate = max(filters.items(), key=lambda item: item[1], default=best)
     return Prices(
-        schedule=f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {update.steps} steps"
-        + _metrics_words(plan),
+        schedule=(
+            f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {update.steps} steps"
+            + _metrics_words(plan)
+            if plan.unit is Unit.RECORD
+            else f"Gaussian, no sampling, sigma={plan.noise_multiplier:.4g}, {update.steps} rounds of one client"
+        ),
         steps=update.steps,
         gate=gate,
         gate_order=order,
@@ -432,7 +436,10 @@ def prices_of(world: World, persons: Sequence[int] = ()) -> Prices:
         f"opacus {importlib.metadata.version('opacus')} (RDP, PRV)",
         unamplified=best_order(unsampled(history), plan.delta)[1],
         rho=zcdp_rho(history),
-        persons=tuple((records, group_epsilon(history, plan.delta, records)) for records in persons if tight),
+        persons=tuple((records, group_epsilon(history, plan.delta, records)) for records in persons if tight)
+        if plan.unit is Unit.RECORD
+        else (),
+        models_alone=_models_alone(plan) if plan.unit is Unit.CLIENT else None,
     )
 
 
@@ -440,3 +447,10 @@ def _metrics_words(plan: Plan) -> str:
     if plan.metrics is None:
         return ""
     return f", and {plan.joins} releases each of {', '.join(plan.metrics.words)} under noise {plan.metrics.noise:g}"
+
+
+def _models_alone(plan: Plan) -> float:
+    """Returns epsilon of one client for somebody who sees the models of all rounds and nothing of who took part."""
+    event = Event.of_models(plan)
+    loose = best_order(event, plan.delta)[1]
+    return pld_epsilon(event, plan.delta) if loose <= _PLD_EPSILON else loose

@@ -37,7 +37,7 @@ from privacy.accounting import (
 )
 from privacy.errors import LedgerError, PlanError
 from privacy.ledger import Account, Book
-from privacy.plan import Adjacency, Plan
+from privacy.plan import Adjacency, Plan, Unit
 from server.app import joins_of
 from simulations.scenario import Scenario
 from simulations.world import calibrate
@@ -150,7 +150,11 @@ def cost(history: Sequence[Event], delta: float, *, order: float, multiplicity: 
         "at_deltas": [{"delta": at, "epsilon": figure} for at, figure in curve],
         "odds": math.exp(epsilon) if epsilon < 700 else math.inf,
         "tpr": [{"fpr": fpr, "tpr": attacker_power(curve, fpr)} for fpr in _FPR],
-        "persons": [{"records": k, "epsilon": _of_person(history, delta, k, epsilon)} for k in _PERSONS],
+        # Where clients are protected, all records of a person at one of them are in the figure already.
+        "persons": [
+            {"records": k, "epsilon": _of_person(history, delta, k, epsilon)}
+            for k in (_PERSONS if history[0].unit is Unit.RECORD else ())
+        ],
         "federation": {"multiplicity": multiplicity, "epsilon": _of_many(history, delta, multiplicity)},
         "zcdp_rho": zcdp_rho(history) if whole else None,
         "gdp_mu": math.sqrt(2 * zcdp_rho(history)) if whole else None,
@@ -198,6 +202,9 @@ def signal(settled: Plan, scenario: Scenario, parameters: int | None) -> dict[st
     sizes = scenario.sizes
     share = scenario.cohort / scenario.clients
     clients = share * sum(sizes) ** 2 / sum(size**2 for size in sizes) if sizes else float(scenario.cohort)
+    if settled.unit is Unit.CLIENT:
+        # One noise on the cohort's sum, and the divisor is the expected cohort itself.
+        clients = 1.0
     per_parameter = settled.noise_multiplier * settled.l2_clip / settled.expected_batch / math.sqrt(clients)
     norm = None if parameters is None else per_parameter * math.sqrt(parameters)
     return {

@@ -126,6 +126,8 @@ def _simulate(
         "rounds": len(facts.rounds),
         "metrics": next((dict(line["metrics"]) for line in reversed(facts.rounds) if line["metrics"]), {}),
         **_client_metrics(facts),
+        "unit": headline["unit"],
+        "against": headline.get("against", "everybody"),
         "epsilon": _figure(headline["epsilon"]),
         "epsilon_replace_one": _figure(headline["replace_one"]["epsilon"]),
         "delta_replace_one": headline["replace_one"]["delta"],

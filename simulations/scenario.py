@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 
 from privacy.errors import PlanError, RunError
 from privacy.files import write_whole
-from privacy.plan import Metric, Metrics, Mode, Optimizer, check_delta, require
+from privacy.plan import Metric, Metrics, Mode, Optimizer, Unit, check_delta, require
 
 Value = str | int | float
 
@@ -121,12 +121,13 @@ class Key:
 
 JOB: Final = "the job"
 PRIVACY: Final = "privacy, per client"
+CENTRAL: Final = "privacy by a trusted server, with unit client"
 LEARNING: Final = "learning at a client"
 SERVER: Final = "learning at the server"
 DATA: Final = "how the simulation deals out the data"
 MACHINE: Final = "this machine"
 FOLDERS: Final = "folders"
-GROUPS: Final = (JOB, PRIVACY, LEARNING, SERVER, DATA, MACHINE, FOLDERS)
+GROUPS: Final = (JOB, PRIVACY, CENTRAL, LEARNING, SERVER, DATA, MACHINE, FOLDERS)
 
 
 def _key(default: Any, group: str, text: str, **facts: Any) -> Any:
@@ -155,10 +156,18 @@ class Scenario:
         0, JOB, "seed of what is public (initial model, partition, cohorts); never of noise or coins", least=0
     )
 
+    unit: str = _key(
+        "record",
+        PRIVACY,
+        "what is protected: a record, by each client itself; or a client with all its records, by a server that sees "
+        "its updates and is trusted to add the noise",
+        choices=tuple(u.value for u in Unit),
+    )
     epsilon: float = _key(
         3.0,
         PRIVACY,
-        "each client's budget for the whole job (add or remove a record); 0 = follows from noise-multiplier",
+        "each client's budget for the whole job (add or remove a record; with unit client the client, against whoever "
+        "sees who takes part); 0 = follows from noise-multiplier",
         least=0.0,
     )
     delta: float = _key(
@@ -177,7 +186,7 @@ class Scenario:
     sample_rate: float = _key(
         0.5,
         PRIVACY,
-        "probability with which a record joins a step (Poisson)",
+        "probability with which a record joins a step (Poisson); with unit client it is just the local batch",
         least=0.0,
         most=1.0,
         exclusive=True,
@@ -200,7 +209,7 @@ class Scenario:
     l2_clip: float = _key(
         1.0,
         PRIVACY,
-        "bound on the L2 norm of one record's gradient",
+        "bound on the L2 norm of one record's gradient; with unit client on that of one client's update",
         least=0.0,
         exclusive=True,
     )
@@ -250,6 +259,46 @@ class Scenario:
     )
     physical_batch: int = _key(
         256, PRIVACY, "most examples in memory at a time; changes speed only", unit="records", least=1
+    )
+
+    client_rate: float = _key(
+        0.2,
+        CENTRAL,
+        "probability with which a client takes part in a round, by a secret coin of its own (Poisson)",
+        least=0.0,
+        most=1.0,
+        exclusive=True,
+    )
+    client_turns: int = _key(
+        0,
+        CENTRAL,
+        "most rounds one client may take part in, which the noise is solved for; 0 = so many that one client in a "
+        "thousand is held back",
+        unit="rounds",
+        least=0,
+    )
+    clip_quantile: float = _key(
+        0.0,
+        CENTRAL,
+        "share of the updates that the clip should leave whole: it then follows them, privately; 0 = l2-clip stays",
+        least=0.0,
+        most=0.99,
+    )
+    clip_lr: float = _key(
+        0.2,
+        CENTRAL,
+        "how fast the clip follows; needs clip-quantile",
+        least=0.0,
+        most=1.0,
+        exclusive=True,
+    )
+    bit_noise: float = _key(
+        0.0,
+        CENTRAL,
+        "standard deviation of the noise on the number of updates within the clip; 0 = a twentieth of the expected "
+        "cohort, at least twice the noise multiplier; needs clip-quantile",
+        unit="clients",
+        least=0.0,
     )
 
     optimizer: str = _key("sgd", LEARNING, "local optimiser", choices=tuple(o.value for o in Optimizer))
@@ -510,6 +559,18 @@ class Scenario:
             )
         if bound:
             check_delta(self.delta, bound)
+        if self.unit == Unit.CLIENT:
+            check_delta(self.delta, self.clients, "clients")
+            require(
+                self.client_turns <= self.rounds,
+                f"expected client-turns <= rounds, got {self.client_turns} > {self.rounds}; 0 fits it to the rounds",
+            )
+        for name in ("clip-lr", "bit-noise"):
+            value = getattr(self, BY_NAME[name].field)
+            require(
+                self.clip_quantile > 0 or value == BY_NAME[name].default,
+                f"expected {name} only with a clip-quantile, got {name}={value:g} without; drop it or add one",
+            )
 
     @property
     def asked_metrics(self) -> Metrics | None:
@@ -582,6 +643,8 @@ class Scenario:
                 "declare a public number, it sets the divisor",
             )
             per_client = max(1, (declared_records or 0) // self.clients)
+        if self.unit == Unit.CLIENT:
+            return self._resolved_central(per_client)
         cohort = self.cohort or self.clients
         # As often as the server's turns come round to one client (server.app.joins_of; a test holds the two equal).
         turns = self.rounds if cohort >= self.clients else math.ceil(self.rounds / (self.clients // cohort))
@@ -592,6 +655,20 @@ class Scenario:
             records_bound=self.records_bound or 10 * per_client,
             retries=self.retries if self.retries >= 0 else max(1, math.ceil(turns / 20)),
             min_replies=self.min_replies or max(1, cohort // 2),
+            server_lr=self.server_rate if self.strategy in ("fedavgm", "fedadam") else 0.0,
+        )
+
+    def _resolved_central(self, per_client: int) -> Self:
+        # Imported here, because it needs NumPy and a page of help does not.
+        from privacy.central import turns_of
+
+        turns = self.client_turns or turns_of(self.rounds, self.client_rate)
+        return dataclasses.replace(
+            self,
+            records_per_client=per_client,
+            records_bound=self.records_bound or 10 * per_client,
+            client_turns=turns,
+            retries=self.retries if self.retries >= 0 else max(1, math.ceil(turns / 20)),
             server_lr=self.server_rate if self.strategy in ("fedavgm", "fedadam") else 0.0,
         )
 
@@ -649,6 +726,17 @@ _RULES: Final = (
         remedy="drop it or choose such a strategy",
     ),
     _Rule(name="workers", on="engine", words=("local",), remedy="drop it: Ray starts its own workers"),
+    *(
+        _Rule(name=name, on="unit", words=("client",), remedy="drop it or add unit client")
+        for name in ("client-rate", "client-turns", "clip-quantile", "clip-lr", "bit-noise")
+    ),
+    _Rule(name="cohort", on="unit", words=("record",), remedy="drop it: coins at the client-rate draw a cohort"),
+    _Rule(name="min-replies", on="unit", words=("record",), remedy="drop it: a thin round counts like any other"),
+    _Rule(name="weights", on="unit", words=("record",), remedy="drop it: one client may weigh no more than another"),
+    # In one sum a person in several clients moves it several times: their ledgers' figures do not add up to that.
+    _Rule(name="multiplicity", on="unit", words=("record",), remedy="drop it: no figure covers a person in several"),
+    _Rule(name="views", on="unit", words=("record",), remedy="drop it: training at a client is plain"),
+    _Rule(name="mode", on="unit", words=("record",), remedy="drop it: training at a client is plain"),
 )
 
 

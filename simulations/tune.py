@@ -32,7 +32,7 @@ from privacy.accounting import Event, Grant, best_order, merged, pld_epsilon, rd
 from privacy.errors import BudgetExceeded, PlanError, RunError
 from privacy.files import write_whole
 from privacy.ledger import Account, Book
-from privacy.plan import Adjacency, require
+from privacy.plan import Adjacency, Unit, require
 from server.app import CHECKPOINT, METRICS, Ending
 from server.checkpoint import load
 from simulations.evidence import composed_epsilon
@@ -241,6 +241,10 @@ def prepare(
     if split:
         resolved, shared_order = _with_shares(resolved)
     plans = [calibrate(each)[0] for each in resolved]
+    require(
+        all(plan.unit is Unit.RECORD for plan in plans),
+        "expected a search that protects records, got unit client, whose candidates this version cannot price together",
+    )
     require(
         all(plan.metrics is None for plan in plans),
         "expected a search by the server's public metric alone, got metrics of clients' own records; drop --metrics",

@@ -23,6 +23,7 @@ from clients.app import parse_request
 from clients.data import Source, load_source
 from clients.holder import Holder, Kept, SecureSources, Sources, content_of, noise_name
 from clients.metrics import Judge
+from clients.plain import PlainTrainer
 from clients.records import Records, faults
 from models.task import Shape, Task, find_task
 from privacy.accounting import Event, Grant, best_order, solve_noise
@@ -30,7 +31,7 @@ from privacy.dpsgd import PrivateTrainer, check_model, choose_mode, probe, suppo
 from privacy.errors import BudgetExceeded, DataError, PlanError, RunError, TacitError
 from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
-from privacy.plan import Local, Mode, Optimizer, Plan
+from privacy.plan import Local, Mode, Optimizer, Plan, Unit
 from server.app import CHECKPOINT, joins_of
 from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
 from simulations.scenario import CONFIG_FILE, Scenario
@@ -234,16 +235,23 @@ class World:
             BudgetExceeded: Fewer clients than ``min-replies`` have enough left.
         """
         plan = self.settled.plan
-        turns = joins_of(plan.rounds, self.scenario.clients, self.scenario.cohort)
+        turns = plan.turns or joins_of(plan.rounds, self.scenario.clients, self.scenario.cohort)
         whole = Event.all_of_schedule(plan, turns)
         accounts = self.book.accounts.values()
         # In a large population accounts are opened when a client is first asked: these have everything left.
         unopened = self.population.clients - len(accounts)
         able = unopened + sum(account.grant.affords(account.spent_rdp, whole) for account in accounts)
-        if accounts and able < self.scenario.min_replies:
+        if others := {account.grant.unit for account in accounts} - {plan.unit}:
+            raise BudgetExceeded(
+                f"expected ledgers that were granted for {plan.unit}s, got ones for {min(others)}s, which decline "
+                "every charge of this job; use another folder of ledgers"
+            )
+        # At unit client no reply is needed for a round; a job that half of the clients cannot pay is a mistake anyway.
+        wanted = self.scenario.min_replies or max(1, self.scenario.clients // 2)
+        if accounts and able < wanted:
             richest = min(accounts, key=lambda account: account.spent)
             raise BudgetExceeded(
-                f"expected at least {self.scenario.min_replies} ledgers that can pay for the whole job, got {able}: "
+                f"expected at least {wanted} ledgers that can pay for the whole job, got {able}: "
                 f"the least used has spent epsilon {richest.spent:.3g} of {richest.grant.epsilon:g}; "
                 "another run on these data sets needs budget that was not granted"
             )
@@ -251,7 +259,11 @@ class World:
     def _grant(self, names: Sequence[str]) -> None:
         plan = self.settled.plan
         grant = Grant(
-            epsilon=plan.epsilon, delta=plan.delta, order=self.settled.order, records_bound=plan.records_bound
+            epsilon=plan.epsilon,
+            delta=plan.delta,
+            order=self.settled.order,
+            unit=plan.unit,
+            records_bound=plan.records_bound,
         )
         apart = self.scenario.persons == "apart"
         if apart and (other := another_split(self.book.populations, self.scenario, self.task)):
@@ -297,6 +309,8 @@ class World:
             simulated=True,
             # Who simulates is every holder, and asks with the plan's own words.
             allow_metrics=frozenset(self.settled.plan.metrics.words if self.settled.plan.metrics else ()),
+            # Whoever chose the scenario plays every holder of it, and chose their policy too.
+            allow_central=self.scenario.unit == Unit.CLIENT,
         )
 
     def charge_cohort(self, pairs: Sequence[tuple[Message, Context]]) -> None:
@@ -309,7 +323,9 @@ class World:
         for message, context in pairs:
             holder, request = self.holder(context), parse_request(message)
             # What was kept is sent again, and must not be charged again (guarantee G9).
-            if holder.allows(request.plan) and self.kept.get(request.job, holder.account(), request.digest) is None:
+            if not holder.allows(request.plan):
+                continue
+            if self.kept.get(request.job, holder.account(), request.digest) is None:
                 charge = request.charge_of(
                     holder.name, noise=noise_name(self.sources), commitment=holder.commitment, code=holder.code
                 )
@@ -451,6 +467,8 @@ def calibrate(scenario: Scenario) -> tuple[Plan, float]:
     Raises:
         PlanError: No noise is enough, or values contradict each other.
     """
+    if scenario.unit == Unit.CLIENT:
+        return central_plan(scenario)
     joins = joins_of(scenario.rounds, scenario.clients, scenario.cohort) + scenario.retries
     steps = scenario.steps_per_round * joins
     metrics = scenario.asked_metrics
@@ -496,6 +514,8 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     if scenario.weights == "declared" and scenario.engine != "local":
         raise PlanError("expected engine local with declared weights, got ray, where nodes have no fixed numbers")
     device = _device(scenario.device)
+    if scenario.unit == Unit.CLIENT:
+        return _settle_central(scenario, task, shape, device)
     plan, order = calibrate(scenario)
     model = task.fresh(shape, scenario.seed)
     check_model(model)
@@ -531,17 +551,84 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
         device=device,
     )
     plan = dataclasses.replace(plan, mode=mode)
-    local = Local(
+    local = _local(scenario)
+    # What does not run or fit in memory must fail before a ledger pays for it: an engine charges whole cohorts at once.
+    PrivateTrainer(model, task.loss, plan=plan, local=local, augment=task.augment, device=device).rehearse(make_batch)
+    if plan.metrics is not None:
+        Judge(task, shape, scenario.seed, device).rehearse(make_batch)
+    return _settled(scenario, task, plan, local, order, device)
+
+
+def central_plan(scenario: Scenario) -> tuple[Plan, float]:
+    """Solves the plan of a resolved scenario at unit client, on its public numbers alone.
+
+    Epsilon is the figure against whoever sees who takes part: no discount for the coins, and the most turns that one
+    client's coins may have, retries included, each of which its ledger charges. The smaller figure, of somebody who
+    sees models alone, is what a report adds; it is never solved for, because nothing could enforce that nobody learns
+    who took part.
+
+    Returns:
+        The plan, and the Renyi order of new grants.
+
+    Raises:
+        PlanError: No noise is enough, or values contradict each other.
+    """
+    joins = scenario.client_turns + scenario.retries
+    if scenario.noise_multiplier:
+        noise = scenario.noise_multiplier
+        event = Event(unit=Unit.CLIENT, sample_rate=1.0, noise_multiplier=noise, steps=joins)
+        order, epsilon = best_order(event, scenario.delta)
+    else:
+        epsilon = scenario.epsilon
+        noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=1.0, steps=joins)
+    cohort = scenario.client_rate * scenario.clients
+    bit_noise = scenario.bit_noise or max(cohort / 20, 2 * noise)
+    plan = Plan(
+        unit=Unit.CLIENT,
+        sample_rate=scenario.sample_rate,
+        expected_batch=cohort,
+        l2_clip=scenario.l2_clip,
+        noise_multiplier=noise,
+        steps=scenario.steps_per_round,
+        rounds=scenario.rounds,
+        joins=joins,
+        epsilon=epsilon,
+        delta=scenario.delta,
+        records_bound=scenario.records_bound,
+        physical_batch=scenario.physical_batch,
+        client_rate=scenario.client_rate,
+        turns=scenario.client_turns,
+        quantile=scenario.clip_quantile,
+        clip_lr=scenario.clip_lr if scenario.clip_quantile else 0.0,
+        bit_noise=bit_noise if scenario.clip_quantile else 0.0,
+    )
+    return plan, order
+
+
+def _settle_central(scenario: Scenario, task: Task, shape: Shape, device: str) -> Settled:
+    """Settles a job at unit client: nothing is done example by example, so there is no mode to choose or to probe."""
+    plan, order = central_plan(scenario)
+    local = _local(scenario)
+    model = task.fresh(shape, scenario.seed)
+    check_model(model)
+    generator = torch.Generator().manual_seed(scenario.seed)
+    PlainTrainer(model, task, plan=plan, local=local, device=device).rehearse(
+        lambda count: task.synthetic(shape, count, generator)
+    )
+    return _settled(scenario, task, plan, local, order, device)
+
+
+def _local(scenario: Scenario) -> Local:
+    return Local(
         optimizer=Optimizer(scenario.optimizer),
         lr=scenario.lr,
         momentum=scenario.momentum,
         weight_decay=scenario.weight_decay,
         proximal_mu=scenario.proximal_mu,
     )
-    # What does not run or fit in memory must fail before a ledger pays for it: an engine charges whole cohorts at once.
-    PrivateTrainer(model, task.loss, plan=plan, local=local, augment=task.augment, device=device).rehearse(make_batch)
-    if plan.metrics is not None:
-        Judge(task, shape, scenario.seed, device).rehearse(make_batch)
+
+
+def _settled(scenario: Scenario, task: Task, plan: Plan, local: Local, order: float, device: str) -> Settled:
     return Settled(
         id=os.urandom(16).hex(),
         plan=plan,

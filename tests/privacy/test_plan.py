@@ -34,8 +34,10 @@ def test_every_field_of_a_plan_is_in_its_digest() -> None:
     plan = make_plan()
     digests = {dataclasses.replace(plan, **{name: value}).digest() for name, value in changes.items()}
     assert len(digests | {plan.digest()}) == len(changes) + 1
-    # Unit and adjacency have one legal value each; together these are all fields, so a new one must be added here.
-    assert set(changes) | {"unit", "adjacency"} == {field.name for field in dataclasses.fields(Plan)}
+    # Adjacency has one legal value, unit two with fields of their own (below); together these are all fields, so a new
+    # one must be added here.
+    central = {"client_rate", "turns", "quantile", "clip_lr", "bit_noise"}
+    assert set(changes) | {"unit", "adjacency"} | central == {field.name for field in dataclasses.fields(Plan)}
 
 
 def test_a_plan_with_metrics_survives_json_and_each_of_their_fields_is_in_the_digest() -> None:
@@ -171,11 +173,78 @@ def test_g2_a_bound_on_records_that_is_none_cannot_excuse_a_delta(bound: Any) ->
     assert 0.9 < 1 / 0.5
 
 
-def test_planning_for_clients_as_the_unit_is_refused_until_it_is_there() -> None:
-    with pytest.raises(PlanError, match="unit"):
-        make_plan(unit=Unit.CLIENT)
-    with pytest.raises(PlanError, match="adjacency"):
-        make_plan(adjacency=Adjacency.REPLACE_ONE)
+CENTRAL: dict[str, Any] = {
+    "unit": Unit.CLIENT,
+    "expected_batch": 20.0,
+    "client_rate": 0.2,
+    "turns": 10,
+    "joins": 11,
+    "mode": Mode.AUTO,
+}
+FOLLOWING = CENTRAL | {"quantile": 0.5, "clip_lr": 0.2, "bit_noise": 5.0}
+
+
+def test_a_plan_for_clients_survives_json_and_every_field_of_its_own_is_in_its_digest() -> None:
+    plan = make_plan(**FOLLOWING)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.digest() == plan.digest()
+    changes = {"client_rate": 0.3, "turns": 9, "quantile": 0.4, "clip_lr": 0.1, "bit_noise": 4.0}
+    digests = {dataclasses.replace(plan, **{name: value}).digest() for name, value in changes.items()}
+    assert len(digests | {plan.digest()}) == len(changes) + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"client_rate": 0.0},
+        {"client_rate": 1.5},
+        {"client_rate": math.nan},
+        {"turns": 0},
+        {"turns": 12},
+        {"turns": True},
+        {"views": 2},
+        {"mode": Mode.HOOKS},
+        {"quantile": 1.0},
+        {"quantile": -0.5},
+        {"clip_lr": 0.0},
+        {"clip_lr": 1.5},
+        {"bit_noise": 0.65},
+        {"bit_noise": math.inf},
+        {"quantile": 0.0},
+        {"expected_batch": 50_001.0, "delta": 1e-9},
+        # One of 100 clients could be published whole.
+        {"delta": 0.01, "records_bound": 50},
+    ],
+)
+def test_a_plan_for_clients_that_cannot_mean_what_it_says_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="expected"):
+        make_plan(**FOLLOWING | changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"client_rate": 0.2}, {"client_rate": 1}, {"turns": 3}, {"quantile": 0.5}, {"bit_noise": 1.0}]
+)
+def test_what_only_a_plan_for_clients_has_is_refused_in_one_for_records(changes: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="only at unit client"):
+        make_plan(**changes)
+
+
+# As the version before plans for clients wrote it into ledgers and job.json.
+BEFORE = (
+    '{"adjacency":"add-remove","delta":1e-05,"epsilon":3.0,"expected_batch":27.1828,"joins":50,"l2_clip":0.7,'
+    '"mode":"hooks","noise_multiplier":1.3,"physical_batch":256,"records_bound":5000,"rounds":9,"sample_rate":0.1,'
+    '"steps":2,"unit":"record","views":1}'
+)
+
+
+def test_a_plan_for_records_keeps_the_text_and_the_digest_that_it_had_before_plans_for_clients() -> None:
+    plan = make_plan()
+    assert plan.to_json() == BEFORE
+    assert plan.digest() == "769710404a55989cf5818f9812201676252f2f93c69db214edc60cf3028eefea"
+    assert Plan.from_json(BEFORE) == plan
+    # job.json of this version spells every field out; it is the same plan.
+    assert Plan.from_json(json.dumps(dataclasses.asdict(plan))).digest() == plan.digest()
 
 
 def test_local_knobs_survive_json_and_refuse_nonsense() -> None:
@@ -199,3 +268,8 @@ def test_canonical_text_has_one_form() -> None:
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="not JSON compliant"):
             canonical(value)
+
+
+def test_planning_for_another_adjacency_is_refused() -> None:
+    with pytest.raises(PlanError, match="adjacency"):
+        make_plan(adjacency=Adjacency.REPLACE_ONE)

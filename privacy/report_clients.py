@@ -1,0 +1,237 @@
+"""What a report says differently where a plan protects clients and the server is trusted (guarantee G16).
+
+Three adversaries see three things, and each has a figure of its own: infinity for the server; the unamplified figure
+for whoever sees who took part, which is the headline, because a reader of the report is one of them; and the amplified
+figure for somebody who sees the models alone, which is never printed without these words beside it. A relay belongs to
+the second only where it cannot read what it carries; nothing is sealed end to end in this version, so a deployment's
+relay gets infinity too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from privacy.report_page import INFINITY, UNKNOWN, figure_words
+
+if TYPE_CHECKING:
+    from privacy.report import RunFacts
+
+AGAINST: Final = "whoever sees who took part"
+_SERVER: Final = "the server, which saw each update and added the noise"
+_MODELS: Final = "somebody who sees the models alone, and neither messages, receipts nor this report"
+
+
+def for_clients(report: Mapping[str, Any], facts: RunFacts, *, whole: bool) -> dict[str, Any]:
+    """Returns a report whose words and figures are those of a plan at unit client.
+
+    Args:
+        report: As built for what all plans share; its headline is the unamplified figure.
+        facts: What it was built from.
+        whole: Whether every ledger holds the committed schedule and nothing else.
+    """
+    headline = dict(report["headline"])
+    epsilon = headline["epsilon"]
+    models = _models_alone(facts, epsilon, whole=whole)
+    figures = [(AGAINST, epsilon), (_SERVER, INFINITY), (_MODELS, models)]
+    headline |= {
+        "protects": "one client with all its records",
+        "against": AGAINST,
+        "adversaries": [{"who": who, "epsilon": figure} for who, figure in figures],
+        "person": _person(epsilon, models),
+        "federation": headline["federation"]
+        | {"rule": "largest over clients; a person with records at several clients is not covered by it"},
+    }
+    if not isinstance(epsilon, str):
+        headline["sentence"] = _sentence(epsilon, headline["delta"])
+        headline["basis"] += f"; against {AGAINST}, with no discount for the coins"
+    changed: dict[str, Any] = {
+        "headline": headline,
+        "run": report["run"] | {"setting": _setting(facts)},
+        "warnings": [
+            "The server is trusted: it sees each client's update in the clear, and against it epsilon is infinity.",
+            f"Every other epsilon here, spent or granted, is the one against {AGAINST}, unless it says otherwise.",
+            *report["warnings"],
+        ],
+        "prices": report["prices"] | {"models_alone": {"epsilon": models, "against": _MODELS}},
+        "assumptions": _assumptions(report["assumptions"], facts),
+        "covered": [
+            "Everything that all records of one client together did to the models.",
+            "The model of every round, the final one, and anything computed from them later.",
+            *report["covered"][2:],
+        ],
+        "not_covered": [
+            "Each client's update, before the server: it travels in the clear to the server, which could look at it.",
+            "That a client took part, and when: the figures hide what its records are, not that it is there.",
+            "A person with records at several clients.",
+            *report["not_covered"],
+        ],
+        "adversaries": _adversaries(report["adversaries"], facts, epsilon, models),
+        "mechanism": report["mechanism"]
+        | {
+            "mechanism": "plain training at each client; the server clips updates, sums, adds Gaussian noise, divides "
+            "by a constant",
+            "clipping": _clipping(facts),
+            "noise": f"standard deviation {_noise(facts):g} x clip on the sum, once each round, however many replied",
+            "augmentation": "each record by itself, at random" if facts.augmented else "none",
+            "setting": _setting(facts),
+        },
+        "sampling": _sampling(facts),
+    }
+    return {**report, **changed}
+
+
+def _models_alone(facts: RunFacts, headline: float | str, *, whole: bool) -> float | str:
+    """Returns the amplified figure, which is no better known than the headline."""
+    figure = facts.prices.models_alone
+    if isinstance(headline, str):
+        return headline
+    # Of another run in the same ledgers nobody here knows the coins.
+    if not whole or figure is None or math.isnan(figure):
+        return UNKNOWN
+    return figure if math.isfinite(figure) else INFINITY
+
+
+def _sentence(epsilon: float, delta: float) -> str:
+    odds = figure_words(math.exp(epsilon) if epsilon < 700 else INFINITY)
+    return (
+        f"Against {AGAINST} (other clients, readers of this report, a relay that cannot read what it carries): adding "
+        "or removing one client's records, all of them, changes the odds of any conclusion from the models by at most "
+        f"a factor of {odds}, up to a slack of one in {1 / delta:,.0f} (epsilon {figure_words(epsilon)} at delta "
+        f"{figure_words(delta)}). Against the server, which added the noise, there is no guarantee."
+    )
+
+
+def _person(epsilon: float | str, models: float | str) -> list[dict[str, Any]]:
+    return [
+        {"who": f"A person whose records are all at one client, against {AGAINST}", "epsilon": epsilon},
+        {"who": f"The same person against {_SERVER}", "epsilon": INFINITY},
+        {
+            "who": f"The same person against {_MODELS}",
+            "epsilon": models,
+            "note": "secret coins decided who took part; it does not hold for anybody who learns how they fell",
+        },
+        {
+            "who": "A person with records at several clients",
+            "epsilon": "none possible",
+            "note": "several of its clients may be in one sum, and nothing bounds how many",
+        },
+    ]
+
+
+def _setting(facts: RunFacts) -> str:
+    words = (
+        "Each client trains plainly and sends its clipped update to the server, which is trusted: it sees the updates, "
+        "clips them again and adds the noise. Each holder's own policy allowed that."
+    )
+    if facts.simulation is None:
+        return words
+    return words + " This was a simulation: one machine held all data sets and played every part."
+
+
+def _noise(facts: RunFacts) -> float:
+    # Imported here, because only plans at unit client need NumPy for a report.
+    from privacy.central import update_noise
+
+    return update_noise(facts.plan)
+
+
+def _clipping(facts: RunFacts) -> str:
+    plan = facts.plan
+    if not plan.quantile:
+        return f"L2 norm at most {plan.l2_clip:g} per client and round, at the client and again at the server"
+    return (
+        f"L2 norm per client and round, at first {plan.l2_clip:g}, then following the {plan.quantile:g} quantile of "
+        f"the updates' norms by their number within the clip, noised with standard deviation {plan.bit_noise:g}; "
+        "update and number together are one release of the plan's noise multiplier"
+    )
+
+
+def _assumptions(rows: list[dict[str, Any]], facts: RunFacts) -> list[dict[str, Any]]:
+    """Returns the chain with the links that run at the server, who is trusted to run them."""
+    plan = facts.plan
+    first = " at first" if plan.quantile else ""
+    by_server = {
+        "sample": f"Each client takes part in each round by its own secret coin, at the public rate "
+        f"{plan.client_rate:g}, in {plan.turns} rounds at most; coins are stored before the first message and never "
+        "drawn again.",
+        "clip": f"Each client moves a round's sum by at most the clip ({plan.l2_clip:g}{first}, L2), whatever came.",
+        "add noise": f"By the server: Gaussian, {_noise(facts):g} times the clip, however many replied. Source: "
+        f"{facts.noise_source}.",
+        "divide": f"By the public constant {plan.expected_batch:g} clients, never by how many replied.",
+        "keep": "The noised model is stored before anything reads it; of one round, one is ever used.",
+        "send": "The clipped update goes to the server, and nothing else does; only noised models go to anybody else.",
+        "examples alone": "Not needed: nothing here bounds a single record, only a client.",
+        "schedule": f"At most {plan.joins} charges per client ({plan.turns} turns, the rest for retries), fixed before "
+        "the first round.",
+    }
+    trusted = {"sample", "clip", "add noise", "divide", "keep"}
+    changed = []
+    for row in rows:
+        words = by_server.get(row["name"], row["words"])
+        if row["name"] in trusted:
+            words += " The server is trusted to do so."
+        changed.append(row | {"words": words})
+    return changed
+
+
+def _adversaries(
+    rows: list[dict[str, str]], facts: RunFacts, epsilon: float | str, models: float | str
+) -> list[dict[str, Any]]:
+    seen = "who took part, and the models that they may see"
+    # Unsealed messages show it each update. In a simulation none travelled, so there the figure is a condition.
+    relay = INFINITY if facts.simulation is None else epsilon
+    central = [
+        (_SERVER, "each client's clipped update, in the clear", INFINITY, "nothing: it is trusted"),
+        (
+            "the relay and its operator",
+            f"{seen}; updates too, where messages are not sealed",
+            relay,
+            "only where messages are sealed end to end, which this version does not do; else infinity",
+        ),
+        ("other clients", "the model of every round, and perhaps who took part", epsilon, "the headline"),
+        ("readers of this report or of receipts", seen, epsilon, "the headline"),
+        (_MODELS, "the final model, at most every model", models, "the coins' secrecy besides the noise"),
+    ]
+    kept = [row for row in rows if row["who"] not in ("the server", "the relay and its operator", "other clients")]
+    words = {
+        "the network": "the headline figure for models; no sealing of messages in this version, so nothing for updates",
+        "a thief of a disk": "nothing for kept updates, coins and records: they are not encrypted in a simulation",
+    }
+    kept = [row | {"protected_by": words.get(row["who"], row["protected_by"])} for row in kept]
+    changed: list[dict[str, Any]] = [
+        {"who": who, "sees": sees, "epsilon": figure, "protected_by": f"epsilon {_words(figure)}; {why}"}
+        for who, sees, figure, why in central
+    ]
+    return changed + [row for row in kept if row["who"] != "the public, users of the model"]
+
+
+def _words(figure: float | str) -> str:
+    return figure if isinstance(figure, str) else figure_words(figure)
+
+
+def _sampling(facts: RunFacts) -> list[dict[str, str]]:
+    plan = facts.plan
+    rows = [
+        (
+            "cohorts",
+            f"for the headline: none. For models alone: Poisson, each client with probability {plan.client_rate:g} per "
+            "round",
+            "a coin per client and round from the noise source; a thin or an empty cohort is never drawn again",
+        ),
+        ("missing replies", "add nothing", "noise and divisor stay what they are"),
+        (
+            "expected cohort",
+            "a public constant",
+            f"{plan.expected_batch:g} clients, rate times their public number",
+        ),
+        (
+            "turns",
+            f"{facts.prices.steps:,} per client at most",
+            f"{plan.turns} by its coins, the rest for retries, counted by the ledger; a client is held back by its own "
+            "earlier coins alone",
+        ),
+        ("local batches", "no assumption", "plain training; nothing rests on how a client samples its records"),
+    ]
+    return [{"what": what, "assumed": assumed, "actual": actual} for what, assumed, actual in rows]
