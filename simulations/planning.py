@@ -205,6 +205,8 @@ def signal(settled: Plan, scenario: Scenario, parameters: int | None) -> dict[st
     if settled.unit is Unit.CLIENT:
         # One noise on the cohort's sum, and the divisor is the expected cohort itself.
         clients = 1.0
+    # A client's update is clipped whole; of a record's gradients each step of a round adds one.
+    steps = 1 if settled.unit is Unit.CLIENT else settled.steps
     per_parameter = settled.noise_multiplier * settled.l2_clip / settled.expected_batch / math.sqrt(clients)
     norm = None if parameters is None else per_parameter * math.sqrt(parameters)
     return {
@@ -214,9 +216,12 @@ def signal(settled: Plan, scenario: Scenario, parameters: int | None) -> dict[st
         "noise_per_parameter": per_parameter,
         "noise_norm": norm,
         "ratio_of_a_step": None if norm is None else settled.l2_clip / norm,
-        "ratio_of_a_round": None if norm is None else settled.l2_clip / norm * math.sqrt(settled.steps),
+        "ratio_of_a_round": None if norm is None else settled.l2_clip / norm * math.sqrt(steps),
         "formula": "noise norm = sigma * C * sqrt(P) / (B * sqrt(n)); signal at most C",
-        "assumes": "plain SGD steps; every record's gradient at the bound and all pulling alike, so a real signal is "
+        "assumes": "every client's update at the clip and all pulling alike, so a real signal is smaller; the expected "
+        "cohort replies"
+        if settled.unit is Unit.CLIENT
+        else "plain SGD steps; every record's gradient at the bound and all pulling alike, so a real signal is "
         "smaller; noise independent between clients and steps; all of the cohort replies",
     }
 
