@@ -226,7 +226,6 @@ MATRIX: dict[Callable[[Patch], None], set[str]] = {
         "neighbours",
         "gradient canaries",
         "gradient canaries, q=1",
-        "many trainings, q=1",
     },
     half_noise: {"noise", "neighbours", "many trainings, q=1"},
     noise_of_another_shape: {"noise"},
