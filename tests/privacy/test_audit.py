@@ -226,7 +226,6 @@ MATRIX: dict[Callable[[Patch], None], set[str]] = {
         "neighbours",
         "gradient canaries",
         "gradient canaries, q=1",
-        "many trainings, q=1",
     },
     half_noise: {"noise", "neighbours", "many trainings, q=1"},
     noise_of_another_shape: {"noise"},
@@ -317,6 +316,14 @@ def test_a_model_of_a_few_parameters_is_probed_for_noise_by_another() -> None:
     )
     assert audit.noise_probe(tiny, numbers=30_000).holds
     assert not audit.noise_probe(dataclasses.replace(tiny, sources=lambda: Silent(Keystream())), numbers=30_000).holds
+
+
+def test_a_model_too_large_to_keep_whole_is_audited_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "_NUMBERS_KEPT", 100)
+    monkeypatch.setattr(audit, "_GRADIENTS_HELD", 650 * 30)
+    assert audit.noise_probe(subject(), numbers=20_000).holds
+    assert not audit.noise_probe(subject(sources=lambda: Halved(Keystream())), numbers=20_000).holds
+    assert audit.one_run_examples(subject(), canaries=200, rounds=2).figures["canaries"] == 30
 
 
 def test_noise_used_twice_is_found_in_whatever_source_it_comes_from() -> None:
