@@ -439,8 +439,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     scenario = Scenario.layered(arguments.scenario, _flags(arguments))
     planning = importlib.import_module("simulations.planning")
     ledgers = arguments.ledgers
-    if ledgers is None and scenario.ledgers and (Path(scenario.ledgers) / "ledger.jsonl").is_file():
-        ledgers = Path(scenario.ledgers)
+    shared = Path(scenario.ledgers).expanduser()
+    if ledgers is None and scenario.ledgers and (shared / "ledger.jsonl").is_file():
+        ledgers = shared
     facts = planning.plan(scenario, ledgers=ledgers)
     if arguments.plot is not None:
         from privacy.files import write_whole
@@ -649,6 +650,7 @@ def _tune_page(kinds: Any) -> None:
 
 def _tune(arguments: argparse.Namespace) -> int:
     from privacy.errors import PlanError
+    from simulations.scenario import Scenario
 
     flags = _flags(arguments)
     given = [*flags, *(["try"] if arguments.tries else []), *(["list"] if arguments.list else [])]
@@ -661,14 +663,14 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise PlanError("expected --try or --list, got both; drop one")
     tune = importlib.import_module("simulations.tune")
     watcher = _SearchDisplay(_console(), tune, silent=arguments.json)
+    folder = arguments.resume
     try:
         if arguments.resume is not None:
-            folder = arguments.resume
             search = tune.resume(folder, watcher)
         else:
             out = flags.pop("out", "")
             candidates = tune.listed(arguments.list) if arguments.list is not None else tune.grid(arguments.tries)
-            seed = int(str(flags.get("seed", 0))) if str(flags.get("seed", 0)).isdecimal() else 0
+            seed = Scenario.layered(arguments.scenario, flags).seed
             search = tune.prepare(
                 arguments.scenario,
                 flags,
@@ -686,7 +688,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             folder = Path(str(out)) if out else _search_folder(search["task"])
             search = tune.run(search, folder, watcher)
     except KeyboardInterrupt:
-        return _fail("stopped; what was finished is kept, go on with: tacit tune --resume DIR", 130)
+        return _fail(f"stopped; what was finished is kept, go on with: tacit tune --resume {folder}", 130)
     if arguments.json:
         print(json.dumps(_finite(search), allow_nan=False))
     else:
