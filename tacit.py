@@ -494,7 +494,8 @@ def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
         rows[" also"] = f"rho {cost['zcdp_rho']:.4g} in zCDP, mu {cost['gdp_mu']:.4g} in Gaussian DP (no sampling)"
     odds = cost["odds"]
     shown = "without bound" if math.isinf(odds) else f"{_up(odds)} times"
-    rows["attacker"] = f"odds that a record was there grow by {shown} at most, but for delta"
+    who = "a record" if many["multiplicity"] == 1 else f"a person of {many['multiplicity']} clients"
+    rows["attacker"] = f"odds that {who} was there grow by {shown} at most, but for delta"
     for item in cost["tpr"]:
         rows[f" {item['fpr']:g}"] = (
             f"finds {_up(100 * item['tpr'])} % of members at most where it accuses {100 * item['fpr']:g} % of others"

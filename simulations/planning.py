@@ -131,12 +131,15 @@ def cost(event: Event, delta: float, *, order: float, multiplicity: int = 1) -> 
     filtered = best_order(event, delta)[1]
     tight = filtered <= _PLD_EPSILON
     deltas = (delta, delta / 10, delta / 100)
-    curve = [(at, pld_epsilon(event, at) if tight else best_order(event, at)[1]) for at in deltas]
+    curve = [(at, _tightest(event, at)) for at in deltas]
     # PRV needs a loss worth integrating: at next to no cost it works for minutes.
     asked = tight and curve[0][1] > 1e-3
     why = "epsilon below 0.001" if tight else f"epsilon above {_PLD_EPSILON}"
     prv, note = prv_epsilon(event, delta, _PRV_TIMEOUT_S) if asked else (None, f"not asked: {why}")
     epsilon = curve[0][1]
+    # What an attacker can do is said of the whole person, as the headline of a report is (guarantee G4).
+    every = dataclasses.replace(event, steps=event.steps * multiplicity)
+    person = [(at, _tightest(every, at)) for at in deltas]
     whole = event.sample_rate == 1
     return {
         "filter": {"epsilon": filtered, "order": order},
@@ -145,10 +148,10 @@ def cost(event: Event, delta: float, *, order: float, multiplicity: int = 1) -> 
         "prv_note": note,
         "replace_one": pld_epsilon(event, delta, Adjacency.REPLACE_ONE) if tight else None,
         "at_deltas": [{"delta": at, "epsilon": figure} for at, figure in curve],
-        "odds": math.exp(epsilon) if epsilon < 700 else math.inf,
-        "tpr": [{"fpr": fpr, "tpr": attacker_power(curve, fpr)} for fpr in _FPR],
+        "odds": math.exp(person[0][1]) if person[0][1] < 700 else math.inf,
+        "tpr": [{"fpr": fpr, "tpr": attacker_power(person, fpr)} for fpr in _FPR],
         "persons": [{"records": k, "epsilon": _of_person(event, delta, k, epsilon)} for k in _PERSONS],
-        "federation": {"multiplicity": multiplicity, "epsilon": _of_many(event, delta, multiplicity)},
+        "federation": {"multiplicity": multiplicity, "epsilon": person[0][1]},
         "zcdp_rho": event.steps / (2 * event.noise_multiplier**2) if whole else None,
         "gdp_mu": math.sqrt(event.steps) / event.noise_multiplier if whole else None,
     }
@@ -166,11 +169,10 @@ def _of_person(event: Event, delta: float, records: int, single: float) -> float
     return group_epsilon(event, delta, records, interval)
 
 
-def _of_many(event: Event, delta: float, multiplicity: int) -> float:
-    """Returns epsilon for a person with one record at each of several clients (guarantee G4)."""
-    every = dataclasses.replace(event, steps=event.steps * multiplicity)
-    filtered = best_order(every, delta)[1]
-    return pld_epsilon(every, delta) if filtered <= _PLD_EPSILON else filtered
+def _tightest(event: Event, delta: float) -> float:
+    """Returns epsilon by PLD, or by RDP where PLD would take minutes."""
+    filtered = best_order(event, delta)[1]
+    return pld_epsilon(event, delta) if filtered <= _PLD_EPSILON else filtered
 
 
 # -- how much noise -------------------------------------------------------------------------------------------------
