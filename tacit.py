@@ -458,8 +458,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     scenario = Scenario.layered(arguments.scenario, _flags(arguments))
     planning = importlib.import_module("simulations.planning")
     ledgers = arguments.ledgers
-    if ledgers is None and scenario.ledgers and (Path(scenario.ledgers) / "ledger.jsonl").is_file():
-        ledgers = Path(scenario.ledgers)
+    shared = Path(scenario.ledgers).expanduser()
+    if ledgers is None and scenario.ledgers and (shared / "ledger.jsonl").is_file():
+        ledgers = shared
     facts = planning.plan(scenario, ledgers=ledgers)
     if arguments.plot is not None:
         from privacy.files import write_whole
@@ -512,7 +513,8 @@ def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
         rows[" also"] = f"rho {cost['zcdp_rho']:.4g} in zCDP, mu {cost['gdp_mu']:.4g} in Gaussian DP (no sampling)"
     odds = cost["odds"]
     shown = "without bound" if math.isinf(odds) else f"{_up(odds)} times"
-    rows["attacker"] = f"odds that a record was there grow by {shown} at most, but for delta"
+    who = "a record" if many["multiplicity"] == 1 else f"a person of {many['multiplicity']} clients"
+    rows["attacker"] = f"odds that {who} was there grow by {shown} at most, but for delta"
     for item in cost["tpr"]:
         rows[f" {item['fpr']:g}"] = (
             f"finds {_up(100 * item['tpr'])} % of members at most where it accuses {100 * item['fpr']:g} % of others"
@@ -668,6 +670,7 @@ def _tune_page(kinds: Any) -> None:
 
 def _tune(arguments: argparse.Namespace) -> int:
     from privacy.errors import PlanError
+    from simulations.scenario import Scenario
 
     flags = _flags(arguments)
     given = [*flags, *(["try"] if arguments.tries else []), *(["list"] if arguments.list else [])]
@@ -680,14 +683,14 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise PlanError("expected --try or --list, got both; drop one")
     tune = importlib.import_module("simulations.tune")
     watcher = _SearchDisplay(_console(), tune, silent=arguments.json)
+    folder = arguments.resume
     try:
         if arguments.resume is not None:
-            folder = arguments.resume
             search = tune.resume(folder, watcher)
         else:
             out = flags.pop("out", "")
             candidates = tune.listed(arguments.list) if arguments.list is not None else tune.grid(arguments.tries)
-            seed = int(str(flags.get("seed", 0))) if str(flags.get("seed", 0)).isdecimal() else 0
+            seed = Scenario.layered(arguments.scenario, flags).seed
             search = tune.prepare(
                 arguments.scenario,
                 flags,
@@ -705,7 +708,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             folder = Path(str(out)) if out else _search_folder(search["task"])
             search = tune.run(search, folder, watcher)
     except KeyboardInterrupt:
-        return _fail("stopped; what was finished is kept, go on with: tacit tune --resume DIR", 130)
+        return _fail(f"stopped; what was finished is kept, go on with: tacit tune --resume {folder}", 130)
     if arguments.json:
         print(json.dumps(_finite(search), allow_nan=False))
     else:

@@ -134,12 +134,15 @@ def cost(history: Sequence[Event], delta: float, *, order: float, multiplicity: 
     filtered = best_order(history, delta)[1]
     tight = filtered <= _PLD_EPSILON
     deltas = (delta, delta / 10, delta / 100)
-    curve = [(at, pld_epsilon(history, at) if tight else best_order(history, at)[1]) for at in deltas]
+    curve = [(at, _tightest(history, at)) for at in deltas]
     # PRV needs a loss worth integrating: at next to no cost it works for minutes.
     asked = tight and curve[0][1] > 1e-3
     why = "epsilon below 0.001" if tight else f"epsilon above {_PLD_EPSILON}"
     prv, note = prv_epsilon(history, delta, _PRV_TIMEOUT_S) if asked else (None, f"not asked: {why}")
     epsilon = curve[0][1]
+    # What an attacker can do is said of the whole person, as the headline of a report is (guarantee G4).
+    every = repeated(history, multiplicity)
+    person = [(at, _tightest(every, at)) for at in deltas]
     whole = all(event.sample_rate == 1 for event in history)
     return {
         "filter": {"epsilon": filtered, "order": order},
@@ -148,14 +151,14 @@ def cost(history: Sequence[Event], delta: float, *, order: float, multiplicity: 
         "prv_note": note,
         "replace_one": pld_epsilon(history, delta, Adjacency.REPLACE_ONE) if tight else None,
         "at_deltas": [{"delta": at, "epsilon": figure} for at, figure in curve],
-        "odds": math.exp(epsilon) if epsilon < 700 else math.inf,
-        "tpr": [{"fpr": fpr, "tpr": attacker_power(curve, fpr)} for fpr in _FPR],
+        "odds": math.exp(person[0][1]) if person[0][1] < 700 else math.inf,
+        "tpr": [{"fpr": fpr, "tpr": attacker_power(person, fpr)} for fpr in _FPR],
         # Where clients are protected, all records of a person at one of them are in the figure already.
         "persons": [
             {"records": k, "epsilon": _of_person(history, delta, k, epsilon)}
             for k in (_PERSONS if history[0].unit is Unit.RECORD else ())
         ],
-        "federation": {"multiplicity": multiplicity, "epsilon": _of_many(history, delta, multiplicity)},
+        "federation": {"multiplicity": multiplicity, "epsilon": person[0][1]},
         "zcdp_rho": zcdp_rho(history) if whole else None,
         "gdp_mu": math.sqrt(2 * zcdp_rho(history)) if whole else None,
     }
@@ -174,11 +177,10 @@ def _of_person(history: Sequence[Event], delta: float, records: int, single: flo
     return group_epsilon(history, delta, records, interval)
 
 
-def _of_many(history: Sequence[Event], delta: float, multiplicity: int) -> float:
-    """Returns epsilon for a person with one record at each of several clients (guarantee G4)."""
-    every = repeated(history, multiplicity)
-    filtered = best_order(every, delta)[1]
-    return pld_epsilon(every, delta) if filtered <= _PLD_EPSILON else filtered
+def _tightest(history: Sequence[Event], delta: float) -> float:
+    """Returns epsilon by PLD, or by RDP where PLD would take minutes."""
+    filtered = best_order(history, delta)[1]
+    return pld_epsilon(history, delta) if filtered <= _PLD_EPSILON else filtered
 
 
 # -- how much noise -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ candidate. Everything is resumable: a finished candidate is not run again, and o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,7 +30,7 @@ import torch
 from clients.data import Source, SourceName, load_source, published
 from models.task import Task, find_task
 from privacy.accounting import Event, Grant, best_order, merged, pld_epsilon, rdp, split_noise
-from privacy.errors import BudgetExceeded, PlanError, RunError
+from privacy.errors import BudgetExceeded, PlanError, RunError, TacitError
 from privacy.files import write_whole
 from privacy.ledger import Account, Book
 from privacy.plan import Adjacency, Unit, require
@@ -442,6 +443,15 @@ def run(search: dict[str, Any], out: Path, observer: Observer) -> dict[str, Any]
         if search["public"] is None:
             require_budget(search, _ledgers(base, out))
         _save(search, out)
+        try:
+            if search["public"] is None:
+                _open_ledgers(search, base, _task(base.task), _ledgers(base, out))
+        except TacitError:
+            # Refused before anything ran: a start that failed leaves nothing to resume.
+            (out / SEARCH_FILE).unlink()
+            with contextlib.suppress(OSError):
+                out.rmdir()
+            raise
         return _go_on(search, out, observer)
 
 
@@ -468,8 +478,11 @@ def read(out: Path) -> dict[str, Any]:
         if search["schema"] != SCHEMA or not search["candidates"]:
             raise ValueError("not a search of this version")
         for candidate in search["candidates"]:
-            Scenario.from_mapping(candidate["scenario"])
-            Event.from_dict(candidate["event"])
+            event = Event.from_dict(candidate["event"])
+            planned = calibrate(Scenario.from_mapping(candidate["scenario"]))[0]
+            # A priced search gave the noise to each candidate, so nothing is solved anew and the two must agree.
+            if search["public"] is None and event != Event.of_schedule(planned):
+                raise ValueError(f"candidate {candidate['number']} is not the one that was priced")
         return dict(search)
     except OSError as error:
         raise RunError(
@@ -673,7 +686,9 @@ def total(search: Mapping[str, Any], accounts: Sequence[Account]) -> dict[str, A
     paid = [account for account in accounts if account.charges]
     across = composed_epsilon(paid, many, search["delta"]) if many > 1 else spent
     if _as_committed(search, accounts):
-        cost = search["price"]
+        # Priced anew from what the ledgers were just compared with: a stored figure proves nothing.
+        events = [Event.from_dict(candidate["event"]) for candidate in search["candidates"]]
+        cost = price(events, Scenario.from_mapping(search["scenario"]))
         tight = cost["pld"] is not None
         basis = f"all {len(search['candidates'])} candidates, priced by {'PLD' if tight else 'the RDP filter'} as one "
         epsilon = cost["person"] if many > 1 else cost["pld"] if tight else cost["epsilon"]

@@ -78,6 +78,8 @@ def test_g4_several_data_sets_a_person_are_composed():
     event = Event(sample_rate=1.0, noise_multiplier=5.0, steps=3 * facts["schedule"]["steps"])
     assert facts["cost"]["federation"]["epsilon"] == pld_epsilon(event, 1e-5)
     assert facts["cost"]["federation"]["epsilon"] > facts["cost"]["pld"]
+    # An attacker is up against the person, not against one of its records.
+    assert facts["cost"]["odds"] == pytest.approx(math.exp(facts["cost"]["federation"]["epsilon"]))
 
 
 def test_the_signal_to_noise_is_that_of_drawn_noise():

@@ -215,6 +215,7 @@ def test_g7_a_search_on_another_split_of_the_same_records_is_refused(tmp_path: P
             tune.run(
                 prepared(("lr=1",), ledgers=str(ledgers), clients=3, persons=persons), tmp_path / persons, Watcher()
             )
+        assert not (tmp_path / persons).exists()
 
 
 def test_g11_test_noise_makes_the_search_infinite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -305,6 +306,19 @@ def test_a_candidate_whose_folder_is_gone_stays_charged_and_cannot_be_run_for_fr
     (out / "search.json").write_text(json.dumps(search))
     # Its charge is in the ledgers still, so the budget no longer covers both candidates.
     with pytest.raises(BudgetExceeded):
+        tune.resume(out, Watcher())
+
+
+def test_a_search_whose_price_was_edited_is_priced_anew_and_one_whose_noise_was_is_refused(tmp_path: Path):
+    out = tmp_path / "search"
+    whole = tune.run(prepared(("lr=1",)), out, Watcher())
+    stored = json.loads((out / "search.json").read_text())
+    stored["price"] |= {"epsilon": 0.1, "pld": 0.1, "person": 0.1}
+    (out / "search.json").write_text(json.dumps(stored))
+    assert tune.resume(out, Watcher())["total"]["epsilon"] == whole["total"]["epsilon"] > 1
+    stored["candidates"][0]["event"]["noise_multiplier"] *= 10
+    (out / "search.json").write_text(json.dumps(stored))
+    with pytest.raises(RunError, match="not the one that was priced"):
         tune.resume(out, Watcher())
 
 
