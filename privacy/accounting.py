@@ -268,8 +268,6 @@ def zcdp_rho(releases: Releases) -> float:
 @functools.lru_cache(maxsize=65536)
 def _rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> float:
     """Returns an upper bound on one step's divergence; never negative, never NaN, and never long in coming."""
-    from opacus.accountants.analysis.rdp import compute_rdp
-
     # So little noise overflows; no budget pays for it, so no price is the right one.
     if noise_multiplier < 0.01:
         return math.inf
@@ -277,6 +275,9 @@ def _rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> f
     noise_multiplier = min(noise_multiplier, 1e6)
     if sample_rate >= 1 - 2**-30:
         return order / (2 * noise_multiplier**2)
+
+    # Imported here: it takes seconds, and where nothing is sampled it is not needed.
+    from opacus.accountants.analysis.rdp import compute_rdp
 
     def log_moment(at: float) -> float:
         value = float(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=at)) * (at - 1)

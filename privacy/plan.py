@@ -278,7 +278,7 @@ class Plan:
         )
         require(
             self.expected_batch <= _MOST_IN_A_SUM,
-            f"expected a cohort of at most {_MOST_IN_A_SUM:,}, got {self.expected_batch:g}; lower the client rate",
+            f"expected a cohort of {_MOST_IN_A_SUM:,} clients at most, got {self.expected_batch:g}; lower client_rate",
         )
         # What is protected here is one of so many clients.
         check_delta(self.delta, max(1, round(self.expected_batch / self.client_rate)), "clients")

@@ -290,16 +290,46 @@ def test_g16_planted_bug_a_round_without_replies_that_leaves_the_model_is_caught
         require_full_noise(tmp_path)
 
 
-def test_g16_one_draw_a_round_however_thin_the_cohort(tmp_path):
-    draws = []
+class Counting:
+    """Counts how often coins are thrown and noise is drawn."""
 
-    def sources(use, round):
-        draws.append((use, round))
-        return Keystream()
+    name = "counting"
 
+    def __init__(self, seen, use, round):
+        self._seen, self._key, self._real = seen, (use, round), Keystream()
+
+    def coins(self, n, rate):
+        self._seen.append((*self._key, "coins"))
+        return self._real.coins(n, rate)
+
+    def gaussian(self, n):
+        self._seen.append((*self._key, "noise"))
+        return self._real.gaussian(n)
+
+
+def require_one_draw(folder):
+    """Fails where a round throws its coins twice, or leaves out its noise."""
+    seen = []
     plan = central_plan(client_rate=1e-9, expected_batch=CLIENTS * 1e-9)
-    play(make_job(tmp_path, plan=plan, sources=sources, min_replies=4), broken)
-    assert draws == [(use, number) for number in (1, 2, 3) for use in ("cohort", "noise")]
+    job = make_job(folder, plan=plan, sources=lambda use, round: Counting(seen, use, round), min_replies=4)
+    play(job, broken)
+    wanted = [(use, number, what) for number in (1, 2, 3) for use, what in (("cohort", "coins"), ("noise", "noise"))]
+    assert seen == wanted, f"drawn: {seen}"
+
+
+def test_g16_one_draw_a_round_however_thin_the_cohort(tmp_path):
+    require_one_draw(tmp_path)
+
+
+def test_g16_planted_bug_a_server_that_redraws_a_thin_cohort_is_caught(tmp_path, monkeypatch):
+    draw = central.central.draw_cohort
+
+    def redrawn(*arguments):
+        return draw(*arguments) or draw(*arguments)
+
+    monkeypatch.setattr("privacy.central.draw_cohort", redrawn)
+    with pytest.raises(AssertionError, match="drawn"):
+        require_one_draw(tmp_path)
 
 
 # -- killed anywhere --------------------------------------------------------------------------------------------
