@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from privacy.accounting import Event, Kind, rdp
 from privacy.errors import LedgerError
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
-from privacy.matrix import Drawing, Matrix, Turns, matrix_event
+from privacy.matrix import CorrelatedNoise, Drawing, Matrix, Turns, matrix_event
 from tests.oracles import ACCOUNT, as_version_1, make_grant, make_plan, make_request, open_book, rechain
 
 MATRIX = Matrix(rounds=12, separation=3, participations=3, coefficients=(1.0, 0.6, 0.5))
@@ -419,3 +420,68 @@ def test_a_ledger_of_version_1_goes_on_with_a_matrix(tmp_path: Path) -> None:
         account = book.accounts[ACCOUNT]
         assert account.charges == 2
         assert account.spent_rdp == pytest.approx(rdp(Event.of_round(make_plan()), 8.0) + rdp(EVENT, 8.0), rel=1e-12)
+
+
+# -- the whole mechanism ----------------------------------------------------------------------------------------------
+
+
+class Replayed:
+    """The same fresh numbers every time, so that two worlds differ by their contributions alone."""
+
+    name = "replayed"
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(7)
+
+    def __call__(self) -> Replayed:
+        return self
+
+    def gaussian(self, n: int) -> torch.Tensor:
+        return torch.from_numpy(self.rng.normal(size=n))
+
+
+def power_against_one_client(folder: Path, *rounds: int) -> float:
+    """Returns how many standard deviations one client's presence moves everything that a job releases.
+
+    The client contributes a full clip wherever its ledger lets it; the rows of the matrix whiten the noise.
+    """
+    with open_book(folder / "book") as book:
+        joined = admitted(asked(book, *rounds))
+    worlds = []
+    for name, there in (("with", 1.0), ("without", 0.0)):
+        noise = CorrelatedNoise.begin(
+            folder / name,
+            MATRIX,
+            job="ab" * 16,
+            size=3,
+            noise_multiplier=PLAN.noise_multiplier,
+            l2_clip=PLAN.l2_clip,
+            sources=Replayed(),
+        )
+        with noise:
+            totals = [np.array([there * PLAN.l2_clip * (row in joined), 0, 0]) for row in range(1, 13)]
+            worlds.append(np.array([noise.release(row, total, f"{row:064x}") for row, total in enumerate(totals, 1)]))
+    difference = worlds[0].astype(np.float64) - worlds[1]
+    return float(np.linalg.norm(MATRIX.dense() @ difference)) / noise.stddev
+
+
+@pytest.mark.parametrize("rounds", [(1, 4, 7), tuple(range(1, 13)), (3, 9), (12, 1, 6, 6)], ids=str)
+def test_g16_all_releases_together_tell_no_more_of_a_client_than_the_one_event_says(
+    tmp_path: Path, rounds: tuple[int, ...]
+) -> None:
+    power = power_against_one_client(tmp_path, *rounds)
+    assert 0 < power <= (1 + 1e-5) / EVENT.noise_multiplier
+    if rounds == (1, 4, 7):
+        # The price is exact: this pattern uses all of it.
+        assert power == pytest.approx(1 / EVENT.noise_multiplier, rel=1e-5)
+
+
+@pytest.mark.parametrize("bug", ["one participation", "turns ignored"])
+def test_g16_planted_underpriced_mechanism_tells_more_than_the_one_event_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bug: str
+) -> None:
+    if bug == "one participation":
+        monkeypatch.setattr(Matrix, "sensitivity", property(lambda self: float(np.linalg.norm(self.coefficients))))
+    else:
+        monkeypatch.setattr(Turns, "admits", lambda *_: True)
+    assert power_against_one_client(tmp_path, *range(1, 13)) > 1.2 / EVENT.noise_multiplier
