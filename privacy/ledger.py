@@ -1055,6 +1055,9 @@ def _may_turn(job: _JobState | None, request: ChargeRequest) -> bool:
         and turns.admits(joined, request.round)
         # Sampling or several steps in a round would be another mechanism than the one that is priced.
         and (alone.sample_rate, alone.steps) == (1, 1)
+        # So would be a metric beside the update, or a clip that moves with noised bits.
+        and request.plan.metrics is None
+        and request.plan.quantile == 0
     )
 
 
