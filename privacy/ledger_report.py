@@ -11,6 +11,7 @@ loss distributions, with PRV and RDP beside it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections import defaultdict
@@ -158,6 +159,8 @@ def _schedule(account: Account) -> dict[str, Any] | None:
     return {"joins": job.joins, "charged": job.charges, **_price(whole, account.grant.delta)}
 
 
+# Many data sets of one job have the same schedule: it is priced once.
+@functools.lru_cache(maxsize=256)
 def _price(whole: Event, delta: float) -> dict[str, Any]:
     order, bound = best_order(whole, delta)
     tight = bound <= _PLD_EPSILON
