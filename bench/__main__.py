@@ -21,7 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from privacy.ledger import Book, ChargeRequest
+    from privacy.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("TACIT_PEERS") or ROOT.parent / "shared" / "peers")
@@ -318,7 +324,126 @@ def accuracy(repeat: int) -> dict[str, object]:
     }
 
 
+def _grown(folder: Path, names: Sequence[str], rounds: int) -> tuple[Book, Plan]:
+    """Returns an open book in which every name was charged for so many rounds of one job, and its plan."""
+    from privacy.accounting import Grant
+    from privacy.ledger import Book
+    from privacy.plan import Plan
+
+    noise, delta, bound = 20.0, 1e-5, 5000
+    plan = Plan(
+        sample_rate=0.1,
+        expected_batch=10.0,
+        l2_clip=1.0,
+        noise_multiplier=noise,
+        steps=1,
+        rounds=10**6,
+        joins=10**6,
+        epsilon=50.0,
+        delta=delta,
+        records_bound=bound,
+    )
+    book = Book(folder)
+    book.grant(
+        {name: Grant(epsilon=50.0, delta=delta, order=4.0, records_bound=bound) for name in names}, population="bench"
+    )
+    for moment in range(1, rounds + 1):
+        book.charge([_asked(name, moment, plan) for name in names])
+    return book, plan
+
+
+def _asked(name: str, moment: int, plan: Plan) -> ChargeRequest:
+    from privacy.ledger import ChargeRequest
+
+    return ChargeRequest(name=name, job="ab" * 16, round=moment, request=f"{moment:064x}", plan=plan)
+
+
+def ledger(repeat: int) -> dict[str, object]:
+    """One charge against a plain write and fsync of the same bytes, in a short ledger and in a long one."""
+    ratios: dict[str, list[float]] = {"short": [], "long": []}
+    ours: dict[str, list[float]] = {"short": [], "long": []}
+    with scratch() as folder:
+        books = {
+            "short": _grown(folder / "short", ["clinic"], 10),
+            "long": _grown(folder / "long", [f"clinic-{index}" for index in range(100)] + ["clinic"], 100),
+        }
+        with (folder / "plain").open("ab", buffering=0) as plain:
+            for moment in range(1000, 1000 + 40 * repeat):
+                for which, (book, plan) in books.items():
+                    path = folder / which / "ledger.jsonl"
+                    before = path.stat().st_size
+                    began = time.perf_counter()
+                    book.charge([_asked("clinic", moment, plan)])
+                    took = time.perf_counter() - began
+                    with path.open("rb") as file:
+                        file.seek(before)
+                        data = file.read()
+                    began = time.perf_counter()
+                    plain.write(data)
+                    os.fsync(plain.fileno())
+                    ratios[which].append(took / (time.perf_counter() - began))
+                    ours[which].append(took)
+    return {
+        "a charge / a plain write and fsync, 10 charges before (at most 2)": statistics.median(ratios["short"]),
+        "a charge / a plain write and fsync, 10,000 charges before (at most 2)": statistics.median(ratios["long"]),
+        "a charge, 10,000 charges before (ms)": 1e3 * statistics.median(ours["long"]),
+        "long ledger / short ledger (about 1)": statistics.median(ours["long"]) / statistics.median(ours["short"]),
+    }
+
+
+def report(repeat: int) -> dict[str, object]:
+    """What reading, pricing, reporting and verifying 1,000 clients takes."""
+    from privacy.accounting import Event, best_order
+    from privacy.ledger import Book
+    from privacy.ledger_report import over_ledgers, write_over_ledgers
+    from privacy.transcript import read_ledger
+
+    rows: dict[str, list[float]] = {}
+
+    def clock(row: str, act: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        act()
+        rows.setdefault(row, []).append(time.perf_counter() - began)
+
+    with scratch() as folder:
+        _grown(folder / "book", [f"client-{index:04d}" for index in range(1000)], 100)
+        for _ in range(min(repeat, 3)):
+            clock("100,000 charges, opened with the key (s)", lambda: Book(folder / "book"))
+            clock("100,000 charges, read without it (s)", lambda: read_ledger(folder / "book"))
+            copies = [read_ledger(folder / "book")]
+            clock("1,000 equal histories of 100 rounds, all accountants (s, below 10)", partial(over_ledgers, copies))
+            clock("report over 1,000 ledgers, read and written (s)", lambda: _made(write_over_ledgers, folder))
+        size = sum((folder / name).stat().st_size for name in ("report.json", "report.html"))
+    events = [Event(sample_rate=0.1, noise_multiplier=1 + index / 1000, steps=100) for index in range(1000)]
+    clock("1,000 distinct histories, RDP (s, below 60)", lambda: [best_order(event, 1e-5) for event in events])
+    with scratch() as folder:
+        keys = {"clients": 1000, "rounds": 3, "steps-per-round": 1, "mode": "hooks"}
+        simulate_here(keys, folder / "run")
+        from simulations.evidence import render
+
+        for _ in range(min(repeat, 3)):
+            clock("report of a run with 1,000 clients (s, below 15)", lambda: render(folder / "run"))
+        run_size = sum((folder / "run" / name).stat().st_size for name in ("report.json", "report.html"))
+        from privacy.verify import passed, verify_files
+
+        clock("verify of it (s)", lambda: _require(passed(verify_files([folder / "run"]))))
+    return {row: statistics.median(seconds) for row, seconds in rows.items()} | {
+        "report over 1,000 ledgers (MB)": size / 1e6,
+        "report of a run with 1,000 clients (MB, below 10)": run_size / 1e6,
+    }
+
+
+def _made(write: Callable[[Sequence[Path], Path], Path], folder: Path) -> Path:
+    return write([folder / "book"], folder)
+
+
+def _require(sound: bool) -> None:
+    assert sound
+
+
 BENCHES = {
+    "ledger": ledger,
+    "report": report,
     "startup": startup,
     "accuracy": accuracy,
     "dp-job": dp_job,

@@ -34,6 +34,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -426,7 +427,7 @@ class Ledger:
         account = self._accounts[entry["account"]]
         try:
             if entry["kind"] in PAID:
-                message = receipt_of(account, entry).signed_bytes()
+                message = _receipt(account, entry).signed_bytes()
             else:
                 message = _statement(entry["hash"])
             verify(account.public_key, message, entry["sig"])
@@ -469,7 +470,7 @@ class Ledger:
         elif kind == "commit":
             if body["job"] in account.jobs:
                 raise ValueError("a second commitment to one job")
-            events, turns = events_from_json(body["event"]), Turns(**body["matrix"]) if "matrix" in body else None
+            events, turns = events_of(body["event"]), Turns(**body["matrix"]) if "matrix" in body else None
             if entry["v"] > 2:
                 _require_terms(body, events[0])
             whole = any(event.kind is Kind.MATRIX_GAUSSIAN for event in events)
@@ -477,7 +478,7 @@ class Ledger:
                 raise ValueError("a matrix without its one event, or the other way round")
             account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], events=events, turns=turns)
         elif kind in PAID:
-            job, events = account.jobs[body["job"]], events_from_json(body["event"])
+            job, events = account.jobs[body["job"]], events_of(body["event"])
             if {(event.unit, event.adjacency) for event in events} != {(account.grant.unit, account.grant.adjacency)}:
                 raise ValueError("a release for another unit or adjacency than the grant's")
             _require_turn(job, kind, events, body["round"])
@@ -836,7 +837,7 @@ class Book(Ledger):
             "test": account.test or request.noise != SECURE_SOURCE,
         }
         charge = _entry(account.identity, seq, prev, kind, body)
-        receipt = receipt_of(account, charge)
+        receipt = _receipt(account, charge)
         receipt = dataclasses.replace(receipt, signature=key.sign(receipt.signed_bytes()))
         entries.append(charge | {"sig": receipt.signature})
         return entries, receipt
@@ -912,13 +913,17 @@ def _loads(text: str | bytes) -> Any:
         ValueError: It is not JSON, names a number that is none, or nests too deep.
     """
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return _DECODER.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("nested too deep") from None
 
 
 def _no_number(word: str) -> None:
     raise ValueError(f"{word} is not a number")
+
+
+# Made once: making one costs as much as reading a line with it.
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
@@ -994,17 +999,26 @@ def _require_terms(body: Mapping[str, Any], event: Event) -> None:
         raise ValueError(f"the unknown sampling law {body['sampling']!r:.40}")
 
 
-def receipt_of(account: Account, entry: Mapping[str, Any]) -> Receipt:
+def _receipt(account: Account, entry: Mapping[str, Any]) -> Receipt:
+    """Returns the receipt of a charge entry of an account whose budget is still what it was then."""
+    return receipt_of(
+        entry, granted=float(account.grant.epsilon), delta=float(account.grant.delta), public_key=account.public_key
+    )
+
+
+def receipt_of(entry: Mapping[str, Any], *, granted: float, delta: float, public_key: str) -> Receipt:
     """Returns the receipt that a charge entry stands for, with its signature where the entry has one.
 
     Args:
-        account: The account as it was when the entry was made: its budget then is in the receipt.
         entry: A charge entry of version 2 or later, with its hash.
+        granted: The account's budget in epsilon when the entry was made.
+        delta: The holder's delta.
+        public_key: The holder's key for the account.
     """
     body = entry["body"]
-    event, *metrics = events_from_json(body["event"])
+    event, *metrics = events_of(body["event"])
     return Receipt(
-        account=account.identity,
+        account=entry["account"],
         seq=entry["seq"],
         head=entry["hash"],
         job=body["job"],
@@ -1013,13 +1027,31 @@ def receipt_of(account: Account, entry: Mapping[str, Any]) -> Receipt:
         event=event,
         metrics=tuple(metrics),
         spent=body["spent"],
-        granted=float(account.grant.epsilon),
-        delta=float(account.grant.delta),
+        granted=granted,
+        delta=delta,
         charges=body["charges"],
         test=body["test"],
-        public_key=account.public_key,
+        public_key=public_key,
         signature=entry.get("sig", ""),
     )
+
+
+def events_of(value: Any) -> tuple[Event, ...]:
+    """Returns what parsed JSON says one charge pays for; most entries of a ledger say the same, which is read once.
+
+    Raises:
+        LedgerError: It is not exactly one event, or a list of several that release different things.
+        TypeError: It holds no plain values.
+    """
+    if type(value) is dict:
+        return (_event(*itertools.chain.from_iterable(value.items())),)
+    return events_from_json(value)
+
+
+# Typed: 2 and 2.0 are equal keys, but only one of them is a number of steps.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _event(*pairs: Any) -> Event:
+    return Event.from_dict(dict(zip(pairs[::2], pairs[1::2], strict=True)))
 
 
 def _gate(account: Account, request: ChargeRequest) -> Word | None:

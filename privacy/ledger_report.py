@@ -10,6 +10,7 @@ loss distributions, with PRV and RDP beside it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections import defaultdict
@@ -157,7 +158,9 @@ def _schedule(account: Account) -> dict[str, Any] | None:
     return {"joins": job.joins, "charged": job.charges, **_price(whole, account.grant.delta)}
 
 
-def _price(whole: Sequence[Event], delta: float) -> dict[str, Any]:
+# Many data sets of one job have the same schedule: it is priced once.
+@functools.lru_cache(maxsize=256)
+def _price(whole: tuple[Event, ...], delta: float) -> dict[str, Any]:
     order, bound = best_order(whole, delta)
     tight = bound <= _PLD_EPSILON
     prv, note = prv_epsilon(whole, delta) if tight else (None, f"not asked: epsilon above {_PLD_EPSILON}")

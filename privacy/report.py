@@ -587,8 +587,8 @@ def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
                 swap_basis = "the same schedule, priced by PLD"
     odds = None if epsilon is None else odds_of(epsilon)
     return {
-        "sentence": sentence_of(epsilon, delta, _protects(facts), reasons),
-        "protects": _protects(facts),
+        "sentence": sentence_of(epsilon, delta, protects_of(facts.multiplicity), reasons),
+        "protects": protects_of(facts.multiplicity),
         "person": _person(facts, epsilon),
         "unit": facts.plan.unit,
         "adjacency": facts.plan.adjacency,
@@ -622,11 +622,9 @@ def tpr_bound(fpr: float, epsilon: float, delta: float) -> float:
     return min(1.0, odds * fpr + delta, max(0.0, 1 - (1 - delta - fpr) / odds))
 
 
-def _protects(facts: RunFacts) -> str:
-    """Returns whose presence the headline hides."""
-    if facts.multiplicity == 1:
-        return "one record"
-    return f"one person (one record in each of up to {facts.multiplicity} data sets)"
+def protects_of(multiplicity: int) -> str:
+    """Returns whose presence a headline hides, where one person may be in so many data sets."""
+    return "one record" if multiplicity == 1 else f"one person (one record in each of up to {multiplicity} data sets)"
 
 
 def sentence_of(epsilon: float | None, delta: float, protects: str, reasons: list[str]) -> str:

@@ -612,9 +612,7 @@ def _data_set(number: int, row: Mapping[str, Any]) -> str:
     caption = f"The last {len(shown):,} of {len(row['history']):,} charges." if len(shown) < len(row["history"]) else ""
     heads = ["Time", "Run", "#round", "Released", f"#{_EPSILON} spent after it"]
     spend = _table(heads, lines, caption=caption) if lines else ""
-    return _section(
-        _safe(row["name"]), f"{_pairs(facts, 'facts')}{warnings}{table}{priced}{spend}", f"data-set-{number}", ""
-    )
+    return _section(row["name"], f"{_pairs(facts, 'facts')}{warnings}{table}{priced}{spend}", f"data-set-{number}", "")
 
 
 def _section(title: str, body: str, name: str, lead: str = "") -> str:

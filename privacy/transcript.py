@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from privacy.accounting import Event, Grant, best_affordable_order, events_from_json
+from privacy.accounting import Event, Grant, best_affordable_order
 from privacy.errors import LedgerError
 from privacy.files import write_whole
 from privacy.identity import verify
-from privacy.ledger import PAID, Account, Book, Ledger, Receipt, receipt_of
+from privacy.ledger import PAID, Account, Book, Ledger, Receipt, events_of, receipt_of
 from privacy.plan import canonical
 
 EXPORT: Final = "tacit-ledger-export/1"
@@ -49,7 +49,9 @@ class Line:
         noise: Source of coins and noise.
         spent: Epsilon of everything charged until then, by the filter.
         granted: Budget at that time.
-        receipt: The receipt that the entry stands for; None for an unsigned entry of version 1.
+        delta: The holder's delta.
+        public_key: The holder's key for the account.
+        entry: The whole entry.
     """
 
     account: str
@@ -63,7 +65,16 @@ class Line:
     noise: str
     spent: float
     granted: float
-    receipt: Receipt | None
+    delta: float
+    public_key: str
+    entry: Mapping[str, Any]
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """The receipt that the entry stands for; None for an entry of version 1, which has no signature."""
+        if self.entry["v"] == 1:
+            return None
+        return receipt_of(self.entry, granted=self.granted, delta=self.delta, public_key=self.public_key)
 
     @property
     def released(self) -> str:
@@ -197,12 +208,14 @@ class Transcript(Ledger):
                     time=entry["time"],
                     job=body["job"],
                     round=body["round"],
-                    events=events_from_json(body["event"]),
+                    events=events_of(body["event"]),
                     charged=entry["kind"] == "charge",
                     noise=body["noise"],
                     spent=now.spent,
                     granted=float(now.grant.epsilon),
-                    receipt=receipt_of(now, entry) if entry["v"] > 1 else None,
+                    delta=float(now.grant.delta),
+                    public_key=now.public_key,
+                    entry=entry,
                 )
             )
 

@@ -406,7 +406,8 @@ def test_g7_no_bare_hash_number_or_histogram_is_written(tmp_path: Path) -> None:
     bodies = [json.loads(line)["body"] for line in (tmp_path / "ledger.jsonl").read_bytes().splitlines()]
     assert [set(body) for body in bodies] == [
         {"epsilon", "delta", "order", "unit", "adjacency", "records_bound", "name", "population", "apart", "key"},
-        {"job", "plan", "joins", "event"},
+        # The two hashes are of public things: of this program's code, and of the job's settings.
+        {"job", "plan", "joins", "event", "code", "settings", "sampling"},
         {"job", "round", "request", "event", "commitment", "noise", "nonce", "spent", "charges", "test"},
     ]
 

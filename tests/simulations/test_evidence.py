@@ -12,7 +12,8 @@ import server.app
 from privacy.accounting import Event, Grant, best_order, rdp
 from privacy.dpsgd import PrivateTrainer
 from privacy.errors import LedgerError, RunError
-from privacy.ledger import Account, Book
+from privacy.identity import Secret
+from privacy.ledger import Account, Book, Receipt
 from privacy.report import Verdict, build
 from simulations import evidence
 from simulations.evidence import composed_epsilon, facts_of, prices_of, render
@@ -407,3 +408,41 @@ def test_g4_a_composition_that_is_refused_makes_the_headline_unknown(tmp_path):
     headline = build(facts_of(world))["headline"]
     assert headline["epsilon"] == "unknown"
     assert any("one order" in reason for reason in headline["reasons"])
+
+
+# -- what a report is signed with and checked by ----------------------------------------------------------------------
+
+
+def test_a_report_is_signed_by_the_runs_server_and_carries_what_each_client_signed(run):
+    report = report_of(run)
+    key = Secret.load_or_create(run / "server.key").identity("server").public_key
+    assert report["signature"]["public_key"] == key
+    assert report["evidence"]["receipts"]["lines"] == ROUNDS * CLIENTS
+    for client in report["clients"]:
+        receipt = Receipt.from_json(client["proof"]["receipt"])
+        assert (receipt.spent, receipt.head) == (client["spent_epsilon"], client["ledger_head"])
+        assert client["proof"]["peer"] == key
+        terms = client["proof"]["commit"]["body"]
+        assert (terms["code"], terms["sampling"]) == (
+            report["software"]["code_hash"],
+            "poisson, secret coins, keystream",
+        )
+        assert terms["settings"] == report["software"]["settings_hash"]
+
+
+def test_an_audit_in_the_run_folder_is_quoted_and_a_damaged_one_is_told(run):
+    (run / "audit.json").write_text(json.dumps({"code_hash": World.open(run).settled.code, "epsilon_lower": 0.2}))
+    assert report_of(run)["empirical"]["audit"]["epsilon_lower"] == 0.2
+    (run / "audit.json").write_text("[")
+    with pytest.raises(RunError, match="audit"):
+        render(run)
+
+
+def test_g2_a_holder_that_raises_its_budget_is_named_in_the_report(run):
+    with Book(run / "ledgers") as book:
+        book.set_budget("client-00001", 9.0, may_raise=True)
+    report = report_of(run)
+    assert any("client-00001 was raised" in warning for warning in report["warnings"])
+    assert report["clients"][1]["granted_epsilon"] == 9.0
+    # The last receipt does not cover the new budget: the ledger alone tells it.
+    assert report["clients"][1]["verdict"] == "ledger only"

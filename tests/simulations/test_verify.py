@@ -96,6 +96,7 @@ def test_an_honest_run_fails_nothing_and_says_what_cannot_be_proven(run: Path) -
         "client keys",
         "this code",
         "all clients",
+        "words of the report",
     }
     assert len(found) > 20
 
@@ -267,6 +268,9 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "receipts file": (set_in("evidence", "receipts", "lines", value=1), "receipts file"),
     "steps": (set_in("prices", "steps", value=1), "price of the schedule"),
     "ledger head": (set_in("clients", 0, "ledger_head", value="0" * 64), "client receipts"),
+    "verdict": (set_in("clients", 0, "verdict", value="unknown"), "the headline, from the figures below it"),
+    "unit": (set_in("headline", "unit", value="client"), "headline"),
+    "protects": (set_in("headline", "protects", value="one person with all records"), "headline"),
     "not whole": (lambda report: report["prices"].pop("rdp"), "what the schedule costs, computed anew"),
 }
 
@@ -387,6 +391,32 @@ def test_g14_a_holder_whom_the_operator_left_out_can_show_it(run: Path) -> None:
 
     rewrite(run, leave_out)
     assert "report and ledgers" in {check.name for check in failures(run / "report.json", run / "ledgers")}
+
+
+def test_g2_a_raised_budget_that_a_report_hides_is_found_beside_the_ledger(run: Path) -> None:
+    from simulations.evidence import render as render_run
+
+    with Book(run / "ledgers") as book:
+        book.set_budget("client-00001", 9.0, may_raise=True)
+    render_run(run)
+    assert failures(run) == []
+
+    def hide(report: dict[str, Any]) -> None:
+        report["clients"][1]["budget_changes"] = []
+
+    rewrite(run, hide)
+    assert {check.name for check in failures(run)} == {"report and ledgers"}
+
+
+def test_g4_a_figure_for_fewer_data_sets_than_the_holders_signed_is_found(tmp_path: Path) -> None:
+    simulate(Scenario.layered(None, SMALL | {"multiplicity": 2}), out=tmp_path / "run", observer=Quiet())
+    assert failures(tmp_path / "run") == []
+
+    def in_one(report: dict[str, Any]) -> None:
+        report["headline"]["federation"]["multiplicity"] = 1
+
+    rewrite(tmp_path / "run", in_one)
+    assert "persons in several data sets" in {check.name for check in failures(tmp_path / "run")}
 
 
 def test_receipts_that_contradict_each_other_are_found(run: Path, tmp_path: Path) -> None:
