@@ -585,7 +585,7 @@ def many_runs(
     return Finding(
         audit="many trainings, q=1",
         holds=holds,
-        line=f"{lower:.2f} <= epsilon <= {upper:.2f} {words if holds else 'cannot be ' + words}",
+        line=f"{_between(lower, upper)} {words if holds else 'cannot be ' + words}",
         figures={
             "epsilon_lower": lower,
             "epsilon_lower_binomial": rigorous,
@@ -611,6 +611,11 @@ def _fields(plan: Plan) -> dict[str, Any]:
     return {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
 
 
+def _between(lower: float, upper: float) -> str:
+    """Returns both bounds in words: from below rounded down, from above rounded up, as everywhere."""
+    return f"{math.floor(100 * lower) / 100:.2f} <= epsilon <= {math.ceil(100 * upper - 1e-6) / 100:.2f}"
+
+
 def _bound_finding(name: str, bound: OneRunBound, upper: float, plan: Plan, threat: str) -> Finding:
     lower = max(bound.epsilon, bound.gaussian)
     holds = lower <= upper
@@ -623,7 +628,7 @@ def _bound_finding(name: str, bound: OneRunBound, upper: float, plan: Plan, thre
     return Finding(
         audit=name,
         holds=holds,
-        line=f"{lower:.2f} <= epsilon <= {upper:.2f} {words}",
+        line=f"{_between(lower, upper)} {words}",
         figures={
             "epsilon_lower": lower,
             "epsilon_lower_binomial": bound.binomial,
