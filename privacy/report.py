@@ -479,6 +479,8 @@ def _reasons(facts: RunFacts) -> list[str]:
     if tested := [client.name for client in facts.clients if client.test_noise]:
         return [f"The noise of {_some(tested)} came from a test source, which is no protection."]
     reasons = list(facts.doubts)
+    if _contradicted(facts):
+        reasons.append("An audit of this code contradicts what it promises; see the empirical evidence.")
     if not facts.committed:
         reasons.append("The ledgers committed to another plan than the one given for this run.")
     for client in facts.clients:
@@ -1079,6 +1081,12 @@ def _sampling(facts: RunFacts) -> list[dict[str, str]]:
         ),
     ]
     return [{"what": what, "assumed": assumed, "actual": actual} for what, assumed, actual in rows]
+
+
+def _contradicted(facts: RunFacts) -> bool:
+    """Whether an audit of the code that ran proved more from below than it promised; then no figure is believed."""
+    audit = facts.audit
+    return audit is not None and str(audit.get("code_hash", "")) == facts.code_hash and audit.get("holds") is not True
 
 
 def _empirical(facts: RunFacts) -> dict[str, Any]:

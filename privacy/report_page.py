@@ -1013,8 +1013,30 @@ def _empirical(report: Mapping[str, Any]) -> str:
     """Returns what an audit found, in its own words."""
     found = report["empirical"]
     entries = [("Status", _safe(found["status"])), ("Meaning", _safe(found["words"]))]
-    entries += [(_name(key).capitalize(), _value(item)) for key, item in found.get("audit", {}).items()]
-    return _section("Empirical evidence", _pairs(entries), "empirical")
+    audit = found.get("audit", {})
+    bounds = audit.get("bounds", ()) if isinstance(audit, Mapping) else ()
+    rows = [
+        [
+            _safe(row.get("audit", "")),
+            _safe("holds" if row.get("holds") else "contradicted"),
+            _safe(_floor_words(row.get("epsilon_lower", row.get("epsilon", UNKNOWN)))),
+            _safe(figure_words(row.get("epsilon_upper", UNKNOWN))),
+            _safe(f"{row.get('correct', '-')} of {row.get('guesses', '-')}"),
+            _safe(_percent(row.get("confidence", UNKNOWN))),
+            _safe(_floor_words(row.get("ceiling", UNKNOWN))),
+            _safe(row.get("threat_model", "")),
+        ]
+        for row in bounds
+        if isinstance(row, Mapping)
+    ]
+    heads = ("Audit", "Verdict", "#ε from below", "#ε claimed", "#Right guesses", "#Confidence", "#Ceiling", "Attacker")
+    table = _table(heads, rows, kind="words") if rows else ""
+    entries += [
+        (_name(key).capitalize(), _value(item))
+        for key, item in (audit.items() if isinstance(audit, Mapping) else ())
+        if key != "bounds"
+    ]
+    return _section("Empirical evidence", f"{table}{_pairs(entries)}", "empirical")
 
 
 def _simulation(report: Mapping[str, Any]) -> str:

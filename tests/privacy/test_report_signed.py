@@ -192,6 +192,30 @@ def test_an_audit_counts_only_for_the_code_that_it_audited() -> None:
     assert build(a_run(audit=audit | {"code_hash": "00"}))["empirical"]["status"] == "audit of other code"
 
 
+def test_g6_an_audit_that_contradicts_the_code_that_ran_leaves_no_figure() -> None:
+    row = {
+        "audit": "gradient canaries",
+        "holds": False,
+        "epsilon_lower": 4.567,
+        "epsilon_upper": 1.831,
+        "guesses": 300,
+        "correct": 297,
+        "confidence": 0.95,
+        "ceiling": 5.09,
+        "threat_model": "<sees> every update",
+    }
+    audit = {"code_hash": a_run().code_hash, "holds": False, "bounds": [row]}
+    report = build(a_run(audit=audit))
+    assert report["headline"]["epsilon"] == "unknown"
+    assert "contradicts" in report["headline"]["reasons"][0]
+    page = render(report)
+    # From below a figure is rounded down, and what is claimed is rounded up.
+    assert all(words in page for words in ("4.56", "1.84", "297 of 300", "contradicted", "&lt;sees&gt;"))
+    # The planted bug: a report that only looks whether there is an audit.
+    assert build(a_run(audit=audit | {"holds": True}))["headline"]["epsilon"] != "unknown"
+    assert build(a_run(audit=audit | {"code_hash": "00"}))["headline"]["epsilon"] != "unknown"
+
+
 def test_uses_of_data_are_counted_only_where_the_ledgers_are_shared() -> None:
     def counted(covers: str) -> dict[str, str]:
         return {row["access"]: row["accounted"] for row in build(a_run(covers=covers))["accesses"]}
