@@ -324,7 +324,7 @@ def accuracy(repeat: int) -> dict[str, object]:
     }
 
 
-def _grown(folder: Path, names: Sequence[str], rounds: int) -> tuple[Book, Plan]:
+def _grown(folder: Path, names: Sequence[str], rounds: int, joins: int) -> tuple[Book, Plan]:
     """Returns an open book in which every name was charged for so many rounds of one job, and its plan."""
     from privacy.accounting import Grant
     from privacy.ledger import Book
@@ -337,8 +337,8 @@ def _grown(folder: Path, names: Sequence[str], rounds: int) -> tuple[Book, Plan]
         l2_clip=1.0,
         noise_multiplier=noise,
         steps=1,
-        rounds=10**6,
-        joins=10**6,
+        rounds=joins,
+        joins=joins,
         epsilon=50.0,
         delta=delta,
         records_bound=bound,
@@ -364,8 +364,8 @@ def ledger(repeat: int) -> dict[str, object]:
     ours: dict[str, list[float]] = {"short": [], "long": []}
     with scratch() as folder:
         books = {
-            "short": _grown(folder / "short", ["clinic"], 10),
-            "long": _grown(folder / "long", [f"clinic-{index}" for index in range(100)] + ["clinic"], 100),
+            "short": _grown(folder / "short", ["clinic"], 10, 10**6),
+            "long": _grown(folder / "long", [f"clinic-{index}" for index in range(100)] + ["clinic"], 100, 10**6),
         }
         with (folder / "plain").open("ab", buffering=0) as plain:
             for moment in range(1000, 1000 + 40 * repeat):
@@ -406,7 +406,7 @@ def report(repeat: int) -> dict[str, object]:
         rows.setdefault(row, []).append(time.perf_counter() - began)
 
     with scratch() as folder:
-        _grown(folder / "book", [f"client-{index:04d}" for index in range(1000)], 100)
+        _grown(folder / "book", [f"client-{index:04d}" for index in range(1000)], 100, 100)
         for _ in range(min(repeat, 3)):
             clock("100,000 charges, opened with the key (s)", lambda: Book(folder / "book"))
             clock("100,000 charges, read without it (s)", lambda: read_ledger(folder / "book"))

@@ -52,6 +52,7 @@ def over_ledgers(ledgers: Sequence[Transcript]) -> dict[str, Any]:
     """Returns the report of ledgers, JSON types only.
 
     Guarantees:
+        Small: a line of a data set's history names its run by its place in ``runs``.
         Unknown is not small: a data set whose noise came from a test source has infinity for every figure (G6, G11).
 
     Raises:
@@ -88,6 +89,7 @@ def _data_set(account: Account, lines: Sequence[Line], ledger: Transcript) -> di
         return INFINITY if account.test or math.isinf(value) else value
 
     spent, granted = account.spent, float(account.grant.epsilon)
+    runs = {job: number for number, job in enumerate(account.jobs)}
     odds = odds_of(spent)
     return {
         "name": account.name,
@@ -121,7 +123,7 @@ def _data_set(account: Account, lines: Sequence[Line], ledger: Transcript) -> di
         ],
         "runs": [_run(account, job, lines, ledger) for job in account.jobs],
         "schedule": _schedule(account),
-        "history": [[iso(line.time), line.job, line.round, line.released, figure(line.spent)] for line in lines],
+        "history": [[iso(line.time), runs[line.job], line.round, line.released, figure(line.spent)] for line in lines],
     }
 
 

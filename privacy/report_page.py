@@ -27,6 +27,9 @@ UNKNOWN: Final = "unknown"
 # More clients than this, and the table shows those that matter most; all of them are in the JSON.
 _TABLE_ROWS: Final = 200
 _EXTREMES: Final = 40
+# A page over ledgers shows so many charges in all, and no fewer of each data set than this.
+_LEDGER_ROWS: Final = 2000
+_LEAST_ROWS: Final = 5
 
 # More clients than this are drawn as a band, since nobody can follow so many lines.
 _LINES: Final = 24
@@ -539,7 +542,9 @@ def render_ledgers(report: Mapping[str, Any]) -> str:
     try:
         gaps = "".join(f"<li>{_safe(text)}</li>" for text in report["not_covered"])
         named = [("Report id", f"<code>{_safe(report['report_id'])}</code>")]
-        sections = "".join(_data_set(number, row) for number, row in enumerate(report["data_sets"]))
+        # A page for many data sets must still open: all charges are in the JSON.
+        rows = max(_LEAST_ROWS, _LEDGER_ROWS // max(1, len(report["data_sets"])))
+        sections = "".join(_data_set(number, row, rows) for number, row in enumerate(report["data_sets"]))
         body = (
             '<header><p class="mark"><b>tacit</b> <i>understood without being said</i></p><h1>Privacy ledgers</h1>'
             f'<p class="about">{len(report["data_sets"]):,} data sets; {_safe(report["meaning"])}.</p></header>'
@@ -553,7 +558,7 @@ def render_ledgers(report: Mapping[str, Any]) -> str:
     return _document("Privacy ledgers", body)
 
 
-def _data_set(number: int, row: Mapping[str, Any]) -> str:
+def _data_set(number: int, row: Mapping[str, Any], rows: int) -> str:
     """Returns one data set: its budget, its runs, the price of its schedule, and its last charges."""
     facts = [
         ("Budget", f"{_EPSILON} {_bound(row['granted_epsilon'])}"),
@@ -604,10 +609,16 @@ def _data_set(number: int, row: Mapping[str, Any]) -> str:
         priced = _table(
             ["The one committed schedule, all of it", f"#{_EPSILON} at {_DELTA} = {_bound(row['delta'])}"], figures
         )
-    shown = row["history"][-_TABLE_ROWS:]
+    shown = row["history"][-rows:]
     lines = [
-        [_moment(when), f"<code>{_safe(job[:12])}</code>", f"{moment:,}", _safe(released), _bound(spent)]
-        for when, job, moment, released, spent in shown
+        [
+            _moment(when),
+            f"<code>{_safe(row['runs'][run]['job'][:12])}</code>",
+            f"{moment:,}",
+            _safe(released),
+            _bound(spent),
+        ]
+        for when, run, moment, released, spent in shown
     ]
     caption = f"The last {len(shown):,} of {len(row['history']):,} charges." if len(shown) < len(row["history"]) else ""
     heads = ["Time", "Run", "#round", "Released", f"#{_EPSILON} spent after it"]
