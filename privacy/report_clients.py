@@ -18,6 +18,7 @@ from privacy.report_page import INFINITY, UNKNOWN, figure_words
 if TYPE_CHECKING:
     from privacy.report import RunFacts
 
+PROTECTS: Final = "one client with all its records"
 AGAINST: Final = "whoever sees who took part"
 _SERVER: Final = "the server, which saw each update and added the noise"
 _MODELS: Final = "somebody who sees the models alone, and neither messages, receipts nor this report"
@@ -36,7 +37,7 @@ def for_clients(report: Mapping[str, Any], facts: RunFacts, *, whole: bool) -> d
     models = _models_alone(facts, epsilon, whole=whole)
     figures = [(AGAINST, epsilon), (_SERVER, INFINITY), (_MODELS, models)]
     headline |= {
-        "protects": "one client with all its records",
+        "protects": PROTECTS,
         "against": AGAINST,
         "adversaries": [{"who": who, "epsilon": figure} for who, figure in figures],
         "person": _person(epsilon, models),
@@ -44,7 +45,7 @@ def for_clients(report: Mapping[str, Any], facts: RunFacts, *, whole: bool) -> d
         | {"rule": "largest over clients; a person with records at several clients is not covered by it"},
     }
     if not isinstance(epsilon, str):
-        headline["sentence"] = _sentence(epsilon, headline["delta"])
+        headline["sentence"] = sentence_of_clients(epsilon, headline["delta"])
         headline["basis"] += f"; against {AGAINST}, with no discount for the coins"
     changed: dict[str, Any] = {
         "headline": headline,
@@ -93,7 +94,8 @@ def _models_alone(facts: RunFacts, headline: float | str, *, whole: bool) -> flo
     return figure if math.isfinite(figure) else INFINITY
 
 
-def _sentence(epsilon: float, delta: float) -> str:
+def sentence_of_clients(epsilon: float, delta: float) -> str:
+    """Returns the headline in plain words, with its adversary."""
     odds = figure_words(math.exp(epsilon) if epsilon < 700 else INFINITY)
     return (
         f"Against {AGAINST} (other clients, readers of this report, a relay that cannot read what it carries): adding "

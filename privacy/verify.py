@@ -57,6 +57,7 @@ from privacy.report import (
     to_json,
     tpr_bound,
 )
+from privacy.report_clients import AGAINST, PROTECTS, sentence_of_clients
 from privacy.report_page import LEDGER_SCHEMA, render_ledgers
 from privacy.transcript import LEDGER_FILE, Line, Transcript, is_ledger, read_ledger
 from privacy.wire import settings_digest
@@ -866,13 +867,40 @@ def _headline(files: _Files) -> Iterator[Check]:
         and _near(headline["odds_factor"], odds_of(epsilon))
         and headline["tier"] == tier_words(epsilon)
         and (headline["unit"], headline["adjacency"]) == (report["plan"]["unit"], report["plan"]["adjacency"])
-        and headline["protects"] == protects_of(times)
-        and headline["sentence"] == sentence_of(epsilon, delta, headline["protects"], [])
+        and (headline["protects"], headline["sentence"]) == _said(report, epsilon, delta, times)
         and (by_price or by_group or swap["epsilon"] == UNKNOWN)
         and all(powers)
     )
     yield _checked("headline", sound, f"epsilon {epsilon:.4g} at delta {delta:g} follows from the figures below it")
+    if report["plan"]["unit"] == Unit.CLIENT:
+        yield _adversaries(report)
     yield from _multiplicity(files, times)
+
+
+def _said(report: Mapping[str, Any], epsilon: float, delta: float, times: int) -> tuple[str, str]:
+    """Returns whom a finite headline must say that it protects, and its sentence."""
+    if report["plan"]["unit"] == Unit.CLIENT:
+        return PROTECTS, sentence_of_clients(epsilon, delta)
+    protects = protects_of(times)
+    return protects, sentence_of(epsilon, delta, protects, [])
+
+
+def _adversaries(report: Mapping[str, Any]) -> Check:
+    """Each adversary of a plan at unit client has its own figure: the trusted server's is infinity (guarantee G16)."""
+    plan, headline = _plan(report), report["headline"]
+    event = Event.of_models(plan)
+    loose = best_order(event, plan.delta)[1]
+    alone = pld_epsilon(event, plan.delta) if loose <= _PLD_EPSILON else loose
+    rows = {row["who"]: row["epsilon"] for row in headline["adversaries"]}
+    models = report["prices"]["models_alone"]["epsilon"]
+    sound = (
+        headline["against"] == AGAINST
+        and list(rows.values()) == [headline["epsilon"], INFINITY, models]
+        and [line["epsilon"] for line in headline["person"][:3]] == list(rows.values())
+        and (models == UNKNOWN or (_near(models, alone, 1e-4) and models <= loose * (1 + _SAME)))
+    )
+    words = f"infinity against the server, {alone:.4g} for somebody who sees the models alone, by PLD anew"
+    return _checked("adversaries", sound, words)
 
 
 def _record_level(report: Mapping[str, Any]) -> tuple[float, float]:
