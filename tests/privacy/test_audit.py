@@ -216,7 +216,11 @@ def accountant_reset_by_each_run(patch: Patch) -> None:
 
 def accountant_that_counts_rounds_not_steps(patch: Patch) -> None:
     right = ledger.rdp
-    patch(ledger, "rdp", lambda event, order: right(dataclasses.replace(event, steps=1), order))
+    patch(
+        ledger,
+        "rdp",
+        lambda events, order: right([dataclasses.replace(event, steps=1) for event in events], order),
+    )
 
 
 # Which audits must contradict which bug. Others may; the sound program is contradicted by none.

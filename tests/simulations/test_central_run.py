@@ -133,7 +133,7 @@ def test_a_run_that_began_before_plans_could_protect_clients_goes_on(tmp_path):
     simulate(Scenario.layered(None, keys), out=folder, observer=Watcher(stop_after=1))
     job, config = (json.loads((folder / name).read_text()) for name in ("job.json", "config.json"))
     for field in ("client_rate", "turns", "quantile", "clip_lr", "bit_noise"):
-        del job["plan"][field]
+        job["plan"].pop(field, None)
     for name in ("unit", "client-rate", "client-turns", "clip-quantile", "clip-lr", "bit-noise"):
         del config[name]
     (folder / "job.json").write_text(json.dumps(job))

@@ -231,16 +231,10 @@ def test_a_reply_without_exactly_the_plans_metrics_counts_as_missing(tmp_path, m
     assert (line["replies"], line["missing"]) == (1, len(FAULTS))
 
 
-class _UpdateAlone(Event):
-    """Planted bug: a client that charges for its update alone, and a last door that lets the rest out unpaid."""
-
-    @classmethod
-    def all_of_round(cls, plan):
-        return (Event.of_round(plan),)
-
-
 def test_g14_a_receipt_that_names_no_metric_is_not_believed_beside_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("privacy.ledger.Event", _UpdateAlone)
+    # Planted bug: a client that charges for its update alone, and a last door that lets the rest out unpaid.
+    update_alone = property(lambda request: (Event.of_round(request.plan),))
+    monkeypatch.setattr("privacy.ledger.ChargeRequest.events", update_alone)
     monkeypatch.setattr("clients.app.require_allowed", lambda *_: None)
     go(tmp_path / "run", metrics="accuracy", rounds=1)
     (line,) = lines_of(tmp_path / "run")

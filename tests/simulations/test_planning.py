@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -35,7 +36,7 @@ def test_a_plan_is_what_a_run_of_the_same_scenario_settles():
     planned, order = calibrate(resolved)
     assert planned == settled.plan
     assert order == settled.order
-    assert plan(chosen)["plan"] == dataclasses.asdict(settled.plan)
+    assert plan(chosen)["plan"] == json.loads(settled.plan.to_json())
 
 
 def test_both_ways_round_meet():
