@@ -651,7 +651,7 @@ def prv_epsilon(releases: Releases, delta: float, timeout_s: float = 60.0) -> tu
         timeout_s: After so many seconds it is given up; only the main thread can be interrupted.
     """
     history = merged(releases)
-    if any(event.noise_multiplier < 0.5 or event.sample_rate >= 1 for event in history):
+    if any(event.noise_multiplier < 0.5 for event in history):
         return None, "not asked: outside the range where Opacus' PRV accountant is quick and stable"
     from opacus.accountants import PRVAccountant
 
