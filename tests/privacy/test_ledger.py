@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import shutil
 import stat
+import statistics
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -484,10 +486,10 @@ def test_g8_a_charge_is_on_disk_before_it_returns_with_one_sync_per_cohort(tmp_p
                 assert all(isinstance(receipt, Receipt) for receipt in receipts)
                 log.append("return")
     append = ["write ledger.jsonl", "sync ledger.jsonl", "return"]
-    assert [" ".join(line.split()) for line in log] == [
-        # An intent that is missing or too small is made under another name; one that is large enough is overwritten.
+    assert log == [
+        # An intent that is missing is made under another name; one that is large enough is overwritten.
         *("sync ledger.new", "rename ledger.new ledger.intent-2", f"sync {tmp_path.name}", *append),
-        *("sync ledger.new", "rename ledger.new ledger.intent", f"sync {tmp_path.name}", *append),
+        *("overwrite ledger.intent", "sync ledger.intent", *append),
         *("overwrite ledger.intent-2", "sync ledger.intent-2", *append),
     ]
 
@@ -913,7 +915,37 @@ def test_g8_planted_recovery_that_accepts_a_cut_before_the_newest_intent_is_foun
     real, (_, path) = _Intent.read, newest(folder)
     monkeypatch.setattr("privacy.ledger._Intent.read", lambda of: None if of == path else real(of))
     with Book(folder) as book:
-        assert book.accounts[ACCOUNT].charges == 1
+        assert book.accounts[ACCOUNT].charges == 2
+
+
+def test_an_intent_that_must_grow_is_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overwriting a smaller one would change its size, which its sync need not put on disk with it."""
+    for name in INTENTS:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content.rstrip(b"\0"))
+    with Book(folder) as book:
+        charged(book, make_request(4, job="cd" * 16))
+        assert (folder / INTENTS[0]).stat().st_size == 16 * 1024
+    assert reopened(folder)["charges"] == 4
+
+
+@pytest.mark.slow
+def test_an_append_is_near_a_plain_write_and_fsync(tmp_path: Path) -> None:
+    """The aim is 2; the bound is generous, for other work on the machine moves both."""
+    ratios = []
+    with open_book(tmp_path, make_grant(epsilon=50.0)) as book, (tmp_path / "plain").open("ab", buffering=0) as plain:
+        plan = make_plan(joins=60)
+        for number in range(1, 61):
+            before = (tmp_path / "ledger.jsonl").stat().st_size
+            began = time.perf_counter()
+            charged(book, make_request(number, plan))
+            took = time.perf_counter() - began
+            data = (tmp_path / "ledger.jsonl").read_bytes()[before:]
+            began = time.perf_counter()
+            plain.write(data)
+            os.fsync(plain.fileno())
+            ratios.append(took / (time.perf_counter() - began))
+    assert statistics.median(ratios) <= 3.5
 
 
 def as_first_format(folder: Path) -> None:

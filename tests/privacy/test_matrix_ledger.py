@@ -377,11 +377,11 @@ class Crash(BaseException):
     """The process dies here."""
 
 
-@pytest.mark.parametrize("where", ["fsync 1", "replace 1", "write 1", "half write 1", "fsync 2", "return"])
+@pytest.mark.parametrize("where", ["pwrite 1", "fdatasync 1", "write 1", "half write 1", "fdatasync 2", "return"])
 def test_g16_a_crash_at_any_step_admits_no_round_twice(
     folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    book, calls = Book(folder), dict.fromkeys(("fsync", "replace", "write"), 0)
+    book, calls = Book(folder), dict.fromkeys(("pwrite", "fdatasync", "write"), 0)
     real = {name: getattr(os, name) for name in calls}
 
     def dying(name: str) -> Callable[..., Any]:
