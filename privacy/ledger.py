@@ -21,16 +21,21 @@ the committed drawing only, in ascending rounds as far apart as its price assume
 
 What is never written here: a bare hash of data, a number of records, a label count, a coin, a noise seed.
 
-Crash safety: before the append, the batch is put whole into ``ledger.intent`` by an atomic rename. If the append is
-torn, opening the book finishes it from there, so a torn charge is spent. A book that is shorter than its intent says,
-or that does not chain, was cut or edited: it is refused and never reset. Both files rolled back together cannot be
-seen from here; the receipts that peers hold show it (guarantee G14).
+Crash safety: before the append, the batch is put whole and synced into one of two intents, ``ledger.intent`` and
+``ledger.intent-2``, used in turn and overwritten in place. If the append is torn, opening the book finishes it from
+there, so a torn charge is spent. While one intent is written the other stays whole, and it still guards the end of the
+file: an intent that a crash tore was torn before its append began, so the ledger must end exactly where the whole one
+says, and is refused otherwise. An intent is only overwritten beside a whole one; else it is made anew and renamed. A
+book that is shorter than its newest intent says, whose intents are all broken, or that does not chain, was cut or
+edited: it is refused and never reset. A ledger and its intents rolled back together cannot be seen from here, nor a cut
+of the last append together with a destroyed intent; the receipts that peers hold show it (guarantee G14).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -57,6 +62,10 @@ from privacy.plan import Adjacency, Plan, Unit, canonical, require
 
 _VERSION: Final = 3
 _GENESIS: Final = "0" * 64
+# The intents of a book, beside it; the first is older than the second, and its first format is still read.
+INTENTS: Final = ("ledger.intent", "ledger.intent-2")
+# An intent is written so long at least, and twice as long when it must grow: overwriting it then changes no size.
+_INTENT_BYTES: Final = 16 * 1024
 # The filter forgives so much of rounding (see `Grant.affords`); a budget may be closed at what that let through.
 _SLACK: Final = 1e-9
 # An entry is well under 2 KiB; a longer line is not ours and is not parsed.
@@ -536,7 +545,9 @@ class Book(Ledger):
         except OSError as error:
             raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
         super().__init__(folder / "ledger.jsonl", population)
-        self._intent = folder / "ledger.intent"
+        self._intents = tuple(folder / name for name in INTENTS)
+        # Which intent the next append overwrites: never the newest whole one.
+        self._turn = 0
         self._claimed: set[str] = set()
         self._size = 0
         self._process = os.getpid()
@@ -581,36 +592,50 @@ class Book(Ledger):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _finish_torn_append(self) -> None:
-        if not self._intent.exists():
+        """Finishes what the newest whole intent announced, and finds out which intent is overwritten next.
+
+        Raises:
+            LedgerError: The ledger was cut or edited, or what could tell is broken; it is left as it is.
+        """
+        found = [_Intent.read(path) for path in self._intents]
+        if found == [None, None]:
+            self._turn = 0
             return
-        head, _, batch = self._intent.read_bytes().partition(b"\n")
-        try:
-            base, digest = _loads(head)
-            if type(base) is not int or base < 0:
-                raise ValueError("not a position in a file")
-        except (ValueError, TypeError):
-            raise LedgerError(
-                f"expected an intent written by this program in {self._intent}, got other bytes"
-            ) from None
-        if hashlib.sha256(batch).hexdigest() != digest:
-            raise LedgerError(f"expected an unbroken intent in {self._intent}, got changed bytes; restore a backup")
+        whole = [(intent.base, index, intent) for index, intent in enumerate(found) if intent and intent.whole]
+        if not whole:
+            raise LedgerError(f"expected an unbroken intent in {self._intents[0]}, got changed bytes; restore a backup")
+        _, index, newest = max(whole, key=lambda of: of[:2])
+        other = found[1 - index]
         size = os.fstat(self._file).st_size
-        if size < base:
+        if size < newest.base:
             raise LedgerError(
-                f"expected at least {base} bytes in {self._path}, got {size}: it was cut; restore it from a backup"
+                f"expected at least {newest.base} bytes in {self._path}, got {size}: it was cut; restore it from a "
+                "backup"
             )
-        tail = self._read(len(batch), base)
-        if not batch.startswith(tail):
+        # A crash tears an intent only between two appends; at any other size the broken one was the newest.
+        if other is not None and not other.whole and size != newest.end:
+            raise LedgerError(
+                f"expected an unbroken intent in {self._intents[1 - index]}, got changed bytes; restore a backup"
+            )
+        # The older one was appended whole before the newest was announced.
+        if other is not None and other.whole and self._read(len(other.batch), other.base) != other.batch:
+            raise LedgerError(f"expected {self._path} to hold its older intent, got other bytes; restore a backup")
+        tail = self._read(len(newest.batch), newest.base)
+        if not newest.batch.startswith(tail):
             raise LedgerError(f"expected {self._path} to hold its intent, got other bytes; restore a backup")
-        if len(tail) < len(batch):
+        if len(tail) < len(newest.batch):
             # The crash may have come after the caller was promised nothing; finishing it over-counts at worst.
             try:
-                os.write(self._file, batch[len(tail) :])
-                os.fsync(self._file)
+                # A killed process may have left it unsynced; a power cut here must not tear both files.
+                _sync(self._intents[index])
+                if os.write(self._file, newest.batch[len(tail) :]) != len(newest.batch) - len(tail):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fdatasync(self._file)
             except OSError as error:
                 raise LedgerError(
                     f"expected to finish a torn charge in {self._path}, got {error.strerror}; free some space"
                 ) from None
+        self._turn = 1 - index
 
     def _read(self, count: int, start: int) -> bytes:
         """Returns ``count`` bytes from ``start``, or as many as there are; one system call reads 2 GiB at most."""
@@ -626,11 +651,9 @@ class Book(Ledger):
             raise LedgerError(f"expected {self._path} to grow only, got {size} bytes after {self._size}; it was cut")
         if size == self._size:
             return
-        added = self._read(size - self._size, self._size)
-        if not added.endswith(b"\n"):
-            # Whoever wrote it is dead, for the lock is ours.
-            self._finish_torn_append()
-            added = self._read(os.fstat(self._file).st_size - self._size, self._size)
+        # Another book wrote: whose intent is the newest has changed, and if its append is torn it is dead.
+        self._finish_torn_append()
+        added = self._read(os.fstat(self._file).st_size - self._size, self._size)
         if not added.endswith(b"\n"):
             raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
         self._take(added)
@@ -877,33 +900,139 @@ class Book(Ledger):
         if not entries:
             return
         lines = b"".join(map(_line, entries))
-        temporary, announced = self._intent.with_suffix(".new"), False
+        appending = False
         try:
-            # Synced before it takes its name: after a power cut an empty intent would lock a sound ledger for ever.
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(canonical([self._size, hashlib.sha256(lines).hexdigest()]) + b"\n" + lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._intent)
-            announced = True
+            self._announce(lines)
+            appending = True
             written = os.write(self._file, lines)
             if written != len(lines):
-                raise OSError(28, "No space left on device")
-            os.fsync(self._file)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fdatasync(self._file)
         except OSError as error:
             # Nothing was promised yet, so nothing was touched: take the half-written lines back and refuse.
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._size)
-                temporary.unlink(missing_ok=True)
-                # An older intent still guards the end of the file against a cut.
-                if announced:
-                    self._intent.unlink(missing_ok=True)
+                if appending:
+                    os.ftruncate(self._file, self._size)
+                    with contextlib.suppress(OSError):
+                        # On disk before the intent goes: a half line that nothing explains would lock the ledger.
+                        os.fsync(self._file)
+                self._withdraw(lines)
             raise LedgerError(
                 f"expected to write a charge to {self._path}, got {error.strerror}; free some space, nothing was spent"
             ) from None
+        self._turn = 1 - self._turn
         self._size += len(lines)
         for entry in entries:
             self._add(self._accounts.get(entry["account"]), entry)
+
+    def _announce(self, lines: bytes) -> None:
+        """Puts a batch on disk as the next intent, in place where the other intent stays whole meanwhile.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        path, other = self._intents[self._turn], self._intents[1 - self._turn]
+        data = _Intent.written(self._size, lines)
+        if other.exists() and path.exists() and path.stat().st_size >= len(data):
+            descriptor = os.open(path, os.O_WRONLY)
+            try:
+                if os.pwrite(descriptor, data, 0) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+            return
+        room = _INTENT_BYTES
+        while room < len(data):
+            room *= 2
+        temporary = path.with_name("ledger.new")
+        # Synced before it takes its name: after a power cut an empty intent would lock a sound ledger for ever.
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(data.ljust(room, b"\0"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+    def _withdraw(self, lines: bytes) -> None:
+        """Undoes `_announce` where the append failed; the other intent still guards the end of the file."""
+        path = self._intents[self._turn]
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return
+        try:
+            head = _Intent.written(self._size, lines).partition(b"\n")[0]
+            # An older intent that was never overwritten is left whole: it guards too.
+            if os.pread(descriptor, len(head), 0) == head:
+                if self._intents[1 - self._turn].exists():
+                    os.pwrite(descriptor, b"\0", 0)
+                else:
+                    path.unlink()
+        finally:
+            os.close(descriptor)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Intent:
+    """A batch that was announced before its append, or what is left of one.
+
+    Attributes:
+        base: Where in the ledger it belongs, in bytes.
+        batch: Its lines.
+        whole: Whether it is as it was written; otherwise the other two say nothing.
+    """
+
+    base: int
+    batch: bytes
+    whole: bool
+
+    @property
+    def end(self) -> int:
+        """Where the ledger ends once it holds the batch."""
+        return self.base + len(self.batch)
+
+    @staticmethod
+    def written(base: int, batch: bytes) -> bytes:
+        """Returns the bytes of an intent; what stands behind them in its file is of an older one."""
+        return canonical([base, len(batch), _Intent._sealed(base, batch)]) + b"\n" + batch
+
+    @staticmethod
+    def _sealed(base: int, batch: bytes) -> str:
+        # The place is sealed too: a torn header before an older batch must not move that batch.
+        return hashlib.sha256(b"tacit/intent/2\n%d\n%d\n" % (base, len(batch)) + batch).hexdigest()
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Reads an intent of this format or of the first one (base and digest, then the batch); None without a file."""
+        try:
+            head, _, batch = path.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return None
+        try:
+            base, *length, digest = _loads(head)
+            if type(base) is not int or base < 0 or len(length) > 1:
+                raise ValueError("not a position in a file")
+            if not length:
+                return cls(base, batch, hashlib.sha256(batch).hexdigest() == digest)
+            if type(length[0]) is not int or length[0] < 0:
+                raise ValueError("not a length")
+            batch = batch[: length[0]]
+            return cls(base, batch, len(batch) == length[0] and cls._sealed(base, batch) == digest)
+        except (ValueError, TypeError):
+            return cls(0, b"", whole=False)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _loads(text: str | bytes) -> Any:

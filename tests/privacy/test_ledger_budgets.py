@@ -45,7 +45,8 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """The holder itself writes something else and signs it."""
     data = rechain(lines_of(folder), change, folder / "ledger.key")
     (folder / "ledger.jsonl").write_bytes(data)
-    (folder / "ledger.intent").unlink(missing_ok=True)
+    for intent in folder.glob("ledger.intent*"):
+        intent.unlink()
 
 
 # -- older versions ------------------------------------------------------------
@@ -146,7 +147,8 @@ def test_terms_are_not_asked_of_a_version_that_had_none(tmp_path: Path) -> None:
         charged(book, 1, 2)
     data = as_version_2(lines_of(tmp_path), tmp_path / "ledger.key")
     (tmp_path / "ledger.jsonl").write_bytes(data)
-    (tmp_path / "ledger.intent").unlink()
+    for intent in tmp_path.glob("ledger.intent*"):
+        intent.unlink()
     with Book(tmp_path) as book:
         assert charged(book, 3).charges == 3
 
@@ -246,7 +248,8 @@ def test_g2_nobody_but_the_holder_changes_a_budget(tmp_path: Path) -> None:
         book.set_budget(ACCOUNT, 4.0, may_raise=True)
     data = rechain(lines_of(tmp_path), lambda e: e["body"].update(epsilon=40.0) if e["kind"] == "budget" else None)
     (tmp_path / "ledger.jsonl").write_bytes(data)
-    (tmp_path / "ledger.intent").unlink()
+    for intent in tmp_path.glob("ledger.intent*"):
+        intent.unlink()
     for read in (Book, read_ledger):
         with pytest.raises(LedgerError, match="signature"):
             read(tmp_path)

@@ -328,7 +328,8 @@ def ledger_lines(run: Path) -> list[bytes]:
 
 def keep_lines(run: Path, lines: list[bytes]) -> None:
     (run / "ledgers/ledger.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    (run / "ledgers/ledger.intent").unlink(missing_ok=True)
+    for intent in (run / "ledgers").glob("ledger.intent*"):
+        intent.unlink()
 
 
 def roll_back(run: Path) -> None:
