@@ -198,7 +198,7 @@ def test_g18_a_client_level_run_gets_an_estimate_from_canary_clients_and_no_figu
     assert code == 0
     assert "no bound, no confidence" in out
     assert "FAILS" not in out
-    # Planted: a server without noise. Over six drawings each, estimates were 1.0 to 2.8 with noise, 9.1 to 10.6 without.
+    # Planted: a server without noise. Six drawings each gave 1.0 to 2.8 with noise, 9.1 to 10.6 without.
     what = command._of_run(tmp_path / "run")
     silent = command._canary_clients(what, command._subject(what, SilentSources()))
     assert found["canary clients"]["figures"]["epsilon"] < 6.0 < silent.figures["epsilon"]
