@@ -892,7 +892,7 @@ def _audit_closing(console: Console, result: Mapping[str, Any]) -> None:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for title in ("epsilon", "below", "above", "m", "r", "v", "confidence", "ceiling"):
         table.add_column(title, no_wrap=True)
-    rows = result["evidence"]["bounds"]
+    rows = [row for row in result["evidence"]["bounds"] if "epsilon_lower" in row]
     for row in rows:
         table.add_row(
             row["audit"],
@@ -903,23 +903,24 @@ def _audit_closing(console: Console, result: Mapping[str, Any]) -> None:
             f"{100 * row['confidence']:g} %",
             f"{row['ceiling']:.2f}",
         )
-    console.print()
-    console.print(table)
-    console.print()
-    for row in rows:
-        console.print(f"{row['audit']} ({row['schedule']}): the attacker {row['threat_model']}.", soft_wrap=True)
-    console.print(
-        f"At delta {rows[0]['delta']:g}, add or remove one record; m canaries, r guesses, v of them right. A claim "
-        "above the ceiling could not be contradicted: a low-epsilon configuration of the same code is audited.",
-        soft_wrap=True,
-    )
+    if rows:
+        console.print()
+        console.print(table)
+        console.print()
+        for row in rows:
+            console.print(f"{row['audit']} ({row['schedule']}): the attacker {row['threat_model']}.", soft_wrap=True)
+        console.print(
+            f"At delta {rows[0]['delta']:g}, add or remove one record; m canaries, r guesses, v of them right. A claim "
+            "above the ceiling could not be contradicted: a low-epsilon configuration of the same code is audited.",
+            soft_wrap=True,
+        )
     for note in result["notes"]:
         console.print(note, soft_wrap=True)
     failed = [finding["audit"] for finding in result["findings"] if not finding["holds"]]
     words = f"Contradicted by: {', '.join(failed)}." if failed else "Nothing contradicts what is promised."
     console.print(Text(f"\n{words}", style="bold red" if failed else "bold green"), soft_wrap=True)
     console.print(f"{_clock(result['seconds'])}, on synthetic records; nothing was charged", soft_wrap=True)
-    if result["run"] is not None:
+    if result["run"] is not None and rows:
         console.print(f"wrote {_short(str(Path(result['run']).resolve() / 'audit.json'))}", soft_wrap=True)
 
 

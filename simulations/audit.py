@@ -2,7 +2,8 @@
 
 Everything runs on synthetic records of the task's shape; membership inference, when asked for, on a public data set
 where the task has one. A holder's records are not trained on, so nothing is charged (guarantee G18). A run's folder
-adds its own plan and its ledgers, whose spend is priced again.
+adds its own plan and its ledgers, whose spend is priced again. Of a run that protects clients, synthetic canary clients
+give an estimate for one round, which is printed and enters no report.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from clients.data import SourceName, load_source
 from clients.holder import SecureSources, Sources
 from models.task import Shape, Task, find_task
 from privacy import audit as audits
+from privacy import central
 from privacy.audit import Finding, Subject
 from privacy.errors import PlanError
 from privacy.files import write_whole
 from privacy.ledger import Book
-from privacy.plan import Local, Plan, require
+from privacy.plan import Local, Plan, Unit, require
 from simulations.scenario import Scenario
 from simulations.world import Settled, code_hash, now, settle
 
@@ -36,6 +38,8 @@ AUDIT_FILE: Final = "audit.json"
 MOST_EPSILON: Final = 4.0
 # Records as tensors of canaries x canaries.
 _CANARIES: Final = (100, 4000)
+# All canary clients' updates are held at once, in float64: half a gigabyte.
+_NUMBERS_HELD: Final = 2**26
 _PUBLIC: Final = frozenset(
     {SourceName.DIGITS, SourceName.BREAST_CANCER, SourceName.MNIST, SourceName.FASHION_MNIST, SourceName.CIFAR10}
 )
@@ -72,7 +76,7 @@ def audit(
     """Audits a task under its plan, or a run's task under the run's plan.
 
     Args:
-        run: Run folder; what a report may show is written there as ``audit.json``.
+        run: Run folder; what a report may show is written there as ``audit.json``, at unit record.
         task: Where there is no run: name of the task, audited under its defaults.
         data: Where there is no run: where the task's data lies; only its public shape is used.
         epsilon: Of the audited configuration of the same code, in (0, 4]: at the run's own epsilon an audit of so few
@@ -109,10 +113,13 @@ def audit(
     notes = []
     if run is not None and not what.code.endswith(code_hash()):
         notes.append("The run was made by another version of this program than the one that was audited.")
+    if what.plan.unit is Unit.CLIENT:
+        notes.append("Records are not what this plan protects: the audits of single records were not run.")
     evidence = audits.report_evidence(
         findings, date=now(), code_hash=code_hash(), records="synthetic records of the task's public shape"
     )
-    if run is not None:
+    if run is not None and what.plan.unit is not Unit.CLIENT:
+        # An estimate is no bound, and a report's table is one of bounds.
         # Only what may be told is written down: a run's folder is sent to others as it is.
         write_whole(run / AUDIT_FILE, json.dumps(evidence, indent=2, allow_nan=False).encode() + b"\n")
     return {
@@ -207,6 +214,10 @@ def _audits(
         inputs, targets = _public_records(what)
         return audits.membership_inference(subject, inputs, targets, lr=lr, rounds=what.plan.rounds)
 
+    if what.plan.unit is Unit.CLIENT:
+        # Nothing is done example by example there, so that the probes of one record have nothing to probe.
+        clients: dict[str, Callable[[], Finding]] = {"canary clients": lambda: _canary_clients(what, subject)}
+        return clients | ({"ledgers": ledgers} if what.ledgers is not None else {})
     found: dict[str, Callable[[], Finding]] = {
         "sensitivity": lambda: audits.sensitivity_probe(subject),
         "noise": lambda: audits.noise_probe(subject),
@@ -227,6 +238,24 @@ def _audits(
     if membership:
         found["membership inference"] = attack
     return found
+
+
+def _canary_clients(what: _Audited, subject: Subject) -> Finding:
+    """Estimates epsilon of one round of the server's own aggregation, from synthetic clients that send directions."""
+    size = sum(value.numel() for value in subject.model.parameters() if value.requires_grad)
+
+    def one_round(updates: torch.Tensor) -> torch.Tensor:
+        sent = [central.Contribution(row, 1.0) for row in updates.numpy()]
+        return torch.from_numpy(central.aggregate(sent, size, what.plan, what.plan.l2_clip, subject.sources()).mean)
+
+    found = audits.canary_clients(
+        one_round,
+        dimension=size,
+        l2_clip=what.plan.l2_clip,
+        delta=what.plan.delta,
+        canaries=max(8, min(200, _NUMBERS_HELD // size)),
+    )
+    return dataclasses.replace(found, line=f"one round, {found.line}")
 
 
 def _public_records(what: _Audited) -> tuple[torch.Tensor, torch.Tensor]:

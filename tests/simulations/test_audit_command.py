@@ -181,6 +181,29 @@ def test_a_run_whose_data_is_private_by_nature_is_attacked_on_synthetic_records(
     assert not {row.numpy().tobytes() for row in inputs} & {row.numpy().tobytes() for row in digits}
 
 
+def test_g18_a_client_level_run_gets_an_estimate_from_canary_clients_and_no_figure_in_its_report(
+    says: Says, tmp_path: Path
+) -> None:
+    keys = {"unit": "client", "clients": 12, "rounds": 2, "client-rate": 0.5, "steps-per-round": 1}
+    simulate(Scenario.layered(None, keys), out=tmp_path / "run", observer=Quiet())
+    before = {p: p.read_bytes() for p in (tmp_path / "run/ledgers").rglob("*") if p.is_file()}
+    code, out, err = says(tmp_path / "run", "--json")
+    assert (code, err) == (0, "")
+    found = {row["audit"]: row for row in json.loads(out)["findings"]}
+    assert list(found) == ["canary clients", "ledgers"]
+    assert "one round, estimate" in found["canary clients"]["verdict"]
+    assert not (tmp_path / "run/audit.json").exists()
+    assert {p: p.read_bytes() for p in before} == before
+    code, out, _ = says(tmp_path / "run")
+    assert code == 0
+    assert "no bound, no confidence" in out
+    assert "FAILS" not in out
+    # Planted: a server without noise. Six drawings each gave 1.0 to 2.8 with noise, 9.1 to 10.6 without.
+    what = command._of_run(tmp_path / "run")
+    silent = command._canary_clients(what, command._subject(what, SilentSources()))
+    assert found["canary clients"]["figures"]["epsilon"] < 6.0 < silent.figures["epsilon"]
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
