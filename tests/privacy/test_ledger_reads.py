@@ -68,7 +68,7 @@ def test_planted_bug_a_ledger_read_by_a_single_call_is_not_whole(
     written = a_long_ledger(tmp_path)
     monkeypatch.setattr(Book, "_read", a_single_read)
     # Refused for the wrong reason: nothing was cut.
-    with pytest.raises(LedgerError, match="cut"):
+    with pytest.raises(LedgerError, match="older intent"):
         require_whole(tmp_path, written)
 
 
