@@ -235,7 +235,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _simulate_page(kinds: Any) -> None:
-    from simulations.scenario import GROUPS, KEYS
+    from simulations.scenario import GROUPS
 
     page = kinds.add_parser(
         "simulate",
@@ -247,17 +247,7 @@ def _simulate_page(kinds: Any) -> None:
         allow_abbrev=False,
     )
     page.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="scenario file")
-    for title in GROUPS:
-        group = page.add_argument_group(title)
-        for key in KEYS:
-            if key.group == title:
-                group.add_argument(
-                    f"--{key.name}",
-                    dest=f"key {key.name}",
-                    metavar="|".join(key.choices) or key.unit.upper() or _METAVARS[key.kind],
-                    default=None,
-                    help=_line(key),
-                )
+    _keys(page, GROUPS)
     other = page.add_argument_group("this command")
     other.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in this folder")
     other.add_argument("--app", metavar="DIR", type=Path, help="run the Flower app in this folder instead of a task")
@@ -270,6 +260,20 @@ def _simulate_page(kinds: Any) -> None:
     )
     other.add_argument("--json", action="store_true", help="print one JSON object at the end, and nothing else")
     other.add_argument("--quiet", action="store_true", help="print the closing summary only")
+
+
+def _keys(page: Any, groups: Sequence[str]) -> None:
+    """Adds a flag for every scenario key of some groups."""
+    from simulations.scenario import KEYS
+
+    for title in groups:
+        group = page.add_argument_group(title)
+        for key in KEYS:
+            if key.group == title:
+                metavar = "|".join(key.choices) or key.unit.upper() or _METAVARS[key.kind]
+                group.add_argument(
+                    f"--{key.name}", dest=f"key {key.name}", metavar=metavar, default=None, help=_line(key)
+                )
 
 
 def _line(key: Key) -> str:
@@ -436,20 +440,6 @@ def _plan_page(kinds: Any) -> None:
     other.add_argument("--ledgers", metavar="DIR", type=Path, help="say what the ledgers there have left; only reads")
     other.add_argument("--plot", metavar="FILE", type=Path, help="draw both sweeps into an SVG file")
     other.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
-
-
-def _keys(page: Any, groups: Sequence[str]) -> None:
-    """Adds a flag for every scenario key of some groups."""
-    from simulations.scenario import KEYS
-
-    for title in groups:
-        group = page.add_argument_group(title)
-        for key in KEYS:
-            if key.group == title:
-                metavar = "|".join(key.choices) or key.unit.upper() or _METAVARS[key.kind]
-                group.add_argument(
-                    f"--{key.name}", dest=f"key {key.name}", metavar=metavar, default=None, help=_line(key)
-                )
 
 
 def _plan(arguments: argparse.Namespace) -> int:

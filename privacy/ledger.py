@@ -451,14 +451,7 @@ class Ledger:
         if (kind == "grant") != (account is None):
             raise ValueError("an account starts with exactly one grant")
         if account is None:
-            grant = Grant(
-                epsilon=body["epsilon"],
-                delta=body["delta"],
-                order=body["order"],
-                unit=Unit(body["unit"]),
-                adjacency=Adjacency(body["adjacency"]),
-                records_bound=body["records_bound"],
-            )
+            grant = grant_of(body)
             population, apart = body["population"], tuple(body["apart"]) if entry["v"] > 1 else ()
             if body["name"] in self._populations.get(population, {}):
                 raise ValueError(f"a second account named {body['name']!r}")
@@ -1126,6 +1119,23 @@ def _require_terms(body: Mapping[str, Any], event: Event) -> None:
             raise ValueError(f"a {name} that is no SHA-256")
     if body["sampling"] not in {Law.of(event, noise).value for noise in (SECURE_SOURCE, "")}:
         raise ValueError(f"the unknown sampling law {body['sampling']!r:.40}")
+
+
+def grant_of(body: Mapping[str, Any]) -> Grant:
+    """Returns the budget that the body of a grant entry says.
+
+    Raises:
+        PlanError: It is no budget.
+        KeyError, TypeError, ValueError: A field is missing or another word.
+    """
+    return Grant(
+        epsilon=body["epsilon"],
+        delta=body["delta"],
+        order=body["order"],
+        unit=Unit(body["unit"]),
+        adjacency=Adjacency(body["adjacency"]),
+        records_bound=body["records_bound"],
+    )
 
 
 def _receipt(account: Account, entry: Mapping[str, Any]) -> Receipt:

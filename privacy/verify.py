@@ -39,7 +39,7 @@ from privacy.accounting import (
 )
 from privacy.errors import TacitError
 from privacy.identity import COUNTERSIGN, verify
-from privacy.ledger import Account, Law, Receipt, require_signed_entry
+from privacy.ledger import Account, Law, Receipt, grant_of, require_signed_entry
 from privacy.ledger_report import over_ledgers
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Local, Plan, Unit, canonical
@@ -735,20 +735,9 @@ def _histories(files: _Files) -> tuple[dict[str, Grant], dict[str, list[tuple[in
         receipts.sort(key=lambda receipt: receipt.seq)
         if receipts[-1].charges == len(receipts):
             require_signed_entry(entry, client["public_key"])
-            grants[client["account"]] = _grant(entry["body"])
+            grants[client["account"]] = grant_of(entry["body"])
             histories[client["account"]] = [(each.seq, each.events, each.spent) for each in receipts]
     return grants, histories
-
-
-def _grant(body: Mapping[str, Any]) -> Grant:
-    return Grant(
-        epsilon=body["epsilon"],
-        delta=body["delta"],
-        order=body["order"],
-        unit=Unit(body["unit"]),
-        adjacency=Adjacency(body["adjacency"]),
-        records_bound=body["records_bound"],
-    )
 
 
 def _prices(files: _Files) -> Iterator[Check]:
@@ -932,7 +921,7 @@ def _record_level(report: Mapping[str, Any]) -> tuple[float, float]:
 
 def _composed(clients: Sequence[Mapping[str, Any]], times: int) -> float | None:
     """Returns epsilon over the dearest clients' spends, where they count at one order and delta."""
-    grants = {_grant(client["proof"]["grant"]["body"]) for client in clients}
+    grants = {grant_of(client["proof"]["grant"]["body"]) for client in clients}
     if len({(grant.order, grant.delta) for grant in grants}) != 1:
         return None
     grant = next(iter(grants))

@@ -27,6 +27,7 @@ from privacy.accounting import Event, Kind, rdp
 from privacy.errors import LedgerError
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.matrix import CorrelatedNoise, Drawing, Matrix, Turns, matrix_event
+from privacy.plan import Metric, Metrics, Mode, Unit
 from tests.oracles import ACCOUNT, as_version_1, make_grant, make_plan, make_request, open_book, rechain
 
 MATRIX = Matrix(rounds=12, separation=3, participations=3, coefficients=(1.0, 0.6, 0.5))
@@ -175,7 +176,19 @@ def test_g16_no_more_participations_than_were_priced(folder: Path) -> None:
         assert sorted(book.accounts[ACCOUNT].jobs["ab" * 16].rounds) == [2, 5, 8]
 
 
-@pytest.mark.parametrize("change", [{"sample_rate": 0.5}, {"steps": 2}], ids=str)
+ASKS_MORE = Metrics(words=(Metric.COUNT,), noise=20.0, loss_bound=1.0)
+
+
+def test_g16_a_clip_that_moves_is_no_part_of_a_matrix(tmp_path: Path) -> None:
+    fixed = dataclasses.replace(PLAN, unit=Unit.CLIENT, mode=Mode.AUTO, turns=1)
+    moving = dataclasses.replace(fixed, quantile=0.5, clip_lr=0.2, bit_noise=9.0)
+    with open_book(tmp_path, make_grant(epsilon=9.0, unit=Unit.CLIENT)) as book:
+        assert asked(book, 1, plan=moving) == [Word.CONFLICT]
+        # It is the clip that is declined, not the unit.
+        assert admitted(asked(book, 1, plan=fixed)) == [1]
+
+
+@pytest.mark.parametrize("change", [{"sample_rate": 0.5}, {"steps": 2}, {"metrics": ASKS_MORE}], ids=str)
 def test_g16_a_plan_that_samples_or_steps_often_is_no_matrix(tmp_path: Path, change: dict[str, Any]) -> None:
     with open_book(tmp_path) as book:
         assert asked(book, 1, plan=dataclasses.replace(PLAN, **change)) == [Word.CONFLICT]
