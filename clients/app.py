@@ -121,6 +121,16 @@ def parse_request(message: Message) -> Request:
         raise PlanError("expected an ArrayRecord and a ConfigRecord, got other records; is it the same program?")
     keys = CENTRAL_KEYS if "clip" in job else REQUEST_KEYS
     require(set(job) == keys, f"expected the request keys {sorted(keys)}, got {sorted(job)[:10]}")
+    # A list is refused below, and cannot be remembered.
+    values: dict[str, Any] = dict(job)
+    read = _fields.__wrapped__ if any(isinstance(value, list) for value in values.values()) else _fields
+    return Request(arrays=arrays, **read(_arrays_digest(arrays), **values))
+
+
+# A simulation reads each request twice: to charge its cohort in one go, and to serve it.
+@lru_cache(maxsize=1024, typed=True)
+def _fields(model: str, **job: Any) -> dict[str, Any]:
+    """Returns the fields of a request, bounds-checked, and the digest of the whole; ``model`` is that of its arrays."""
     texts: dict[str, str] = {}
     for key in ("job", "task", "plan", "local", "witness"):
         text = job[key]
@@ -143,19 +153,18 @@ def parse_request(message: Message) -> Request:
     clip = _clip(job.get("clip"), plan)
     if plan.unit is Unit.CLIENT:
         fields["clip"] = clip
-    return Request(
-        job=texts["job"],
-        round=number,
-        task=texts["task"],
-        plan=plan,
-        local=_local(texts["local"]),
-        lr=lr,
-        seed=seed,
-        witness=(int(seq), head) if seq else None,
-        arrays=arrays,
-        digest=_digest(_arrays_digest(arrays), **fields),
-        clip=clip,
-    )
+    return {
+        "job": texts["job"],
+        "round": number,
+        "task": texts["task"],
+        "plan": plan,
+        "local": _local(texts["local"]),
+        "lr": lr,
+        "seed": seed,
+        "witness": (int(seq), head) if seq else None,
+        "digest": request_digest(fields, model),
+        "clip": clip,
+    }
 
 
 def _clip(clip: object, plan: Plan) -> float:
@@ -167,12 +176,6 @@ def _clip(clip: object, plan: Plan) -> float:
         raise PlanError("expected a finite clip > 0, got something else")
     require(plan.quantile > 0 or clip == plan.l2_clip, "expected the plan's own clip, got another")
     return clip
-
-
-@lru_cache(maxsize=1024, typed=True)
-def _digest(model: str, **fields: str | int | float) -> str:
-    # A simulation reads each request twice: to charge its cohort in one go, and to serve it.
-    return request_digest(fields, model)
 
 
 _plan = lru_cache(maxsize=8)(Plan.from_json)
