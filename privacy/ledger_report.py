@@ -134,7 +134,7 @@ def _run(account: Account, job: str, lines: Sequence[Line], ledger: Transcript) 
     alone = account.grant.epsilon_of(sum(rdp(line.events, account.grant.order) for line in mine if line.charged))
     return {
         "job": job,
-        "charges": len(mine),
+        "charges": sum(line.charged for line in mine),
         "rounds": sorted({line.round for line in mine}),
         "released": sorted({event.released for line in mine for event in line.events}),
         "first": iso(mine[0].time) if mine else "",

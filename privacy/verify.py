@@ -26,6 +26,7 @@ from typing import Any, Final
 from privacy.accounting import (
     Event,
     Grant,
+    Kind,
     attacker_power,
     best_order,
     events_from_json,
@@ -353,8 +354,17 @@ def _clients(files: _Files) -> Iterator[Check]:
         return
     signer = (files.report["signature"] or {}).get("public_key")
     signed, alone, silent = 0, [], []
+    known: dict[str, Receipt] = {}
+    for found in files.known():
+        best = known.get(found.receipt.account)
+        if best is None or best.seq < found.receipt.seq:
+            known[found.receipt.account] = found.receipt
     for client in files.clients:
         proof, name = client["proof"] or {}, client["name"]
+        last = known.get(client["account"])
+        if last is not None and (fault := _against(client, last, proof)):
+            yield Check("client receipts", Result.FAILS, f"{name}: {fault}")
+            return
         if not proof.get("receipt"):
             silent.append(name)
             continue
@@ -408,6 +418,26 @@ def _clients(files: _Files) -> Iterator[Check]:
     )
 
 
+def _against(client: Mapping[str, Any], last: Receipt, proof: Mapping[str, Any]) -> str:
+    """Returns how a client's row contradicts the last receipt that is known of it, or nothing."""
+    spent = client["spent_epsilon"]
+    if not isinstance(spent, str) and (last.test or spent < last.spent * (1 - _SAME)):
+        return "less is printed than a receipt of it says"
+    grant = _signed(proof.get("grant"))
+    if grant is None:
+        return ""
+    # The holder's budget moves only by its own entries, and the report must list each of them.
+    budget, passed_ = float(grant["body"]["epsilon"]), []
+    for change in client["budget_changes"]:
+        if change["before"] != budget or change["raised"] != (change["after"] > budget):
+            return "its budget did not change as the report says"
+        passed_.append(budget)
+        budget = change["after"]
+    if last.granted not in (budget, *passed_):
+        return f"it signed a budget of {last.granted:g}, which its grant and the listed changes do not give"
+    return "" if client["granted_epsilon"] == budget else "its budget is not what its grant and the changes give"
+
+
 def _commitments(files: _Files) -> Iterator[Check]:
     """What each client committed to before its first round."""
     report = files.report
@@ -423,14 +453,19 @@ def _commitments(files: _Files) -> Iterator[Check]:
         faults.append("the scenario does not give the hash that the report names")
     for client in files.clients:
         proof, name = client["proof"] or {}, client["name"]
-        grant, commit = proof.get("grant"), proof.get("commit")
-        if commit is None or grant is None:
+        if proof.get("commit") is None or proof.get("grant") is None:
             continue
-        if commit["v"] == 1:
+        grant, commit = _grant_of(files, client), _commit_of(files, client)
+        if grant is None or commit is None:
+            # Version 1 was never signed: only a ledger's chain vouches for it.
             old.append(name)
             continue
+        if (grant, commit) != (proof["grant"], proof["commit"]):
+            faults.append(f"{name}: its papers are not those of its ledger")
+            continue
         for entry in (grant, commit):
-            require_signed_entry(entry, client["public_key"])
+            if entry["v"] > 1:
+                require_signed_entry(entry, client["public_key"])
         body = commit["body"]
         if grant["kind"] != "grant" or grant["body"]["key"] != client["public_key"] or commit["kind"] != "commit":
             faults.append(f"{name}: its papers are of another account")
@@ -452,12 +487,15 @@ def _commitments(files: _Files) -> Iterator[Check]:
             faults.append(f"{name}: it names the sampling law {body['sampling']!r:.40}")
         else:
             count += 1
+    job, released = report["run"]["job"], Event.all_of_round(plan)
+    if any(found.receipt.job == job and found.receipt.events != released for found in files.known()):
+        faults.append("receipts of this job are for other releases than those of the plan")
     unproven = _committed_otherwise(files)
     if faults or unproven:
         yield Check("commitments", Result.FAILS, f"{(faults + unproven)[0]} ({len(faults + unproven):,} such)")
     else:
         words = f"{count:,} clients signed this plan, its schedule, its sampling law, the code and the settings"
-        yield Check("commitments", Result.HOLDS, words)
+        yield Check("commitments", Result.HOLDS if count else Result.OPEN, words)
     if old:
         yield Check(
             "older ledgers", Result.OPEN, f"{_some(old)}: entries of an older version name no code and no settings"
@@ -474,6 +512,27 @@ def _committed_otherwise(files: _Files) -> list[str]:
         for client in files.clients
         if not (client["proof"] or {}).get("commit")
     ]
+
+
+def _commit_of(files: _Files, client: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns a client's commitment to the report's job, where something vouches for it: its ledger, or a signature."""
+    report = files.report or {}
+    for ledger in files.ledgers:
+        if (entry := ledger.commits.get((client["account"], report["run"]["job"]))) is not None:
+            return entry
+    return _signed((client["proof"] or {}).get("commit"))
+
+
+def _grant_of(files: _Files, client: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns a client's grant, where something vouches for it: its ledger, or a signature."""
+    for ledger in files.ledgers:
+        if (entry := ledger.grants.get(client["account"])) is not None:
+            return entry
+    return _signed((client["proof"] or {}).get("grant"))
+
+
+def _signed(entry: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return entry if entry is not None and type(entry["v"]) is int and entry["v"] > 1 else None
 
 
 def _plan(report: Mapping[str, Any]) -> Plan:
@@ -518,7 +577,9 @@ def _receipts(files: _Files) -> Iterator[Check]:
     for account, receipts in by_account.items():
         receipts.sort(key=lambda receipt: receipt.seq)
         for earlier, later in itertools.pairwise(receipts):
-            grows = earlier.seq < later.seq and earlier.charges < later.charges and earlier.spent <= later.spent
+            grows = earlier.seq < later.seq and (
+                _is_turn(earlier, later) or (earlier.charges < later.charges and earlier.spent <= later.spent)
+            )
             if not grows or earlier.public_key != later.public_key or earlier.test > later.test:
                 forked.append(account)
     yield Check(
@@ -531,6 +592,15 @@ def _receipts(files: _Files) -> Iterator[Check]:
     if not files.ledgers:
         words = "without the clients' ledgers, a rollback or fork shows only when a holder shows its own receipts"
         yield Check("rollback", Result.OPEN, words)
+
+
+def _is_turn(earlier: Receipt, later: Receipt) -> bool:
+    """Whether a receipt is for a later round of a matrix that was paid for whole: its account spends nothing more."""
+    return (
+        all(event.kind is Kind.MATRIX_GAUSSIAN for event in later.events)
+        and (earlier.charges, earlier.spent) == (later.charges, later.spent)
+        and (earlier.job != later.job or earlier.round < later.round)
+    )
 
 
 def _arrived(report: Mapping[str, Any], files: _Files) -> Iterator[Check]:
@@ -733,7 +803,9 @@ def _histories(files: _Files) -> tuple[dict[str, Grant], dict[str, list[tuple[in
         if client["account"] in histories or entry is None or entry["v"] == 1 or not receipts:
             continue
         receipts.sort(key=lambda receipt: receipt.seq)
-        if receipts[-1].charges == len(receipts):
+        # Later rounds of a matrix are receipts and no charges; only the ledger tells which.
+        whole = not any(event.kind is Kind.MATRIX_GAUSSIAN for each in receipts for event in each.events)
+        if whole and receipts[-1].charges == len(receipts):
             require_signed_entry(entry, client["public_key"])
             grants[client["account"]] = grant_of(entry["body"])
             histories[client["account"]] = [(each.seq, each.events, each.spent) for each in receipts]
@@ -828,7 +900,7 @@ def _headline(files: _Files) -> Iterator[Check]:
         sound = epsilon in (UNKNOWN, INFINITY) and set(quoted) == {epsilon} and bool(headline["reasons"])
         yield _checked("headline", sound, f"it claims no finite figure: {epsilon}")
         return
-    one, one_delta = _record_level(report)
+    one, one_delta = _record_level(files)
     times = headline["federation"]["multiplicity"]
     if times == 1:
         right = one
@@ -892,12 +964,30 @@ def _adversaries(report: Mapping[str, Any]) -> Check:
     return _checked("adversaries", sound, words)
 
 
-def _record_level(report: Mapping[str, Any]) -> tuple[float, float]:
+def _is_alone(files: _Files, client: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether everything that a client signed is this one schedule: nobody's word for it is taken."""
+    report = files.report or {}
+    commit, grant = _commit_of(files, client), _grant_of(files, client)
+    if commit is None or grant is None or commit["seq"] > 1 + len(client["budget_changes"]):
+        # What came between grant and commitment may have been another run's charges.
+        return False
+    filter_, cost = grant_of(grant["body"]), rdp(Event.all_of_round(plan), grant["body"]["order"])
+    receipts = [found.receipt for found in files.known() if found.receipt.account == client["account"]]
+    for receipt in receipts:
+        fits = receipt.job == report["run"]["job"] and receipt.charges <= plan.joins
+        if not fits or not _near(receipt.spent, filter_.epsilon_of(receipt.charges * cost)):
+            return False
+    whole = filter_.epsilon_of(plan.joins * cost)
+    return bool(client["spent_epsilon"] <= whole * (1 + _SAME))
+
+
+def _record_level(files: _Files) -> tuple[float, float]:
     """Returns the epsilon and delta that may be printed for one record, from a report's own rows.
 
     Raises:
         ValueError: None may, because a client's spend is not a number.
     """
+    report = files.report or {}
     clients, prices, plan = report["clients"], report["prices"], report["plan"]
     figures = [client["spent_epsilon"] for client in clients]
     if not figures or any(isinstance(figure, str) for figure in figures):
@@ -909,7 +999,7 @@ def _record_level(report: Mapping[str, Any]) -> tuple[float, float]:
     if any(client["spent_epsilon"] > client["granted_epsilon"] * (1 + 1e-9) for client in clients):
         raise ValueError("a client spent more than was granted")
     one_schedule = all(
-        client["runs"] == 1 and (client["proof"] or {}).get("commit") and client["delta"] >= plan["delta"]
+        client["runs"] == 1 and client["delta"] >= plan["delta"] and _is_alone(files, client, _plan(report))
         for client in clients
     )
     if not one_schedule:
@@ -962,7 +1052,7 @@ def _beyond(files: _Files) -> Iterator[Check]:
     if files.report is not None:
         words = "a holder whom the operator left out can show it: verify the report beside that holder's ledger"
         yield Check("all clients", Result.OPEN, words)
-        words = "sentences such as warnings and assumptions are those of whoever signed; only figures are checked here"
+        words = "sentences and whatever no line above names are those of whoever signed; no receipt speaks for them"
         yield Check("words of the report", Result.OPEN, words)
 
 

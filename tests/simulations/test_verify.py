@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from privacy import verify as verify_module
-from privacy.accounting import prv_epsilon
+from privacy.accounting import Event, pld_epsilon, prv_epsilon
 from privacy.errors import RunError
 from privacy.identity import Secret
 from privacy.ledger import Book, Receipt
-from privacy.plan import Plan, canonical
-from privacy.report import render, report_id, sentence_of, sign, to_json
+from privacy.plan import Adjacency, Plan, canonical
+from privacy.report import odds_of, render, report_id, sentence_of, sign, tier_words, to_json, tpr_bound
 from privacy.transcript import export
 from privacy.verify import Check, Result, passed, verify_files
 from simulations.run import simulate
@@ -275,6 +275,91 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 }
 
 
+def claim(report: dict[str, Any], epsilon: float, swap: float) -> None:
+    """Makes every place of the headline say one figure, as an operator would that knows what is compared."""
+    headline, delta = report["headline"], report["plan"]["delta"]
+    headline.update(
+        epsilon=epsilon,
+        delta=delta,
+        basis="the whole committed schedule, priced by PLD; no refund for stopping",
+        sentence=sentence_of(epsilon, delta, headline["protects"], []),
+        odds_factor=odds_of(epsilon),
+        tier=tier_words(epsilon),
+        tpr=[{"fpr": row["fpr"], "tpr": tpr_bound(row["fpr"], epsilon, delta)} for row in headline["tpr"]],
+    )
+    headline["replace_one"].update(epsilon=swap, delta=delta)
+    headline["federation"].update(epsilon=epsilon, one_data_set=epsilon)
+    headline["person"][0]["epsilon"] = epsilon
+
+
+def test_g14_a_forged_plan_is_found_though_its_commitments_claim_to_be_of_the_unsigned_version(run: Path) -> None:
+    """Version 1 was never signed, so a paper that says "version 1" proves nothing."""
+
+    def forge(report: dict[str, Any]) -> None:
+        fields = {name: value for name, value in report["plan"].items() if name != "digest"} | {
+            "noise_multiplier": 40.0
+        }
+        plan = Plan.from_json(json.dumps(fields))
+        report["plan"] = json.loads(plan.to_json()) | {"digest": plan.digest()}
+        report["software"]["settings_hash"] = ""
+        for client in report["clients"]:
+            client["proof"]["commit"] = {"v": 1}
+        history, delta = Event.all_of_schedule(plan), plan.delta
+        report["prices"]["pld"] = pld_epsilon(history, delta)
+        report["prices"]["pld_replace_one"] = pld_epsilon(history, delta, Adjacency.REPLACE_ONE)
+        claim(report, report["prices"]["pld"], report["prices"]["pld_replace_one"])
+
+    rewrite(run, forge)
+    for places in ([run], [run / "report.json"], [run / "report.json", run / "receipts.jsonl"]):
+        assert {"commitments", "headline"} <= {check.name for check in failures(*places)}
+
+
+def test_g3_other_runs_cannot_be_denied_to_quote_one_schedule(tmp_path: Path) -> None:
+    """The number of runs is the operator's word; what the clients signed does not fit one schedule."""
+    keys = SMALL | {"ledgers": str(tmp_path / "shared"), "rounds": 2, "retries": 4, "epsilon": 12.0}
+    simulate(Scenario.layered(None, keys), out=tmp_path / "first", observer=Quiet())
+    del keys["epsilon"]
+    later = Scenario.layered(None, keys | {"rounds": 1, "retries": 3, "noise-multiplier": 6.0})
+    simulate(later, out=tmp_path / "second", observer=Quiet())
+    assert failures(tmp_path / "second") == []
+
+    def deny(report: dict[str, Any]) -> None:
+        for client in report["clients"]:
+            client["runs"] = 1
+        claim(report, report["prices"]["pld"], report["prices"]["pld_replace_one"])
+
+    rewrite(tmp_path / "second", deny)
+    assert "headline" in {check.name for check in failures(tmp_path / "second")}
+
+
+def test_g14_a_receipt_left_out_of_the_report_still_speaks_from_the_receipts_file(run: Path) -> None:
+    def silence(report: dict[str, Any]) -> None:
+        for client in report["clients"]:
+            client.update(runs=2, verdict="ledger only", spent_epsilon=0.2, history=[])
+            for name in ("receipt", "peer", "countersignature"):
+                client["proof"].pop(name)
+        claim(report, 0.2, 0.4)
+
+    rewrite(run, silence)
+    assert "client receipts" in {check.name for check in failures(run / "report.json", run / "receipts.jsonl")}
+
+
+def test_g2_a_raise_that_is_hidden_contradicts_the_signed_grant(run: Path) -> None:
+    from simulations.evidence import render as render_run
+
+    with Book(run / "ledgers") as book:
+        book.set_budget("client-00001", 9.0, may_raise=True)
+    render_run(run)
+    assert failures(run / "report.json") == []
+
+    def hide(report: dict[str, Any]) -> None:
+        report["clients"][1]["budget_changes"] = []
+
+    rewrite(run, hide)
+    # Without the ledger: the grant and the figure that the report itself prints do not fit.
+    assert "client receipts" in {check.name for check in failures(run / "report.json")}
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_g14_an_operator_that_signs_a_lie_is_found(run: Path, lie: str) -> None:
     change, name = LIES[lie]
@@ -406,7 +491,7 @@ def test_g2_a_raised_budget_that_a_report_hides_is_found_beside_the_ledger(run: 
         report["clients"][1]["budget_changes"] = []
 
     rewrite(run, hide)
-    assert {check.name for check in failures(run)} == {"report and ledgers"}
+    assert {check.name for check in failures(run)} == {"client receipts", "report and ledgers"}
 
 
 def test_g4_a_figure_for_fewer_data_sets_than_the_holders_signed_is_found(tmp_path: Path) -> None:
