@@ -91,6 +91,9 @@ def _models_alone(facts: RunFacts, headline: float | str, *, whole: bool) -> flo
     # Of another run in the same ledgers nobody here knows the coins.
     if not whole or figure is None or math.isnan(figure):
         return UNKNOWN
+    # An update that was charged and never counted may have been in a model of a round that was drawn again.
+    if any(client.undelivered for client in facts.clients):
+        return UNKNOWN
     return figure if math.isfinite(figure) else INFINITY
 
 

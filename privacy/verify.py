@@ -59,7 +59,7 @@ from privacy.report import (
     tpr_bound,
 )
 from privacy.report_clients import AGAINST, PROTECTS, sentence_of_clients
-from privacy.report_page import LEDGER_SCHEMA, render_ledgers
+from privacy.report_page import LEDGER_SCHEMA, figure_words, render_ledgers
 from privacy.transcript import LEDGER_FILE, Line, Transcript, is_ledger, read_ledger
 from privacy.wire import settings_digest
 
@@ -84,6 +84,8 @@ _SAME: Final = 1e-6
 # PRV adds its own error of 0.01; see `privacy.report`.
 _AGREEMENT: Final = 0.05
 # Above it loss distributions take minutes, and nobody needs the figure exactly.
+# A report prints three deltas and two rates; a curve of thousands would only keep its reader busy.
+_MOST_POINTS: Final = 16
 _PLD_EPSILON: Final = 100
 # How many names a sentence gives.
 _NAMES: Final = 3
@@ -831,7 +833,14 @@ def _prices(files: _Files) -> Iterator[Check]:
         ]
         yield Check("price of the schedule", Result.FAILS if names else Result.HOLDS, words)
         return
+    if max(len(prices["at_deltas"]), len(prices["tpr"]), len(prices["persons"])) > _MOST_POINTS:
+        yield Check("price of the schedule", Result.FAILS, f"more than {_MOST_POINTS} points of a curve are printed")
+        return
     order, best = best_order(history, delta)
+    if best > _PLD_EPSILON and not isinstance(prices["pld"], str):
+        # Loss distributions of next to no noise take hours; no honest report has them.
+        yield Check("PLD price", Result.FAILS, f"a PLD figure is printed though RDP gives {best:.4g}")
+        return
     at = Grant(epsilon=1e9, delta=delta, order=prices["gate_order"], records_bound=plan.records_bound)
     low, high = second_filter(history, at)
     gate = at.epsilon_of(rdp(history, at.order))
@@ -938,6 +947,78 @@ def _headline(files: _Files) -> Iterator[Check]:
     yield from _multiplicity(files, times)
 
 
+def _rows(files: _Files) -> Iterator[Check]:
+    """Sums, remainders and rows that follow from figures which are checked elsewhere."""
+    report = files.report
+    if report is None:
+        return
+    faults = []
+    rows, budget = files.clients, report["budget"]
+    for row in rows:
+        if not isinstance(row["spent_epsilon"], str):
+            left = max(0.0, row["granted_epsilon"] - row["spent_epsilon"])
+            if not _near(row["remaining_epsilon"], left):
+                faults.append(f"{row['name']}: what remains is not what is granted less what is spent")
+    if not isinstance(budget["largest_spent"], str):
+        sums = [max(row["spent_epsilon"] for row in rows), min(row["remaining_epsilon"] for row in rows)]
+        if not all(map(_near, (budget["largest_spent"], budget["least_remaining"]), sums)):
+            faults.append("the largest spend or the least remainder is not that of any client")
+    if budget["granted"] != sorted({row["granted_epsilon"] for row in rows}) or budget["clients"] != len(rows):
+        faults.append("the budgets are not those of the clients")
+    for name in ("charges", "undelivered", "declined"):
+        if budget[name] != sum(row[name] for row in rows):
+            faults.append(f"the number of {name} is not the sum over the clients")
+    persons = report["headline"]["person"]
+    limit = 3 if report["plan"]["unit"] == Unit.CLIENT else 1
+    if persons[limit]["epsilon"] != "none possible":
+        faults.append("a figure is printed for persons whose number of records nothing bounds")
+    priced = [row["epsilon"] for row in report["prices"]["persons"]]
+    if [line["epsilon"] for line in persons[limit + 1 :]] not in (
+        priced,
+        [report["headline"]["epsilon"]] * len(priced),
+    ):
+        faults.append("the figures for persons with several records are not those of the schedule")
+    faults += _told(files)
+    yield Check(
+        "sums and remainders",
+        Result.FAILS if faults else Result.HOLDS,
+        f"{faults[0]} ({len(faults):,} such)" if faults else "budgets, totals, rows of rounds and persons follow",
+    )
+
+
+def _told(files: _Files) -> list[str]:
+    """Returns what rows say otherwise than the receipts file and the ledgers; nothing where neither is here."""
+    report, faults = files.report or {}, []
+    job = report["run"]["job"]
+    mine = [found.receipt for found in files.receipts if found.receipt.job == job]
+    if files.digests:
+        joined: dict[str, set[int]] = defaultdict(set)
+        for receipt in mine:
+            joined[receipt.account].add(receipt.round)
+        for row in files.clients:
+            if row["verdict"] != "unknown" and row["rounds_joined"] != len(joined[row["account"]]):
+                faults.append(f"{row['name']}: it joined another number of rounds")
+        spent: dict[str, float] = {}
+        for line in report["rounds"]:
+            found = [receipt for receipt in mine if receipt.round == line["round"]]
+            spent |= {receipt.account: receipt.spent for receipt in found}
+            if len({receipt.account for receipt in found}) > line["replies"]:
+                faults.append(f"round {line['round']} counts fewer updates than there are receipts")
+            if not isinstance(line["epsilon"], str) and not _near(line["epsilon"], max(spent.values(), default=0.0)):
+                faults.append(f"the spend after round {line['round']} is not that of the receipts")
+    accounts = {identity: one for ledger in files.ledgers for identity, one in ledger.everyone.items()}
+    for row in files.clients:
+        account = accounts.get(row["account"])
+        if account is not None and account.heads[-1] == row["ledger_head"]:
+            if account.backwards != row["clock_set_back"]:
+                faults.append(f"{row['name']}: its clock was set back another number of times")
+            charges = account.jobs[job].charges if job in account.jobs else 0
+            kept = len({receipt.seq for receipt in mine if receipt.account == row["account"]})
+            if files.digests and row["undelivered"] + row["receipts_missing"] != max(0, charges - kept):
+                faults.append(f"{row['name']}: another number of its updates never arrived")
+    return faults
+
+
 def _said(report: Mapping[str, Any], epsilon: float, delta: float, times: int) -> tuple[str, str]:
     """Returns whom a finite headline must say that it protects, and its sentence."""
     if report["plan"]["unit"] == Unit.CLIENT:
@@ -959,9 +1040,23 @@ def _adversaries(report: Mapping[str, Any]) -> Check:
         and list(rows.values()) == [headline["epsilon"], INFINITY, models]
         and [line["epsilon"] for line in headline["person"][:3]] == list(rows.values())
         and (models == UNKNOWN or (_near(models, alone, 1e-4) and models <= loose * (1 + _SAME)))
+        and (models == UNKNOWN or not any(client["undelivered"] for client in report["clients"]))
+        and _who_sees(report, models)
     )
     words = f"infinity against the server, {alone:.4g} for somebody who sees the models alone, by PLD anew"
     return _checked("adversaries", sound, words)
+
+
+def _who_sees(report: Mapping[str, Any], models: float | str) -> bool:
+    """Whether the table of adversaries has the figures of the headline, each in its row and in its words."""
+    epsilon = report["headline"]["epsilon"]
+    relay = epsilon if "simulation_only" in report else INFINITY
+    rows = [row for row in report["adversaries"] if "epsilon" in row]
+    wanted = [INFINITY, relay, epsilon, epsilon, models]
+    words = [f"epsilon {value if isinstance(value, str) else figure_words(value)}; " for value in wanted]
+    return [row["epsilon"] for row in rows] == wanted and all(
+        row["protected_by"].startswith(said) for row, said in zip(rows, words, strict=True)
+    )
 
 
 def _is_alone(files: _Files, client: Mapping[str, Any], plan: Plan) -> bool:
@@ -1072,5 +1167,6 @@ _QUESTIONS: Final[tuple[Callable[[_Files], Iterator[Check]], ...]] = (
     _spends,
     _prices,
     _headline,
+    _rows,
     _beyond,
 )

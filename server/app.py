@@ -225,11 +225,13 @@ def run(job: Job, grid: Grid) -> Ending:
                 f"expected the nodes that the run began with, {len(gone)} of them are gone; resume it on the engine "
                 "that it began on (under flwr run nodes get new numbers at every start: begin a new run there)"
             )
+        _require_newest(job, state, stored=True)
         job.aggregator.moments, job.aggregator.updates = state.moments, state.updates
         for name in (METRICS, RECEIPTS):
             _cut(job.folder / name, state.lines.get(name, 0))
     else:
         state = State(job=job.id, round=0, model=first)
+        _require_newest(job, state, stored=False)
         save(state, path)
     while state.round < job.plan.rounds or central.is_pending(state):
         line = (central.one_round if protects_clients else one_round)(job, grid, state, model)
@@ -449,6 +451,28 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
             file.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise RunError(f"expected to write {path}, got {error.strerror}; free some space and resume the run") from None
+
+
+def _require_newest(job: Job, state: State, *, stored: bool) -> None:
+    """Refuses to go on from a checkpoint that is older than what the job has told already, or from none.
+
+    A round that was told is over: its cohort, its noise and its requests may not be drawn again (guarantee G16).
+
+    Raises:
+        RunError: The log or the receipts go further than a crash can leave them.
+    """
+    # A crash leaves one round at most in the files; where clients are protected it was stored, as pending, before. The
+    # first checkpoint is written before anybody is asked, so without one there is no round.
+    pending = state.central is not None and state.central.pending is not None
+    ahead = int(stored and (job.plan.unit is Unit.RECORD or pending))
+    told = state.lines.get(METRICS, 0)
+    found = (job.folder / METRICS).read_bytes().count(b"\n") if (job.folder / METRICS).exists() else 0
+    if found > told + ahead:
+        got = f"one of {told}" if stored else "none"
+        raise RunError(
+            f"expected the newest checkpoint of {found} rounds that were told, got {got}; restore it from a backup, an "
+            "older one would ask for finished rounds anew"
+        )
 
 
 def _cut(path: Path, lines: int) -> None:
