@@ -978,6 +978,14 @@ def _rows(files: _Files) -> Iterator[Check]:
         [report["headline"]["epsilon"]] * len(priced),
     ):
         faults.append("the figures for persons with several records are not those of the schedule")
+    if budget["unproven"] != sum(isinstance(row["spent_epsilon"], str) and not row["test_noise"] for row in rows):
+        faults.append("another number of clients is unproven")
+    prices, plan = report["prices"], _plan(report)
+    if not _near(prices["delta_times_records"], plan.delta * plan.records_bound):
+        faults.append("delta times the bound on records is another number")
+    rates = [[point["fpr"] for point in of["tpr"]] for of in (prices, report["headline"])]
+    if any(fprs != [0.001, 0.01] for fprs in rates):
+        faults.append("the power of attackers is given at other rates than 0.1 % and 1 %")
     faults += _told(files)
     yield Check(
         "sums and remainders",

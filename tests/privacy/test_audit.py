@@ -363,8 +363,9 @@ def test_canary_clients_estimate_what_a_central_sum_costs() -> None:
     none = audit.canary_clients(lambda u: run(u, 0.01), dimension=size, l2_clip=clip, delta=1e-5, canaries=100)
     assert "estimate" in found.line
     assert found.figures["kind"] == "estimate"
-    # The exact figure for separation 1/2 is 2.2 at this delta; without noise the canaries alone hide each other.
-    assert 1.0 < found.figures["epsilon"] < 4.0 < 20 < none.figures["epsilon"]
+    # The exact figure for separation 1/2 is 2.2 at this delta. 150 drawings gave 0.95 to 8.2; 40 without noise, where
+    # only the canaries hide each other, gave 156 and more.
+    assert 0.3 < found.figures["epsilon"] < 25 < 100 < none.figures["epsilon"]
 
 
 def test_membership_inference_finds_members_of_a_model_without_noise_and_few_of_a_private_one() -> None:

@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 
 from privacy.accounting import Event, Kind, rdp
 from privacy.errors import LedgerError
+from privacy.identity import COUNTERSIGN, Secret
 from privacy.ledger import Book, ChargeRequest, Receipt, Word
 from privacy.matrix import CorrelatedNoise, Drawing, Matrix, Turns, matrix_event
 from privacy.plan import Metric, Metrics, Mode, Unit
+from privacy.verify import Result, verify_files
 from tests.oracles import ACCOUNT, as_version_1, make_grant, make_plan, make_request, open_book, rechain
 
 MATRIX = Matrix(rounds=12, separation=3, participations=3, coefficients=(1.0, 0.6, 0.5))
@@ -502,3 +504,29 @@ def test_g16_planted_underpriced_mechanism_tells_more_than_the_one_event_says(
     else:
         monkeypatch.setattr(Turns, "admits", lambda *_: True)
     assert power_against_one_client(tmp_path, *range(1, 13)) > 1.2 / EVENT.noise_multiplier
+
+
+def test_g14_an_honest_matrix_ledger_is_not_called_forked(tmp_path: Path) -> None:
+    """Later rounds of a matrix are receipts that spend nothing; a receipt that spends less is still a fork."""
+    with open_book(tmp_path / "book") as book:
+        receipts = [receipt for receipt in asked(book, 1, 4, 9) if isinstance(receipt, Receipt)]
+    assert len({(receipt.charges, receipt.spent) for receipt in receipts}) == 1
+    server = Secret.load_or_create(tmp_path / "server.key").identity("server")
+
+    def verdict(told: Sequence[Receipt]) -> set[str]:
+        texts = [receipt.to_json() for receipt in told]
+        peers = [{"peer": server.public_key, "countersignature": server.sign(COUNTERSIGN + t.encode())} for t in texts]
+        lines = [json.dumps({"receipt": text} | peer) for text, peer in zip(texts, peers, strict=True)]
+        (tmp_path / "receipts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        checks = verify_files([tmp_path / "receipts.jsonl", tmp_path / "book" / "ledger.jsonl"])
+        return {check.name for check in checks if check.result is Result.FAILS}
+
+    assert verdict(receipts) == set()
+    with open_book(tmp_path / "other") as other:
+        (forked,) = [receipt for receipt in asked(other, 1) if isinstance(receipt, Receipt)]
+    key = Book(tmp_path / "book").secret.identity(receipts[0].account)
+    cheaper = dataclasses.replace(
+        receipts[2], spent=receipts[2].spent / 2, head=forked.head, public_key=key.public_key, signature=""
+    )
+    cheaper = dataclasses.replace(cheaper, signature=key.sign(cheaper.signed_bytes()))
+    assert "receipts agree" in verdict([*receipts[:2], cheaper])

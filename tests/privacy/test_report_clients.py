@@ -177,6 +177,13 @@ def test_g16_with_other_runs_in_the_ledger_nobody_knows_the_figure_for_models_al
     assert [entry["epsilon"] for entry in report["headline"]["adversaries"]] == [2.12, INFINITY, UNKNOWN]
 
 
+def test_g16_an_update_that_was_charged_and_never_counted_leaves_no_figure_for_models_alone():
+    """It may have been in a model of a round that was drawn again, which no schedule prices."""
+    figures = [entry["epsilon"] for entry in build(facts(clients=(spend(undelivered=1),)))["headline"]["adversaries"]]
+    assert figures[1:] == [INFINITY, UNKNOWN]
+    assert build(facts())["headline"]["adversaries"][2]["epsilon"] == MODELS
+
+
 @pytest.mark.parametrize("figure", [None, math.nan])
 def test_an_amplified_figure_that_was_not_computed_is_unknown(figure):
     made = facts()

@@ -156,6 +156,27 @@ def test_a_job_for_clients_plays_its_rounds_and_leaves_lines_receipts_and_a_chec
     assert not np.array_equal(flat(state.model), FIRST)
 
 
+@pytest.mark.parametrize("how", ["lost", "rolled back"])
+def test_g16_no_round_that_was_told_is_drawn_again_from_a_lost_or_an_older_checkpoint(tmp_path, monkeypatch, how):
+    """New coins and new noise for a finished round would be a second release of it."""
+    with open_book(tmp_path) as book:
+        assert play(make_job(tmp_path, stopping=lambda: True), honest(book, tmp_path)) is Ending.INTERRUPTED
+        older = (tmp_path / CHECKPOINT).read_bytes()
+        assert play(make_job(tmp_path), honest(book, tmp_path)) is Ending.FINISHED
+        (tmp_path / CHECKPOINT).write_bytes(older)
+        if how == "lost":
+            (tmp_path / CHECKPOINT).unlink()
+        told, charges = lines(tmp_path), [account.charges for account in book.accounts.values()]
+        with pytest.raises(RunError, match="newest checkpoint of 3 rounds"):
+            play(make_job(tmp_path), honest(book, tmp_path))
+        assert lines(tmp_path) == told
+        assert [account.charges for account in book.accounts.values()] == charges
+        # The planted bug: a server that takes whatever checkpoint it finds tells finished rounds again.
+        monkeypatch.setattr(server_app_module, "_require_newest", lambda *_, **__: None)
+        assert play(make_job(tmp_path), honest(book, tmp_path)) is Ending.FINISHED
+        assert lines(tmp_path) != told
+
+
 @pytest.mark.parametrize("strategy", [Strategy.FEDAVGM, Strategy.FEDADAM])
 def test_the_servers_rules_run_on_the_noised_mean_and_an_interrupted_job_goes_on(tmp_path, strategy):
     with open_book(tmp_path) as book:

@@ -271,6 +271,21 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "verdict": (set_in("clients", 0, "verdict", value="unknown"), "the headline, from the figures below it"),
     "unit": (set_in("headline", "unit", value="client"), "headline"),
     "protects": (set_in("headline", "protects", value="one person with all records"), "headline"),
+    "largest spend": (set_in("budget", "largest_spent", value=0.1), "sums and remainders"),
+    "least remainder": (set_in("budget", "least_remaining", value=2.0), "sums and remainders"),
+    "all charges": (set_in("budget", "charges", value=1), "sums and remainders"),
+    "remainder": (set_in("clients", 0, "remaining_epsilon", value=2.0), "sums and remainders"),
+    "rounds joined": (set_in("clients", 0, "rounds_joined", value=1), "sums and remainders"),
+    "undelivered": (set_in("clients", 0, "undelivered", value=1), "sums and remainders"),
+    "clock": (set_in("clients", 0, "clock_set_back", value=1), "sums and remainders"),
+    "spend of a round": (set_in("rounds", 1, "epsilon", value=0.1), "sums and remainders"),
+    "fewer replies": (set_in("rounds", 0, "replies", value=1), "sums and remainders"),
+    "persons": (set_in("headline", "person", 1, "epsilon", value=0.1), "sums and remainders"),
+    "delta times records": (set_in("prices", "delta_times_records", value=1e-9), "sums and remainders"),
+    "a curve without end": (
+        lambda report: report["prices"].update(at_deltas=report["prices"]["at_deltas"] * 9),
+        "price of the schedule",
+    ),
     "not whole": (lambda report: report["prices"].pop("rdp"), "what the schedule costs, computed anew"),
 }
 
@@ -503,6 +518,24 @@ def test_g4_a_figure_for_fewer_data_sets_than_the_holders_signed_is_found(tmp_pa
 
     rewrite(tmp_path / "run", in_one)
     assert "persons in several data sets" in {check.name for check in failures(tmp_path / "run")}
+
+
+def test_g16_every_adversary_of_a_client_level_run_keeps_its_figure(tmp_path: Path) -> None:
+    keys = {"unit": "client", "clients": 8, "client-rate": 0.5, "rounds": 2, "steps-per-round": 1}
+    simulate(Scenario.layered(None, keys), out=tmp_path / "run", observer=Quiet())
+    assert failures(tmp_path / "run") == []
+    report = report_of(tmp_path / "run")
+    places = [("adversaries", row) for row, entry in enumerate(report["adversaries"]) if "epsilon" in entry]
+    for *path, found in [(*place, "adversaries") for place in places] + [
+        ("headline", "adversaries", 1, "adversaries"),
+        ("headline", "person", 1, "adversaries"),
+        ("headline", "person", 3, "sums and remainders"),
+    ]:
+        with contextlib.ExitStack() as undo:
+            before = (tmp_path / "run/report.json").read_bytes()
+            undo.callback(lambda before=before: (tmp_path / "run/report.json").write_bytes(before))
+            rewrite(tmp_path / "run", set_in(*path, "epsilon", value=0.1))
+            assert found in {check.name for check in failures(tmp_path / "run")}, path
 
 
 def test_receipts_that_contradict_each_other_are_found(run: Path, tmp_path: Path) -> None:
