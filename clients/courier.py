@@ -1,0 +1,192 @@
+"""The courier: Flower's client process on a data holder's machine, which sees nothing but sealed messages.
+
+Flower starts a Python process for every message, and installs and imports the app bundle in it. This one stays, and
+runs nothing of a bundle: it takes tasks from the SuperNode's runtime interface on loopback, hands the sealed bytes to
+the holder's worker, and pushes what the worker answers. A bundle is a name to it, whose hash it computes and passes on,
+and the worker compares it with what the server signed (guarantees G15 and G22). It imports no torch and holds no key.
+
+Wire: a message's content is one ArrayRecord ``sealed``. Its array ``data`` is the sealed message, one row of bytes; a
+request may have a second, ``body``, the broadcast that all clients of a round share, so that the relay stores it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+import httpx
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import context_from_proto, context_to_proto, fab_from_proto, message_to_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+    PushTaskOutputRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients.post import MOST_BYTES, Letter, hand_over
+from privacy.errors import RunError
+
+SEALED: Final = "sealed"
+DATA: Final = "data"
+BODY: Final = "body"
+
+_ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+# Seconds. The runtime interface is on loopback, so asking often costs little; Flower asks once a second.
+_POLL_S: Final = 0.02
+_OBJECT_POLL_S: Final = 0.02
+_AWAY_S: Final = 1.0
+
+_log = logging.getLogger("tacit.courier")
+
+
+def body_of(message: Message) -> bytes:
+    """Returns the sealed bytes of a message: its own, and the shared broadcast after them where there is one.
+
+    Raises:
+        RunError: The message holds anything else.
+    """
+    content = message.content
+    record = content[SEALED] if set(content) == {SEALED} else None
+    if type(record) is not ArrayRecord or not {DATA} <= set(record) <= {DATA, BODY}:
+        raise RunError("expected a sealed message, got another; is the server a Tacit server?")
+    parts = [record[name].data for name in (DATA, BODY) if name in record]
+    if sum(map(len, parts)) > MOST_BYTES:
+        raise RunError(f"expected a sealed message of at most {MOST_BYTES} bytes, got a longer one")
+    # The first part's length tells the two apart; what they say is authenticated where they are opened.
+    return b"".join((len(parts[0]).to_bytes(8, "big"), *parts))
+
+
+def content_of(data: bytes) -> RecordDict:
+    """Returns sealed bytes as the content of a Flower message."""
+    return RecordDict({SEALED: ArrayRecord({DATA: Array("uint8", (len(data),), "numpy.ndarray", data)})})
+
+
+class Courier:
+    """Carries messages between a SuperNode and a worker until it is told to stop."""
+
+    def __init__(self, runtime: str, secret: bytes, worker: Path) -> None:
+        """Prepares to carry.
+
+        Args:
+            runtime: Address of the SuperNode's runtime interface, "HOST:PORT" on loopback.
+            secret: What proves to it that this is its courier (SuperNode's ``--superexec-auth-secret-file``).
+            worker: Path of the worker's socket.
+        """
+        self._runtime, self._worker = runtime, worker
+        self._tasks = self._client("SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE))
+        self._bundles: dict[str, str] = {}
+        self.carried = 0
+
+    def _client(self, name: str, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
+        return RuntimeHttpClient.from_server_address(
+            server_address=self._runtime,
+            insecure=True,
+            root_certificates=None,
+            interceptors=[RuntimeVersionHttpInterceptor(name), *interceptors],
+        )
+
+    def run(self, stopping: Callable[[], bool]) -> None:
+        """Carries one message after the other; a SuperNode that is away is asked again."""
+        request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        while not stopping():
+            try:
+                task = self._tasks.AcquireTask(request)
+            except (httpx.HTTPError, ValueError) as error:
+                _log.warning("the SuperNode at %s does not answer (%s); asking again", self._runtime, error)
+                time.sleep(_AWAY_S)
+                continue
+            if not task.token:
+                time.sleep(_POLL_S)
+                continue
+            try:
+                self.carry(task.token)
+                self.carried += 1
+            except Exception:
+                # One message that cannot be carried is the server's to send again; the next one may be fine.
+                _log.exception("a message was not carried")
+
+    def carry(self, token: str) -> None:
+        """Carries the message of one task to the worker, and its answer back."""
+        client = self._client("flwr-clientapp", RuntimeTokenHttpInterceptor(token))
+        # Flower gives up on a task whose process is silent; training may take as long as it takes.
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat.start()
+        status, context = "failed", None
+        try:
+            given = client.PullTaskInput(PullTaskInputRequest())
+            TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+            TaskIdentity.node_id = given.context.node_id
+            context, bundle = context_from_proto(given.context), fab_from_proto(given.fab)
+            message = self._pull(client, context.node_id, context.run_id)
+            letter = Letter(context.run_id, hashlib.sha256(bundle.content).hexdigest(), body_of(message))
+            answer = hand_over(self._worker, letter)
+            self._push(client, Message(content_of(answer), reply_to=message), context.node_id, context.run_id)
+            status = "completed"
+        finally:
+            # No detail: what went wrong at a data holder is nobody else's business (guarantee G12).
+            client.PushTaskOutput(
+                PushTaskOutputRequest(
+                    context=context_to_proto(context) if context else None, sub_status=status, details=""
+                )
+            )
+            heartbeat.stop()
+            client.close()
+
+    def _pull(self, client: RuntimeHttpClient, node_id: int, run_id: int) -> Message:
+        pulled, node = client.PullMessages(PullAppMessagesRequest()), Node(node_id=node_id)
+        if len(pulled.message_object_trees) != 1:
+            raise RunError(f"expected one message for a task, got {len(pulled.message_object_trees)}")
+        tree = pulled.message_object_trees[0]
+        message = pull_and_inflate_object_from_tree(
+            tree,
+            make_pull_object_fn_protobuf(client.PullObject, node, run_id),
+            make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run_id),
+            return_type=Message,
+            initial_backoff=_OBJECT_POLL_S,
+        )
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message
+
+    def _push(self, client: RuntimeHttpClient, reply: Message, node_id: int, run_id: int) -> None:
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        with no_object_id_recompute():
+            pushed = client.PushMessages(
+                PushAppMessagesRequest(
+                    messages_list=[message_to_proto(remove_content_from_message(reply))],
+                    message_object_trees=[get_object_tree(reply)],
+                )
+            )
+            push_objects(
+                get_all_nested_objects(reply),
+                make_push_object_fn_protobuf(client.PushObject, Node(node_id=node_id), run_id, pushed.session_id),
+                object_ids_to_push=_wanted(pushed.objects_to_push),
+            )
+
+
+def _wanted(names: Iterable[str]) -> set[str]:
+    return set(names)

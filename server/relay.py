@@ -1,0 +1,265 @@
+"""The relay as the server application uses it: one run on Flower's SuperLink, which this process serves itself.
+
+Flower would start the server application from an app bundle, in a process of its own, and ask for replies every three
+seconds. This one starts the run over the SuperLink's control interface, takes the run's task as Flower's own server
+process would, and asks twenty times a second; both interfaces are on loopback, or behind the operator's own door.
+Nothing that is handed to a relay is in clear: see `server.sealed`.
+
+The app bundle of a run holds no code that anybody runs. It is there because a SuperLink wants one, and because its hash
+is what clients bind their sessions to (guarantees G15 and G22).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Self
+
+import httpx
+from flwr.app import Message
+from flwr.cli.build import build_fab_from_files
+from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
+from flwr.common.serde import fab_to_proto, run_from_proto
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from privacy.errors import RunError
+
+_ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+# Seconds between two questions for replies; on loopback each costs a few milliseconds.
+_POLL_S: Final = 0.05
+_PATIENCE_S: Final = 30.0
+
+_log = logging.getLogger("tacit.server")
+
+_PYPROJECT: Final = b"""\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "tacit-deployed"
+version = "1.0.0"
+description = "Names a run of a Tacit federation; holds no code that anybody runs."
+license = { file = "LICENSE" }
+dependencies = ["flwr>=1.41"]
+
+[tool.flwr.app]
+publisher = "tacit"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
+
+[tool.flwr.app.components]
+serverapp = "nobody:server"
+clientapp = "nobody:client"
+
+[tool.flwr.app.config]
+"""
+_NOBODY: Final = b"""\
+raise SystemExit("expected 'tacit client start' or 'tacit server run' to serve this run, got Flower's own process")
+"""
+
+
+def make_bundle() -> bytes:
+    """Returns the app bundle of every deployed run, the same bytes for the same version of Flower."""
+    files: dict[str, bytes | Path] = {
+        "pyproject.toml": _PYPROJECT,
+        "nobody.py": _NOBODY,
+        "README.md": b"See the Tacit project.\n",
+        "LICENSE": b"See the Tacit project.\n",
+    }
+    return build_fab_from_files(files)[0]
+
+
+class Control:
+    """The SuperLink's control interface, as far as an operator of a federation needs it."""
+
+    def __init__(self, address: str) -> None:
+        """Prepares to talk to the SuperLink at "HOST:PORT", on loopback."""
+        self._address = address
+        self._client = ControlHttpClient.from_server_address(
+            server_address=address,
+            insecure=True,
+            root_certificates=None,
+            interceptors=[CliClientHttpInterceptor(), RuntimeVersionHttpInterceptor("flwr CLI")],
+        )
+
+    def register(self, public_key: bytes) -> int:
+        """Lets in the SuperNode that holds a key; returns its node id, which stays while the SuperLink's database does.
+
+        Args:
+            public_key: Its P-384 key, PEM.
+
+        Raises:
+            RunError: The SuperLink refuses the key, or does not answer.
+        """
+        with self._answering():
+            known = {node.public_key: node.node_id for node in self._client.ListNodes(ListNodesRequest()).nodes_info}
+            if public_key in known:
+                return int(known[public_key])
+            return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key)).node_id)
+
+    def unregister(self, node_id: int) -> None:
+        """Lets a SuperNode in no more.
+
+        Raises:
+            RunError: The SuperLink does not know it, or does not answer.
+        """
+        with self._answering():
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
+    def start(self, bundle: bytes) -> int:
+        """Starts a run; returns its id.
+
+        Raises:
+            RunError: The SuperLink does not start it, or does not answer.
+        """
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        with self._answering():
+            answer = self._client.StartRun(StartRunRequest(fab=fab_to_proto(fab), federation=""))
+        if not answer.HasField("run_id"):
+            raise RunError(f"expected the SuperLink at {self._address} to start a run, got: {answer.note or 'nothing'}")
+        return int(answer.run_id)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.HTTPError, ValueError) as error:
+            raise RunError(
+                f"expected an answer of the SuperLink at {self._address}, got: {error}; is `tacit server start` running?"
+            ) from None
+
+
+class Relay:
+    """One run on a SuperLink, served by this process from `open` to `close`.
+
+    Attributes:
+        run_id: Flower's id of the run; another one for every start, also of a resumed job.
+        bundle: SHA-256 of the run's app bundle, in hex.
+    """
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        """Prepares a run.
+
+        Args:
+            address: The SuperLink's "HOST:PORT", on loopback.
+            secret: What proves to it that this is its server process (``--superexec-auth-secret-file``).
+        """
+        self._address, self._secret = address, secret
+        self._grid: HttpGrid | None = None
+        self._heartbeat: HeartbeatSender | None = None
+        self.run_id = 0
+        self.bundle = ""
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def open(self) -> None:
+        """Starts the run and takes its task.
+
+        Raises:
+            RunError: The SuperLink does not answer, or gives the task to somebody else.
+        """
+        bundle = make_bundle()
+        self.bundle = hashlib.sha256(bundle).hexdigest()
+        self.run_id = Control(self._address).start(bundle)
+        grid = HttpGrid(self._address, insecure=True, token=self._token())
+        client = grid._runtime_client
+        self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        self._heartbeat.start()
+        given = client.PullTaskInput(PullTaskInputRequest())
+        # Flower's messages take their run and their sender from here.
+        TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+        TaskIdentity.node_id = given.context.node_id
+        grid.set_run(run_from_proto(given.run))
+        self._grid = grid
+
+    def _token(self) -> str:
+        """Takes the run's task; one that a killed process left behind is finished on the way."""
+        tasks = RuntimeHttpClient.from_server_address(
+            server_address=self._address,
+            insecure=True,
+            root_certificates=None,
+            interceptors=[
+                RuntimeVersionHttpInterceptor("SuperExec"),
+                SuperExecAuthHttpInterceptor(master_secret=self._secret, protected_methods=_ACQUIRE),
+            ],
+        )
+        deadline = time.monotonic() + _PATIENCE_S
+        with contextlib.closing(tasks):
+            while time.monotonic() < deadline:
+                try:
+                    task = tasks.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+                except httpx.HTTPError as error:
+                    raise RunError(
+                        f"expected the SuperLink at {self._address} to hand over its run, got: {error}"
+                    ) from None
+                if task.token and task.task.run_id == self.run_id:
+                    return str(task.token)
+                if task.token:
+                    self._finish(task.token, "failed")
+                time.sleep(_POLL_S)
+        raise RunError(f"expected the task of run {self.run_id} within {_PATIENCE_S:g} s, got none; start the run again")
+
+    def _finish(self, token: str, status: str) -> None:
+        client = RuntimeHttpClient.from_server_address(
+            server_address=self._address,
+            insecure=True,
+            root_certificates=None,
+            interceptors=[RuntimeVersionHttpInterceptor("flwr-serverapp"), RuntimeTokenHttpInterceptor(token)],
+        )
+        with contextlib.closing(client), contextlib.suppress(httpx.HTTPError):
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
+
+    @property
+    def grid(self) -> HttpGrid:
+        """Flower's grid of the open run."""
+        if self._grid is None:
+            raise RunError("expected an open run, got one that was not opened; open it first")
+        return self._grid
+
+    def nodes(self) -> frozenset[int]:
+        """Returns the ids of the SuperNodes that are connected."""
+        return frozenset(self.grid.get_node_ids())
+
+    def push(self, messages: Sequence[Message]) -> list[str]:
+        """Hands messages over to be fetched by their nodes; returns their ids."""
+        return list(self.grid.push_messages(messages))
+
+    def pull(self, ids: Collection[str]) -> list[Message]:
+        """Returns those replies that have come, each once."""
+        return list(self.grid.pull_messages(list(ids))) if ids else []
+
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the run: clients open no more messages of it."""
+        grid, self._grid = self._grid, None
+        if grid is None:
+            return
+        with contextlib.suppress(httpx.HTTPError):
+            grid._runtime_client.PushTaskOutput(
+                PushTaskOutputRequest(sub_status="failed" if failed else "completed", details="")
+            )
+        if self._heartbeat is not None and self._heartbeat.is_running:
+            self._heartbeat.stop()
+        grid.close()
