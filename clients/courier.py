@@ -98,7 +98,9 @@ class Courier:
             worker: Path of the worker's socket.
         """
         self._runtime, self._worker = runtime, worker
-        self._tasks = self._client("SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE))
+        self._tasks = self._client(
+            "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)
+        )
         self._bundles: dict[str, str] = {}
         self.carried = 0
 

@@ -220,7 +220,9 @@ class Relay:
                 if task.token:
                     self._finish(task.token, "failed")
                 time.sleep(_POLL_S)
-        raise RunError(f"expected the task of run {self.run_id} within {_PATIENCE_S:g} s, got none; start the run again")
+        raise RunError(
+            f"expected the task of run {self.run_id} within {_PATIENCE_S:g} s, got none; start the run again"
+        )
 
     def _finish(self, token: str, status: str) -> None:
         client = RuntimeHttpClient.from_server_address(

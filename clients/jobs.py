@@ -1,0 +1,198 @@
+"""Which jobs a data holder takes part in: decided before its data is touched, by hand or by a standing policy.
+
+    jobs/JOB.json   the terms as the server's identity signed them, and the holder's decision; one file for each job
+    policy.json     what may be accepted without asking; by default nothing
+
+A decision can be taken back at any time: the next round is then refused. What was released before stays released, and
+its charge stays spent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, Self
+
+from privacy.errors import PlanError, RunError
+from privacy.files import write_whole
+from privacy.ledger import Account
+from privacy.plan import Metric, Unit, canonical, is_number, require
+from privacy.terms import Cost, Terms, cost_of
+
+_JOB: Final = re.compile(r"[0-9a-f]{32}")
+# A server that could make the holder's disk fill up with offers would stop it; decided jobs do not count.
+_MOST_OPEN: Final = 100
+
+
+class Decision(StrEnum):
+    """What a holder said about a job."""
+
+    WAITING = "waiting"
+    APPROVED = "approved"
+    REFUSED = "refused"
+    WITHDRAWN = "withdrawn"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a holder accepts without being asked; whatever it does not cover waits for a person.
+
+    The ledger's budget holds in any case: an approved job that it cannot pay is declined all the same.
+
+    Attributes:
+        tasks: Names of tasks that may be accepted; none by default.
+        epsilon: Most that one job may cost by the holder's own filter, counted alone; 0 accepts none.
+        metrics: Metrics of its own records that a job may ask for.
+        central: Whether a job may protect clients instead of records, which trusts the server (guarantee G16).
+
+    Raises:
+        PlanError: A field is out of range.
+    """
+
+    tasks: frozenset[str] = frozenset()
+    epsilon: float = 0.0
+    metrics: frozenset[Metric] = frozenset()
+    central: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            is_number(self.epsilon) and self.epsilon >= 0,
+            f"expected a finite epsilon >= 0 in the policy, got {self.epsilon!r:.40}",
+        )
+
+    def to_json(self) -> bytes:
+        """Returns the file's content."""
+        fields = {"tasks": sorted(self.tasks), "metrics": sorted(self.metrics)}
+        return canonical(dataclasses.asdict(self) | fields)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a policy; the default one where there is no file.
+
+        Raises:
+            PlanError: The file holds something else; nothing is accepted by a policy that cannot be read.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(path.read_bytes())
+            metrics = frozenset(Metric(word) for word in fields["metrics"])
+            if not all(isinstance(name, str) for name in fields["tasks"]) or type(fields["central"]) is not bool:
+                raise TypeError("fields of other types")
+            return cls(**fields | {"tasks": frozenset(fields["tasks"]), "metrics": metrics})
+        except FileNotFoundError:
+            return cls()
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"expected a policy in {path}, got something else ({error}); write it again") from None
+
+    def covers(self, terms: Terms, account: Account) -> bool:
+        """Says whether a job is accepted without asking."""
+        words = frozenset(terms.plan.metrics.words) if terms.plan.metrics is not None else frozenset()
+        try:
+            cost = cost_of(terms, account)
+        except PlanError:
+            return False
+        alone = cost_of(terms, dataclasses.replace(account, spent_rdp=0.0)).after
+        return (
+            terms.task in self.tasks
+            and alone <= self.epsilon
+            and cost.affordable
+            and words <= self.metrics
+            and (terms.plan.unit is Unit.RECORD or self.central)
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job that was offered.
+
+    Attributes:
+        terms: What it asks.
+        decision: What the holder said.
+        by: Who said it: "policy", "hand", or nobody yet.
+        time: When, in seconds since 1970 by the holder's clock.
+    """
+
+    terms: Terms
+    decision: Decision
+    by: str
+    time: int
+
+    def cost(self, account: Account) -> Cost:
+        """Returns what the whole job would cost; raises as `cost_of`."""
+        return cost_of(self.terms, account)
+
+
+class Jobs:
+    """The jobs of one holder, in a folder; several processes may use it, each write replaces one whole file."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the folder, which is made when the first job is offered."""
+        self._folder = folder
+
+    def _path(self, job: str) -> Path:
+        require(_JOB.fullmatch(job) is not None, f"expected a job identity of 32 hex digits, got {job!r:.40}")
+        return self._folder / f"{job}.json"
+
+    def get(self, job: str) -> Job | None:
+        """Returns a job, or None if it was never offered.
+
+        Raises:
+            RunError: Its file is damaged.
+        """
+        path = self._path(job)
+        try:
+            fields = json.loads(path.read_bytes())
+            return Job(
+                terms=Terms.from_json(fields["terms"]),
+                decision=Decision(fields["decision"]),
+                by=str(fields["by"]),
+                time=int(fields["time"]),
+            )
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"expected a job in {path}, got something else ({error}); restore a backup") from None
+
+    def __iter__(self) -> Iterator[Job]:
+        """Yields all jobs, the newest decision last."""
+        found = [self.get(path.stem) for path in self._folder.glob("*.json") if _JOB.fullmatch(path.stem)]
+        yield from sorted((job for job in found if job is not None), key=lambda job: (job.time, job.terms.job))
+
+    def _put(self, job: Job) -> Job:
+        fields = {"terms": job.terms.to_json(), "decision": job.decision.value, "by": job.by, "time": job.time}
+        write_whole(self._path(job.terms.job), canonical(fields))
+        return job
+
+    def offer(self, terms: Terms, account: Account, policy: Policy) -> Job:
+        """Notes what a server asks, and decides by policy where it covers the job; a decision that was made stands.
+
+        Raises:
+            PlanError: The same job was offered before on other terms, or too many offers wait.
+        """
+        known = self.get(terms.job)
+        if known is not None and known.terms != terms:
+            raise PlanError("expected the terms on which this job was offered first, got others")
+        covered = policy.covers(terms, account)
+        if known is not None and (known.decision is not Decision.WAITING or not covered):
+            return known
+        waiting = sum(job.decision is Decision.WAITING for job in self) if known is None else 0
+        require(waiting < _MOST_OPEN, f"expected fewer than {_MOST_OPEN} offers that wait, got one more; decide them")
+        decision, by = (Decision.APPROVED, "policy") if covered else (Decision.WAITING, "")
+        return self._put(Job(terms=terms, decision=decision, by=by, time=int(time.time())))
+
+    def decide(self, job: str, decision: Decision) -> Job:
+        """Writes down what a person decided.
+
+        Raises:
+            PlanError: The job was never offered, or a decision that releases may already hang on cannot be unmade so.
+        """
+        known = self.get(job)
+        if known is None:
+            raise PlanError(f"expected a job that was offered here, got {job}; list them with: tacit client jobs")
+        if decision is Decision.REFUSED and known.decision is Decision.APPROVED:
+            decision = Decision.WITHDRAWN
+        return self._put(dataclasses.replace(known, decision=decision, by="hand", time=int(time.time())))
