@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -48,7 +48,7 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.post import MOST_BYTES, Letter, hand_over
+from clients.post import LOST, MOST_BYTES, Letter, hand_over
 from privacy.errors import RunError
 
 SEALED: Final = "sealed"
@@ -145,8 +145,7 @@ class Courier:
             TaskIdentity.node_id = given.context.node_id
             context, bundle = context_from_proto(given.context), fab_from_proto(given.fab)
             message = self._pull(client, context.node_id, context.run_id)
-            letter = Letter(context.run_id, hashlib.sha256(bundle.content).hexdigest(), body_of(message))
-            answer = hand_over(self._worker, letter)
+            answer = self._answer(message, context.run_id, hashlib.sha256(bundle.content).hexdigest())
             self._push(client, Message(content_of(answer), reply_to=message), context.node_id, context.run_id)
             status = "completed"
         finally:
@@ -158,6 +157,14 @@ class Courier:
             )
             heartbeat.stop()
             client.close()
+
+    def _answer(self, message: Message, run_id: int, bundle: str) -> bytes:
+        """Returns the worker's answer, or the word for none: a SuperNode waits a minute for a reply that never comes."""
+        try:
+            return hand_over(self._worker, Letter(run_id, bundle, body_of(message)))
+        except RunError as error:
+            _log.warning("%s", error)
+            return LOST
 
     def _pull(self, client: RuntimeHttpClient, node_id: int, run_id: int) -> Message:
         pulled, node = client.PullMessages(PullAppMessagesRequest()), Node(node_id=node_id)
@@ -186,9 +193,5 @@ class Courier:
             push_objects(
                 get_all_nested_objects(reply),
                 make_push_object_fn_protobuf(client.PushObject, Node(node_id=node_id), run_id, pushed.session_id),
-                object_ids_to_push=_wanted(pushed.objects_to_push),
+                object_ids_to_push=set(pushed.objects_to_push),
             )
-
-
-def _wanted(names: Iterable[str]) -> set[str]:
-    return set(names)

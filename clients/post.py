@@ -21,6 +21,8 @@ from privacy.plan import canonical
 
 # A model of a billion float32 parameters; a longer body is refused before a byte of it is read.
 MOST_BYTES: Final = 4 * 1024**3
+# What is answered where nothing can open a message: no worker, or one that does not know the session (any more).
+LOST: Final = b"tacit/lost/1\n"
 _MOST_HEAD_BYTES: Final = 512
 _BUNDLE: Final = re.compile(r"[0-9a-f]{64}")
 # Seconds between two bytes of a frame; the answer itself may take as long as training does.
