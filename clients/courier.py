@@ -5,8 +5,8 @@ runs nothing of a bundle: it takes tasks from the SuperNode's runtime interface 
 the holder's worker, and pushes what the worker answers. A bundle is a name to it, whose hash it computes and passes on,
 and the worker compares it with what the server signed (guarantees G15 and G22). It imports no torch and holds no key.
 
-Wire: a message's content is one ArrayRecord ``sealed``. Its array ``data`` is the sealed message, one row of bytes; a
-request may have a second, ``body``, the broadcast that all clients of a round share, so that the relay stores it once.
+Wire: a message's content is one ArrayRecord ``sealed`` of rows of bytes, each under the name of its step in
+`privacy.seal`. The broadcast, which all clients of a round share, is a row of its own: the relay stores it once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -48,12 +48,10 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.post import LOST, MOST_BYTES, Letter, hand_over
+from clients.post import LOST, PIECES, Letter, hand_over
 from privacy.errors import RunError
 
 SEALED: Final = "sealed"
-DATA: Final = "data"
-BODY: Final = "body"
 
 _ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 # Seconds. The runtime interface is on loopback, so asking often costs little; Flower asks once a second.
@@ -64,26 +62,23 @@ _AWAY_S: Final = 1.0
 _log = logging.getLogger("tacit.courier")
 
 
-def body_of(message: Message) -> bytes:
-    """Returns the sealed bytes of a message: its own, and the shared broadcast after them where there is one.
+def pieces_of(message: Message) -> dict[str, bytes]:
+    """Returns the sealed pieces of a message.
 
     Raises:
         RunError: The message holds anything else.
     """
     content = message.content
     record = content[SEALED] if set(content) == {SEALED} else None
-    if type(record) is not ArrayRecord or not {DATA} <= set(record) <= {DATA, BODY}:
+    if type(record) is not ArrayRecord or not set(record) <= PIECES:
         raise RunError("expected a sealed message, got another; is the server a Tacit server?")
-    parts = [record[name].data for name in (DATA, BODY) if name in record]
-    if sum(map(len, parts)) > MOST_BYTES:
-        raise RunError(f"expected a sealed message of at most {MOST_BYTES} bytes, got a longer one")
-    # The first part's length tells the two apart; what they say is authenticated where they are opened.
-    return b"".join((len(parts[0]).to_bytes(8, "big"), *parts))
+    return {name: array.data for name, array in record.items()}
 
 
-def content_of(data: bytes) -> RecordDict:
-    """Returns sealed bytes as the content of a Flower message."""
-    return RecordDict({SEALED: ArrayRecord({DATA: Array("uint8", (len(data),), "numpy.ndarray", data)})})
+def content_of(pieces: Mapping[str, bytes]) -> RecordDict:
+    """Returns sealed pieces as the content of a Flower message."""
+    arrays = {name: Array("uint8", (len(piece),), "numpy.ndarray", piece) for name, piece in pieces.items()}
+    return RecordDict({SEALED: ArrayRecord(arrays)})
 
 
 class Courier:
@@ -158,13 +153,13 @@ class Courier:
             heartbeat.stop()
             client.close()
 
-    def _answer(self, message: Message, run_id: int, bundle: str) -> bytes:
-        """Returns the worker's answer, or the word for none: a SuperNode waits a minute for a reply that never comes."""
+    def _answer(self, message: Message, run_id: int, bundle: str) -> dict[str, bytes]:
+        """Returns the worker's answer, or the word for none: a SuperNode would wait a minute for no reply."""
         try:
-            return hand_over(self._worker, Letter(run_id, bundle, body_of(message)))
+            return hand_over(self._worker, Letter(run_id, bundle, pieces_of(message)))
         except RunError as error:
             _log.warning("%s", error)
-            return LOST
+            return {LOST: b""}
 
     def _pull(self, client: RuntimeHttpClient, node_id: int, run_id: int) -> Message:
         pulled, node = client.PullMessages(PullAppMessagesRequest()), Node(node_id=node_id)

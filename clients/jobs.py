@@ -188,11 +188,11 @@ class Jobs:
         """Writes down what a person decided.
 
         Raises:
-            PlanError: The job was never offered, or a decision that releases may already hang on cannot be unmade so.
+            PlanError: The job was never offered.
         """
         known = self.get(job)
         if known is None:
             raise PlanError(f"expected a job that was offered here, got {job}; list them with: tacit client jobs")
-        if decision is Decision.REFUSED and known.decision is Decision.APPROVED:
+        if decision is Decision.REFUSED and known.decision in (Decision.APPROVED, Decision.WITHDRAWN):
             decision = Decision.WITHDRAWN
         return self._put(dataclasses.replace(known, decision=decision, by="hand", time=int(time.time())))

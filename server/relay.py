@@ -143,7 +143,7 @@ class Control:
             yield
         except (httpx.HTTPError, ValueError) as error:
             raise RunError(
-                f"expected an answer of the SuperLink at {self._address}, got: {error}; start it with: tacit server start"
+                f"expected an answer of the SuperLink at {self._address}, got: {error}; tacit server start"
             ) from None
 
 

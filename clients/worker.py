@@ -1,0 +1,306 @@
+"""The worker: one long-running process per data holder, which holds its records, keys, ledger, policy and model.
+
+It answers sealed messages that the courier hands over, one after the other. It opens them, gives each to the same
+Flower ``ClientApp`` that a simulation runs, and seals what that answers. Data and model are loaded once and stay warm.
+
+    hello     -> offer     the server's identity is the pinned one, run and bundle are those that the courier saw
+    terms     -> word      ready, waiting or refused: `clients.jobs`
+    round     -> reply     only under terms that are approved and unchanged; else a fixed word, as long as a release
+
+Anything that does not open gets the answer "lost", whatever the reason; the server then makes a new session. Nothing
+that a server sends can end the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients.app import client_app
+from clients.holder import Holder
+from clients.jobs import Decision, Jobs, Policy
+from clients.post import LOST, Buffer, Letter, answer_letter, read_letter
+from privacy.central import BIT
+from privacy.errors import PlanError, RunError, SealError
+from privacy.identity import Identity
+from privacy.ledger import Word
+from privacy.metrics import widths
+from privacy.plan import Plan
+from privacy.seal import MOST_BYTES, ClientEpoch, ClientSession, Opened, Step
+from privacy.terms import Terms
+from privacy.vault import private_logger
+from privacy.wire import Floats, Scalar, array_of, floats_of, pack, packed_bytes, unpack
+
+# The kinds of sealed messages, and the words that answer terms.
+TERMS: Final = "terms"
+ROUND: Final = "round"
+WORD: Final = "word"
+REPLY: Final = "reply"
+_MOST_TERMS_BYTES: Final = 64 * 1024
+# A receipt's text is shorter: see `privacy.ledger`.
+_MOST_RECEIPT: Final = "r" * 16 * 1024
+
+_log = private_logger("tacit.client")
+
+
+@dataclasses.dataclass
+class _Epoch:
+    """One session with the server, and what was agreed in it."""
+
+    run: int
+    bundle: str
+    ends: ClientEpoch
+    terms: Terms | None = None
+
+
+class Worker:
+    """Answers sealed letters; see the module's text.
+
+    Guarantees:
+        Approved: no round is played under terms that the holder has not approved, or has withdrawn since.
+        Alike: every answer to a round is as long as a release, whatever is in it (guarantee G12).
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        *,
+        identity: Identity,
+        server: str,
+        jobs: Jobs,
+        policy: Callable[[], Policy],
+        code: str,
+    ) -> None:
+        """Prepares to answer.
+
+        Args:
+            holder: The data holder; its account must have a budget.
+            identity: Its application identity.
+            server: Key of the server application, pinned when the holder enrolled, 64 hex digits.
+            jobs: What was offered and decided.
+            policy: Reads the standing policy; asked anew for every offer and round.
+            code: SHA-256 of the program that runs here, which the holder allowed; terms for another are refused.
+        """
+        self._holder, self._identity, self._server = holder, identity, server
+        self._jobs, self._policy, self._code = jobs, policy, code
+        self._app = client_app(lambda context: self._allowed())
+        self._epoch: _Epoch | None = None
+        self._turn = threading.Lock()
+        self.rounds = 0
+        self.last_error = ""
+
+    def _allowed(self) -> Holder:
+        """Returns the holder with what its policy allows now."""
+        policy = self._policy()
+        return dataclasses.replace(self._holder, allow_metrics=policy.metrics, allow_central=policy.central)
+
+    def answer(self, letter: Letter) -> dict[str, Buffer]:
+        """Answers one letter."""
+        with self._turn:
+            try:
+                return self._answer(letter)
+            except Exception as error:
+                self.last_error = type(error).__name__
+                _log.exception("a message was not answered; the reason stays on this machine")
+                return {LOST: b""}
+
+    def _answer(self, letter: Letter) -> dict[str, Buffer]:
+        pieces = letter.pieces
+        if set(pieces) == {_name(Step.HELLO)}:
+            return {_name(Step.OFFER): self._offer(letter)}
+        epoch = self._epoch
+        if epoch is None or (letter.run, letter.bundle) != (epoch.run, epoch.bundle):
+            raise SealError("expected a message of the epoch that is open here, got one of another; start a new one")
+        if _name(Step.ACCEPT) in pieces:
+            # The server repeats its answer until it has heard from us; the same one again changes nothing.
+            with contextlib.suppress(SealError):
+                epoch.ends.accept(pieces[_name(Step.ACCEPT)])
+        session = epoch.ends.session
+        if session is None or _name(Step.MESSAGE) not in pieces:
+            raise SealError("expected a message in an open session, got none; start a new one")
+        opened = session.read(pieces[_name(Step.MESSAGE)])
+        if opened.kind == TERMS:
+            return {_name(Step.MESSAGE): session.seal(WORD, 0, self._consider(opened, session, epoch).encode())}
+        if opened.kind == ROUND and epoch.terms is not None:
+            return {_name(Step.MESSAGE): self._play(opened, session, epoch.terms, pieces)}
+        raise SealError("expected terms, or a round after them, got another message; start a new session")
+
+    def _offer(self, letter: Letter) -> bytes:
+        """Answers a hello. The session that is open, if any, goes on until a new one was made."""
+        epoch = self._epoch
+        if epoch is None or (letter.run, letter.bundle) != (epoch.run, epoch.bundle):
+            ends = ClientEpoch(self._identity, self._server, run=letter.run, bundle=letter.bundle)
+            epoch = _Epoch(letter.run, letter.bundle, ends)
+            offer = ends.offer(letter.pieces[_name(Step.HELLO)])
+            # Only now: what is not the pinned server's must not close a session that is.
+            if self._epoch is not None:
+                self._epoch.ends.close()
+            self._epoch = epoch
+            return offer
+        return epoch.ends.offer(letter.pieces[_name(Step.HELLO)])
+
+    def _consider(self, opened: Opened, session: ClientSession, epoch: _Epoch) -> str:
+        """Returns the word that answers terms."""
+        if len(opened.body) > _MOST_TERMS_BYTES:
+            raise PlanError("expected the terms of a job, got something longer")
+        terms = Terms.from_json(bytes(opened.body))
+        if (terms.digest(), terms.job) != (session.binding.terms, session.binding.job):
+            raise SealError("expected the terms that the session is bound to, got others; start a new session")
+        account = self._holder.book.accounts[self._holder.name]
+        shape = self._holder.shape
+        if (terms.task, terms.code, terms.inputs, terms.classes) != (
+            self._holder.task.name,
+            self._code,
+            tuple(shape.inputs),
+            shape.classes,
+        ):
+            return "refused"
+        job = self._jobs.offer(terms, account, self._policy())
+        epoch.terms = terms
+        match job.decision:
+            case Decision.APPROVED:
+                return "ready"
+            case Decision.WAITING:
+                return "waiting"
+        return "refused"
+
+    def _play(self, opened: Opened, session: ClientSession, terms: Terms, pieces: Mapping[str, Buffer]) -> memoryview:
+        """Plays one round and returns the sealed reply."""
+        packet = unpack(opened.body, max_bytes=MOST_BYTES)
+        configs, arrays = dict(packet.configs), dict(packet.arrays)
+        if _name(Step.BROADCAST) in pieces:
+            shared = session.unwrap(opened.round, pieces[_name(Step.WRAP)], pieces[_name(Step.BROADCAST)])
+            more = unpack(shared, max_bytes=MOST_BYTES)
+            if set(more.configs) or set(more.arrays) & set(arrays):
+                raise PlanError("expected a broadcast of arrays that the message itself lacks, got others")
+            arrays |= more.arrays
+        content = self._reply(opened.round, terms, configs, arrays)
+        self.rounds += 1
+        configs_out, arrays_out = _parts_of(content)
+        shapes = {name: array.shape for name, array in arrays.get("arrays", {}).items()}
+        return session.seal(
+            REPLY, opened.round, *pack(configs_out, arrays_out), pad_to=reply_bytes(terms.plan, shapes, terms.classes)
+        )
+
+    def _reply(
+        self,
+        number: int,
+        terms: Terms,
+        configs: Mapping[str, Mapping[str, Scalar]],
+        arrays: Mapping[str, Mapping[str, Floats]],
+    ) -> RecordDict:
+        job = configs.get("job", {})
+        asked = (job.get("job"), job.get("round"), job.get("task"), job.get("plan"), job.get("local"), job.get("seed"))
+        agreed = (terms.job, number, terms.task, terms.plan.to_json(), terms.local.to_json(), terms.seed)
+        decided = self._jobs.get(terms.job)
+        if asked != agreed or decided is None or decided.decision is not Decision.APPROVED or decided.terms != terms:
+            return RecordDict({"refusal": ConfigRecord({"word": Word.CONFLICT.value})})
+        # Flower's messages take their run and sender from here; both mean nothing outside this process.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 1
+        message = Message(_records_of(configs, arrays), dst_node_id=1, message_type="train", group_id=str(number))
+        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+        return self._app(message, context).content
+
+
+def reply_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]], classes: int) -> int:
+    """Returns the length to which every answer to a round is padded: that of a release with the longest receipt."""
+    arrays = {"arrays": {**shapes, **({BIT: (1,)} if plan.quantile else {})}}
+    if measured := widths(plan.metrics, classes):
+        arrays["metrics"] = dict(measured)
+    return packed_bytes({"receipt": {"receipt": _MOST_RECEIPT}}, arrays)
+
+
+def _name(step: Step) -> str:
+    return step.name.lower()
+
+
+def _parts_of(content: RecordDict) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Floats]]]:
+    configs = {name: dict(record) for name, record in content.items() if isinstance(record, ConfigRecord)}
+    arrays = {
+        name: {key: floats_of(array.data, tuple(array.shape), key) for key, array in record.items()}
+        for name, record in content.items()
+        if isinstance(record, ArrayRecord)
+    }
+    return configs, arrays
+
+
+def _records_of(configs: Mapping[str, Mapping[str, Scalar]], arrays: Mapping[str, Mapping[str, Floats]]) -> RecordDict:
+    content = RecordDict({name: ConfigRecord(dict(record)) for name, record in configs.items()})
+    for name, record in arrays.items():
+        content[name] = ArrayRecord(
+            {key: Array("float32", floats.shape, "numpy.ndarray", array_of(floats)) for key, floats in record.items()}
+        )
+    return content
+
+
+# -- the socket ------------------------------------------------------------------------------------------------------
+
+
+class Doorway:
+    """The worker's Unix socket: takes letters from whoever may open it, one connection for each."""
+
+    def __init__(self, path: Path, *, group: int | None = None) -> None:
+        """Makes the socket.
+
+        Args:
+            path: Where; an old socket there is replaced, anything else is not.
+            group: Group that may use it too, where the courier runs under another user (guarantee G15); None for
+                this user alone.
+
+        Raises:
+            RunError: Something else is there, another worker serves it, or the folder cannot be written.
+        """
+        self._path = path
+        try:
+            if path.exists() or path.is_symlink():
+                if not stat.S_ISSOCK(path.lstat().st_mode):
+                    raise RunError(f"expected no file at {path}, got one that is no socket; move it away")
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+                    probe.connect(str(path))
+                    raise RunError(f"expected no worker at {path} yet, got one that answers; stop it first")
+                path.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            before = os.umask(0o177)
+            try:
+                self._socket.bind(str(path))
+            finally:
+                os.umask(before)
+            if group is not None:
+                os.chown(path, -1, group)
+                path.chmod(0o660)
+            self._socket.listen(8)
+            self._socket.settimeout(0.5)
+        except OSError as error:
+            raise RunError(f"expected to make the worker's socket at {path}, got: {error.strerror or error}") from None
+
+    def serve(self, answer: Callable[[Letter], Mapping[str, Buffer]], stopping: Callable[[], bool]) -> None:
+        """Answers letters until told to stop; a letter that came before is answered first."""
+        while not stopping():
+            try:
+                channel, _ = self._socket.accept()
+            except TimeoutError:
+                continue
+            with channel:
+                try:
+                    letter = read_letter(channel)
+                except (ValueError, TypeError, KeyError, OSError):
+                    _log.exception("something that is no letter was handed in")
+                    continue
+                with contextlib.suppress(OSError):
+                    answer_letter(channel, answer(letter))
+
+    def close(self) -> None:
+        """Takes the socket away."""
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
