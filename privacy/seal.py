@@ -537,7 +537,7 @@ class ClientSession(Session):
         header = bytes(view[:_BROADCAST_HEADER])
         # A key that opens two bodies is easy to find for this cipher; the commitment makes one body one content.
         encryption, commitment = _broadcast_keys(key)
-        if hashlib.sha256(view).digest() != digest or header != _head(Step.BROADCAST, _Way.TO_CLIENT) + commitment:
+        if _digest(view) != digest or header != _head(Step.BROADCAST, _Way.TO_CLIENT) + commitment:
             raise fault
         try:
             return _decrypt(encryption, view, _BROADCAST_HEADER)
@@ -573,6 +573,11 @@ class Statement(NamedTuple):
         return b"".join(
             (bytes.fromhex(self.job), struct.pack(">Q", self.run), bytes.fromhex(self.bundle), numbers, self.digest)
         )
+
+
+def _digest(body: memoryview) -> bytes:
+    """Returns what the server signs of a broadcast's body: SHA-256 of the whole, header included."""
+    return hashlib.sha256(body).digest()
 
 
 def _broadcast_keys(key: bytes) -> tuple[bytes, bytes]:
@@ -721,7 +726,7 @@ class ServerEpoch(_Live):
         encryption, commitment = _broadcast_keys(key)
         body = _encrypt(encryption, _head(Step.BROADCAST, _Way.TO_CLIENT) + commitment, parts, length)
         bound = self._bound
-        statement = Statement(bound.job, bound.run, bound.bundle, round, length, hashlib.sha256(body).digest())
+        statement = Statement(bound.job, bound.run, bound.bundle, round, length, _digest(body))
         return Broadcast(body, statement, _sign(self._identity, b"broadcast", statement.to_bytes()), key)
 
     def revoke(self, client: str) -> None:
