@@ -233,7 +233,7 @@ class ServerHome:
         True unless the two folders belong to different users of this machine, and the application's to it alone.
         """
         application, relay = (os.stat(self.folder / part) for part in ("application", "relay"))
-        return application.st_uid in (relay.st_uid, 0) or bool(application.st_mode & 0o077)
+        return relay.st_uid in (application.st_uid, 0) or bool(application.st_mode & 0o077)
 
     def fingerprints(self) -> tuple[bytes, bytes]:
         """Returns the fingerprints of the authority and of the server application's key, as in an invitation."""
