@@ -1470,7 +1470,9 @@ def _server_init(arguments: argparse.Namespace) -> int:
         "they join at": ", ".join(map(str, enrol)),
         "authority": authority.hex(),
         "server key": server.hex(),
-        "its keys": "the authority's is encrypted" if passphrase else "not encrypted: who reads that folder can sign for anybody",
+        "its keys": "the authority's is encrypted"
+        if passphrase
+        else "not encrypted: who reads that folder can sign for anybody",
     }
     _print_rows(_console(), rows)
     print("\nNext: tacit server invite NAME, and tacit server enrol on this machine.")

@@ -435,8 +435,9 @@ def read_message(data: bytes, *kinds: str) -> Message:
     body, newline, rest = data.partition(b"\n")
     try:
         fields, proofs = _object(body), _object(rest)
-        kind = fields.pop("kind")
-        if fields.pop("v") != PROTOCOL or kind not in kinds or not newline:
+        kind, version = fields.pop("kind"), fields.pop("v")
+        # 1.0 and true are equal to 1, and another spelling of it.
+        if type(version) is not int or version != PROTOCOL or kind not in kinds or not newline:
             raise ValueError("another version or kind")
         _require_fields(fields, _FIELDS[kind])
         _require_fields(proofs, _PROOFS[kind])

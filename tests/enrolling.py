@@ -31,9 +31,7 @@ from server.enrol import Desk, Limits, listen, serve
 from server.home import ServerHome
 
 HOST = "127.0.0.1"
-CHOICES = Choices(
-    task="digits", data="", policy=Policy(epsilon=2.0, delta=1e-5, records_bound=5000, allow_metrics=())
-)
+CHOICES = Choices(task="digits", data="", policy=Policy(epsilon=2.0, delta=1e-5, records_bound=5000, allow_metrics=()))
 
 
 def make_home(folder: Path, port: int = 29444, *, hosts: tuple[str, ...] = (HOST,), passphrase: str = "") -> ServerHome:

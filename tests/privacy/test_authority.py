@@ -61,14 +61,17 @@ def test_a_certificate_says_what_it_is_for_and_for_how_long(authority: Authority
     basic = root.extensions.get_extension_for_class(x509.BasicConstraints)
     assert (basic.critical, basic.value.ca, basic.value.path_length) == (True, True, 0)
     usage = root.extensions.get_extension_for_class(x509.KeyUsage)
-    assert usage.critical and usage.value.key_cert_sign and usage.value.crl_sign and not usage.value.digital_signature
+    assert (usage.critical, usage.value.key_cert_sign, usage.value.crl_sign) == (True, True, True)
+    assert not usage.value.digital_signature
     assert root.extensions.get_extension_for_class(x509.NameConstraints).critical
-    assert isinstance(key := root.public_key(), ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)
+    assert isinstance(key := root.public_key(), ec.EllipticCurvePublicKey)
+    assert isinstance(key.curve, ec.SECP384R1)
     for leaf, purpose in ((server, "1.3.6.1.5.5.7.3.1"), (client_leaf(authority), "1.3.6.1.5.5.7.3.2")):
         parsed = x509.load_der_x509_certificate(leaf)
         purposes = parsed.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         assert [one.dotted_string for one in purposes] == [purpose]
-        assert isinstance(own := parsed.public_key(), ec.EllipticCurvePublicKey) and isinstance(own.curve, ec.SECP256R1)
+        assert isinstance(own := parsed.public_key(), ec.EllipticCurvePublicKey)
+        assert isinstance(own.curve, ec.SECP256R1)
         facts = facts_of(leaf)
         assert facts.since < NOW < facts.until == NOW + LEAF_DAYS * 86400
         third = (facts.until - facts.since) / 3
@@ -203,7 +206,9 @@ def test_files_are_private_whole_and_encrypted_where_a_passphrase_was_given(
         Authority.read(tmp_path / "clear")
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"]
+)
 def test_corrupt_key_files_are_named_and_never_replaced(authority: Authority, tmp_path: Path, content: bytes) -> None:
     authority.write(tmp_path)
     path = tmp_path / "ca.key"
