@@ -500,8 +500,7 @@ class Desk:
             raise _Refusal(Word.EXPIRED)
         with self._registry.change() as members:
             member = members[fields["name"]]
-            if member.state is not State.ENROLLED:
-                raise _Refusal(Word.REVOKED)
+            _require_enrolled(member)
             if _certificate_of(member, fields["serial"]) != current:
                 raise _Refusal(Word.UNKNOWN)
             kept = [one for one in member.certificates if facts_of(from_base64(one)).until + GRACE_S > now]
@@ -530,6 +529,11 @@ class Desk:
 
 def _invited(members: Mapping[str, Member], identity: str) -> Member | None:
     return next((member for member in members.values() if member.invitation[:1] == [identity]), None)
+
+
+def _require_enrolled(member: Member) -> None:
+    if member.state is not State.ENROLLED:
+        raise _Refusal(Word.REVOKED)
 
 
 def _certificate_of(member: Member, serial: str) -> bytes | None:

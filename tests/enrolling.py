@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import socket
 import ssl
 import threading
@@ -113,13 +114,11 @@ class Keys:
     """A client's keys, and the requests that it makes with them."""
 
     def __init__(self) -> None:
-        import os
-
         self.application = Identity(os.urandom(32))
         self.supernode = new_supernode_key()
         self.tls = new_key()
 
-    def join_body(self, invitation: Invitation, **changed: object) -> bytes:
+    def join_body(self, invitation: Invitation, /, **changed: object) -> bytes:
         """Returns the first line of a join."""
         fields: dict[str, object] = {
             "application": self.application.public_key,
