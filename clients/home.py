@@ -232,6 +232,9 @@ class ClientHome:
     def adopt(self, key: bytes, certificate: bytes) -> None:
         """Takes a certificate (PEM) into use together with its key; a crash leaves the old pair or the new one."""
         write_whole(self.tls, key, certificate)
+
+    def discard_next_key(self) -> None:
+        """Forgets the key of `next_key`; the one after it will be another."""
         (self.folder / "keys" / "tls.new").unlink(missing_ok=True)
 
     def renewal_due(self, now: float) -> bool:

@@ -12,7 +12,6 @@ Keys are on disk before they are sent. A join that was interrupted anywhere is r
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hmac
 import os
@@ -187,12 +186,13 @@ def _identify(hello: bytes, leaf: bytes, address: Address, authority: bytes, ser
     ahead = now - fields["time"]
     try:
         require_server(leaf, shown, address.host, now=now)
-    except IdentityError:
+    except IdentityError as error:
         # Where the certificate is sound by the server's clock, one of the clocks is the fault, and worth a sentence.
-        with contextlib.suppress(IdentityError):
+        try:
             require_server(leaf, shown, address.host, now=fields["time"])
-            raise IdentityError(_skewed(ahead)) from None
-        raise
+        except IdentityError:
+            raise error from None
+        raise IdentityError(_skewed(ahead)) from None
     return Greeting(
         address=address,
         authority=shown,
@@ -343,8 +343,9 @@ def join(invitation: Invitation, home: ClientHome, choices: Choices, *, version:
     )
     write_whole(home.authority_file, pem_of(greeting.authority))
     home.adopt(key, pem_of(certificate) + pem_of(greeting.authority))
-    # Last: with it the client has joined, and everything that it needs is there.
+    # With it the client has joined, and everything that it needs is there. Until then the key for a repetition stays.
     home.save(settings)
+    home.discard_next_key()
     return settings, greeting
 
 
@@ -398,6 +399,9 @@ def renew(home: ClientHome, *, version: str) -> int:
     """
     settings = home.settings
     current = facts_of(read_certificate(home.tls))
+    if key_of_private(home.next_key()) == current.key:
+        # Killed between taking it into use and putting it away.
+        home.discard_next_key()
     old, new, identity = read_private(home.tls), home.next_key(), home.identity()
     body = body_of(
         "renew",
@@ -419,6 +423,7 @@ def renew(home: ClientHome, *, version: str) -> int:
         raise IdentityError("expected an answer, got none")
     certificate = _own_certificate(answer, new, settings.name, greeting)
     home.adopt(new, pem_of(certificate) + pem_of(greeting.authority))
+    home.discard_next_key()
     addresses = tuple(Address.parse(one) for one in answer.fields["addresses"])
     if addresses != settings.addresses:
         home.save(dataclasses.replace(settings, addresses=addresses))

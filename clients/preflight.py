@@ -22,7 +22,7 @@ from typing import Final
 from clients.home import ClientHome, Settings
 from clients.join import Choices, Greeting, call
 from privacy.enrolment import Address, key_fingerprint, older
-from privacy.errors import DataError, IdentityError, LedgerError, RunError, TacitError
+from privacy.errors import DataError, IdentityError, LedgerError, PlanError, RunError, TacitError
 from privacy.identity.authority import facts_of, read_certificate, require_client
 
 # What the package asks for; a test compares this with pyproject.toml. The end of a range is excluded.
@@ -214,7 +214,10 @@ def _data(choices: Choices) -> Finding:
     from clients.data import data_folder, faults, load_source
     from models.task import find_task
 
-    task = find_task(choices.task)
+    try:
+        task = find_task(choices.task)
+    except LookupError as error:
+        return _failed("data", str(error), "choose one of them", PlanError)
     if choices.data and not Path(choices.data).expanduser().exists():
         place = Path(choices.data).expanduser()
         if place.is_absolute() or not (data_folder() / place).exists():
