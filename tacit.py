@@ -4,7 +4,8 @@ Everything heavy is imported where it is used, so that ``tacit --help`` and ``im
 of a second: neither PyTorch nor Flower nor Opacus is loaded before a job starts.
 
 Exit codes: 0 done, 1 unexpected, 2 bad plan or flag, 3 bad data, 4 bad ledger, 5 budget exceeded, 6 run
-folder, engine or disk, 7 an audit contradicts a promise, 130 stopped with Ctrl-C (and resumable).
+folder, engine or disk, 7 an audit contradicts a promise, 8 an invitation, key or certificate is refused, 130
+stopped with Ctrl-C (and resumable).
 """
 
 from __future__ import annotations
@@ -119,6 +120,17 @@ What a data holder does with its own ledger, out of any job's reach. A budget is
 afterwards it can be lowered, and raised only by an explicit word that every report shows.
 """
 
+_SERVER: Final = """\
+Make and run what clients on other machines join: an authority for certificates, a list of members, and an endpoint
+where they redeem invitations. No file is carried to a client; an invitation is one line of text.
+"""
+
+_JOIN: Final = """\
+Join a federation with the one line that its operator sent. Keys are made here and never leave this machine; the budget
+is yours to set, whatever the invitation asks for. Data, disk, versions and permissions are looked at first, so that a
+fault costs no invitation; the server, clocks and certificates afterwards.
+"""
+
 _METAVARS: Final = {str: "TEXT", int: "N", float: "X"}
 
 
@@ -202,6 +214,7 @@ def _dispatch(argv: list[str]) -> int:
         "verify": _verify,
         "audit": _audit,
         "client": _client,
+        "server": _server,
         "tasks": _tasks,
     }
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
@@ -214,6 +227,7 @@ def _dispatch(argv: list[str]) -> int:
     _verify_page(kinds)
     _audit_page(kinds)
     _client_page(kinds)
+    _server_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
     if not argv:
@@ -1084,10 +1098,19 @@ def _client_page(kinds: Any) -> None:
                 place.lower(), metavar=place, type=Path, help=f"the {'copy' if place == 'FILE' else 'ledger'}"
             )
         act.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    _join_pages(acts)
 
 
 def _client(arguments: argparse.Namespace) -> int:
-    acts = {"ledger": _client_ledger, "budget": _client_budget, "export": _client_export, "import": _client_import}
+    acts = {
+        "ledger": _client_ledger,
+        "budget": _client_budget,
+        "export": _client_export,
+        "import": _client_import,
+        "join": _client_join,
+        "preflight": _client_preflight,
+        "renew": _client_renew,
+    }
     return acts[arguments.act](arguments)
 
 
@@ -1217,6 +1240,334 @@ def _client_import(arguments: argparse.Namespace) -> int:
         else f"{arguments.dir} has everything that the copy has; nothing was changed"
     )
     print(json.dumps({"added": added}) if arguments.json else words)
+    return 0
+
+
+def _join_pages(acts: Any) -> None:
+    """Adds what a data holder does to join, and to stay joined."""
+    page = acts.add_parser(
+        "join", help="join a federation by its invitation", description=_JOIN, formatter_class=_Page, allow_abbrev=False
+    )
+    page.add_argument("token", metavar="TOKEN", help="the invitation; - reads it from standard input")
+    page.add_argument("--task", metavar="TEXT", required=True, help="what may be learned; see tacit tasks")
+    page.add_argument("--data", metavar="PATH", default="", help="where the data lies, for a task that brings none")
+    page.add_argument("--epsilon", metavar="X", type=float, help="most that may ever be spent on this data")
+    page.add_argument("--delta", metavar="X", type=float, help="at which all spend is priced; fixed for ever")
+    page.add_argument("--records-bound", metavar="N", type=int, help="public bound on the number of records")
+    page.add_argument(
+        "--allow-metrics",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a metric that jobs may ask of your records, noised and charged; repeatable, or with commas",
+    )
+    page.add_argument(
+        "--allow-central", action="store_true", help="let the server see updates in the clear, in a job that asks it"
+    )
+    page.add_argument("--data-set", metavar="NAME", default="data", help="your own name of the data, in the ledger")
+    page.add_argument("--ledger", metavar="DIR", type=Path, help="the ledger that this data has already, if any")
+    preflight = acts.add_parser(
+        "preflight",
+        help="look whether this client could take part, and how to mend what it could not",
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    renew = acts.add_parser(
+        "renew", help="renew this client's certificate now", formatter_class=_Page, allow_abbrev=False
+    )
+    for act in (page, preflight, renew):
+        act.add_argument("--home", metavar="DIR", type=Path, help="the client's folder (default ~/.tacit/client)")
+        act.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+
+def _client_home(arguments: argparse.Namespace) -> Any:
+    from clients.home import ClientHome, default_home
+
+    return ClientHome((arguments.home or default_home()).expanduser().absolute())
+
+
+def _client_join(arguments: argparse.Namespace) -> int:
+    from clients.join import Choices, join, policy_of, require_unexpired
+    from clients.preflight import Verdict, local, remote
+    from privacy.enrolment import Invitation
+
+    token = sys.stdin.read(4096) if arguments.token == "-" else arguments.token  # noqa: S105 -- the word for standard input
+    invitation = Invitation.parse(token)
+    require_unexpired(invitation, time.time())
+    policy = policy_of(
+        invitation,
+        epsilon=arguments.epsilon,
+        delta=arguments.delta,
+        records_bound=arguments.records_bound,
+        allow_metrics=[word.strip() for words in arguments.allow_metrics for word in words.split(",") if word.strip()],
+        allow_central=arguments.allow_central,
+    )
+    home = _client_home(arguments)
+    choices = Choices(
+        task=arguments.task,
+        data=arguments.data,
+        policy=policy,
+        data_set=arguments.data_set,
+        ledger=arguments.ledger,
+    )
+    findings = []
+    told: dict[str, object] = {"joined": False, "name": invitation.name, "home": str(home.folder)}
+    for finding in local(home, choices):
+        findings.append(finding)
+        _print_finding(finding, arguments.json)
+    if not any(finding.verdict is Verdict.FAILED for finding in findings):
+        settings, greeting = join(invitation, home, choices, version=__version__)
+        told |= {"joined": True, "federation": settings.federation, "data_set": settings.data_set}
+        for finding in remote(home, version=__version__, greeting=greeting):
+            findings.append(finding)
+            _print_finding(finding, arguments.json)
+    code = _close_preflight(findings, arguments.json, told)
+    if not arguments.json:
+        if told["joined"]:
+            print(f"\nJoined {told['federation']} as {invitation.name}; this client's home is {home.folder}.")
+        else:
+            print("\nNot joined, and the invitation is still good: mend what failed and join again.")
+    return code
+
+
+def _client_preflight(arguments: argparse.Namespace) -> int:
+    from clients.preflight import choices_of, local, remote
+
+    home = _client_home(arguments)
+    findings = []
+    for look in (local(home, choices_of(home.settings)), remote(home, version=__version__)):
+        for finding in look:
+            findings.append(finding)
+            _print_finding(finding, arguments.json)
+    return _close_preflight(findings, arguments.json, {"home": str(home.folder)})
+
+
+def _print_finding(finding: Any, silent: bool) -> None:
+    if silent:
+        return
+    from rich.text import Text
+
+    style = {"ok": "green", "warning": "yellow", "failed": "red"}[finding.verdict.value]
+    line = Text(f"{finding.verdict.value:<9}", style=style) + Text(f"{finding.check:<15} ", style="bold")
+    console = _console()
+    console.print(line + Text(finding.words, style="not bold"), soft_wrap=True)
+    if finding.fix:
+        console.print(Text(f"{'':<25} -> {finding.fix}", style="not bold"), soft_wrap=True)
+
+
+def _close_preflight(findings: Sequence[Any], as_json: bool, told: Mapping[str, object]) -> int:
+    """Prints JSON if it is wanted; returns the exit code of the first check that failed, or 0."""
+    code = next((finding.exit_code for finding in findings if finding.verdict.value == "failed"), 0)
+    if as_json:
+        rows = [
+            {"check": one.check, "verdict": one.verdict.value, "words": one.words, "fix": one.fix} for one in findings
+        ]
+        print(json.dumps({**told, "ready": code == 0, "checks": rows}))
+    return code
+
+
+def _client_renew(arguments: argparse.Namespace) -> int:
+    from clients.join import renew
+    from privacy.transcript import iso
+
+    until = renew(_client_home(arguments), version=__version__)
+    print(json.dumps({"until": until}) if arguments.json else f"renewed; good until {iso(until)}")
+    return 0
+
+
+def _server_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "server",
+        help="make what clients on other machines join: authority, invitations, members",
+        description=_SERVER,
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    acts = page.add_subparsers(title="verbs", dest="act", metavar="VERB", required=True, parser_class=_Parser)
+
+    def act(name: str, text: str) -> Any:
+        made = acts.add_parser(name, help=text, description=text, formatter_class=_Page, allow_abbrev=False)
+        made.add_argument("--home", metavar="DIR", type=Path, help="the server's folder (default ~/.tacit/server)")
+        made.add_argument("--json", action="store_true", help="one JSON object, for programs")
+        return made
+
+    init = act("init", "make the authority, the server's keys and its certificates")
+    init.add_argument("--name", metavar="NAME", required=True, help="the federation's name")
+    init.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        action="append",
+        required=True,
+        help="where clients will reach the gateway; repeatable, also for machines of later days",
+    )
+    init.add_argument("--enrol-port", metavar="N", type=int, help="port where they join (default: the port above + 1)")
+    invite = act("invite", "print one single-use invitation")
+    invite.add_argument("name", metavar="NAME", help="the member's name; names are never used again")
+    invite.add_argument("--epsilon", metavar="X", type=float, default=0.0, help="budget to ask for; the holder decides")
+    invite.add_argument("--delta", metavar="X", type=float, default=0.0, help="delta to ask for")
+    invite.add_argument("--expires", metavar="TIME", default="24h", help="how long it is good: 30m, 24h, 7d")
+    invite.add_argument("--replace", action="store_true", help="withdraw an invitation that is still good")
+    revoke = act("revoke", "shut a member out, or withdraw its invitation")
+    revoke.add_argument("name", metavar="NAME", help="the member's name")
+    act("members", "show who is invited, enrolled and revoked")
+    enrol = act("enrol", "run the endpoint where invitations are redeemed and certificates renewed, until Ctrl-C")
+    enrol.add_argument(
+        "--listen", metavar="HOST:PORT", help="where to listen (default: the enrolment port, everywhere)"
+    )
+    for made in (init, enrol):
+        made.add_argument(
+            "--passphrase-file",
+            metavar="FILE",
+            type=Path,
+            help="holds the passphrase of the authority's key (or TACIT_PASSPHRASE; none: the key is not encrypted)",
+        )
+
+
+def _server(arguments: argparse.Namespace) -> int:
+    acts = {
+        "init": _server_init,
+        "invite": _server_invite,
+        "revoke": _server_revoke,
+        "members": _server_members,
+        "enrol": _server_enrol,
+    }
+    return acts[arguments.act](arguments)
+
+
+def _server_folder(arguments: argparse.Namespace) -> Path:
+    from server.home import default_home
+
+    return Path(arguments.home or default_home()).expanduser().absolute()
+
+
+def _passphrase(arguments: argparse.Namespace) -> str:
+    if arguments.passphrase_file is None:
+        return os.environ.get("TACIT_PASSPHRASE", "")
+    from privacy.identity.authority import read_private
+
+    return read_private(arguments.passphrase_file).decode(errors="replace").rstrip("\r\n")
+
+
+def _server_init(arguments: argparse.Namespace) -> int:
+    from privacy.enrolment import Address
+    from server.home import ServerHome
+
+    addresses = [Address.parse(text) for text in arguments.address]
+    port = arguments.enrol_port if arguments.enrol_port is not None else addresses[0].port + 1
+    enrol = [Address.parse(str(Address(host, port))) for host in dict.fromkeys(one.host for one in addresses)]
+    passphrase = _passphrase(arguments)
+    home = ServerHome.create(
+        _server_folder(arguments), name=arguments.name, addresses=addresses, enrol=enrol, passphrase=passphrase
+    )
+    authority, server = home.fingerprints()
+    told = {"home": str(home.folder), "authority": authority.hex(), "server": server.hex()}
+    if arguments.json:
+        print(json.dumps(told | {"enrol": [str(one) for one in enrol], "encrypted": bool(passphrase)}))
+        return 0
+    rows = {
+        "home": home.folder,
+        "clients call": ", ".join(map(str, addresses)),
+        "they join at": ", ".join(map(str, enrol)),
+        "authority": authority.hex(),
+        "server key": server.hex(),
+        "its keys": "the authority's is encrypted"
+        if passphrase
+        else "not encrypted: who reads that folder can sign for anybody",
+    }
+    _print_rows(_console(), rows)
+    print("\nNext: tacit server invite NAME, and tacit server enrol on this machine.")
+    return 0
+
+
+def _seconds(text: str) -> float:
+    import re
+
+    from privacy.errors import PlanError
+
+    found = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
+    if not found:
+        raise PlanError(f"expected a time such as 30m, 24h or 7d, got {text[:40]!r}; write a number and its unit")
+    return int(found[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0}[found[2]]
+
+
+def _server_invite(arguments: argparse.Namespace) -> int:
+    from privacy.transcript import iso
+    from server.enrol import invite
+    from server.home import ServerHome
+
+    invitation = invite(
+        ServerHome.open(_server_folder(arguments)),
+        arguments.name,
+        lifetime_s=_seconds(arguments.expires),
+        epsilon=arguments.epsilon,
+        delta=arguments.delta,
+        replace=arguments.replace,
+    )
+    if arguments.json:
+        print(json.dumps({"name": invitation.name, "token": invitation.token(), "expires": invitation.expires}))
+        return 0
+    print(f"For {invitation.name}, once, until {iso(invitation.expires)}. It is a secret, and it is shown this once:\n")
+    print(invitation.token())
+    print("\nThere, on its own machine: tacit client join TOKEN --task T --data PATH --epsilon E --delta D ...")
+    return 0
+
+
+def _server_revoke(arguments: argparse.Namespace) -> int:
+    from server.enrol import revoke
+    from server.home import ServerHome
+
+    member = revoke(ServerHome.open(_server_folder(arguments)), arguments.name)
+    told = member.tell(time.time())
+    print(json.dumps(told) if arguments.json else f"{member.name} is revoked; its name is never used again")
+    return 0
+
+
+def _server_members(arguments: argparse.Namespace) -> int:
+    from privacy.transcript import iso
+    from server.enrol import Registry
+    from server.home import ServerHome
+
+    home, now = ServerHome.open(_server_folder(arguments)), time.time()
+    told = [member.tell(now) for _, member in sorted(Registry.of(home).members().items())]
+    if arguments.json:
+        print(json.dumps({"federation": home.settings.name, "members": told}))
+        return 0
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("member", "state", "since", "until", "application key"):
+        table.add_column(title, no_wrap=True)
+    for row in told:
+        since = row["revoked"] or row["enrolled"] or row["invited"]
+        until = row["certificate_until"] if row["state"] == "enrolled" else row["expires"]
+        until = "" if row["state"] == "revoked" else iso(until)[:16]
+        table.add_row(row["name"], row["state"], iso(since)[:16], until, row["application"][:16])
+    _console().print(table if told else "nobody yet; tacit server invite NAME")
+    return 0
+
+
+def _server_enrol(arguments: argparse.Namespace) -> int:
+    import logging
+    import signal
+    import threading
+
+    from privacy.enrolment import Address
+    from privacy.identity.authority import Authority
+    from server.enrol import listen, serve
+    from server.home import ServerHome
+
+    home = ServerHome.open(_server_folder(arguments))
+    authority = Authority.read(home.folder / "authority", _passphrase(arguments))
+    at = Address.parse(arguments.listen) if arguments.listen else Address("", home.settings.enrol[0].port)
+    listener = listen(at.host, at.port)
+    if not arguments.json:
+        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    print(
+        json.dumps({"port": at.port}) if arguments.json else f"enrolment on port {at.port}; Ctrl-C ends it", flush=True
+    )
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    serve(home, authority, listener, stop=stop)
     return 0
 
 

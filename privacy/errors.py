@@ -6,6 +6,7 @@
     |-- LedgerError      a ledger is damaged, foreign or out of step         exit code 4
     |-- BudgetExceeded   the next charge would cost more than is left        exit code 5
     |-- RunError         a run folder or engine cannot go on                 exit code 6
+    |-- IdentityError    an invitation, key or certificate is refused        exit code 8
     `-- SealError        a message is not what its sender sealed             exit code 9
 
 A message is one sentence: what was expected, what came, what to do. No message carries a private value, and no
@@ -53,3 +54,9 @@ class SealError(TacitError):
     """A handshake or a sealed message is refused; a fixed sentence for each step, whatever was wrong with the bytes."""
 
     exit_code = 9
+
+
+class IdentityError(TacitError):
+    """An invitation, a key, a certificate or a list of members is not what it must be, or whoever shows it is not."""
+
+    exit_code = 8

@@ -1,0 +1,256 @@
+"""Where a deployed client keeps what it is: one folder, filled by ``tacit client join``.
+
+    HOME                            ~/.tacit/client, or --home; 0700
+      client.json                   name, addresses, the server's public keys, where the data lies, the holder's policy
+      ca.pem                        the federation's certificate authority, whose fingerprint the invitation named
+      keys/   application.key       secret of the client application: signs, seals, and opens what is kept here
+              tls.pem               key and certificate for the connection; renewed every few weeks, in one write
+              tls.new               a key whose certificate is not there yet
+              supernode.key, .pub   the pair that Flower's SuperNode names itself with
+      ledger/                       the ledger, with its own key (guarantee G13), unless --ledger names another folder
+      kept/, log                    finished releases and what went wrong, both sealed
+
+Every private key is made here and never leaves the machine. Files are 0600 and appear whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Final, Self
+
+from privacy.enrolment import Address, key_fingerprint
+from privacy.errors import IdentityError
+from privacy.files import write_whole
+from privacy.identity import Identity, Secret
+from privacy.identity.authority import facts_of, new_key, read_certificate, read_private, valid_name
+from privacy.identity.supernode import new_supernode_key, supernode_public
+from privacy.plan import Metric, canonical, is_number
+
+_VERSION: Final = 1
+
+
+def default_home() -> Path:
+    """Returns the folder that is used without ``--home``."""
+    return Path.home() / ".tacit" / "client"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What this holder lets be done with its data; its own word, whatever an invitation or a job asks (guarantee G21).
+
+    Attributes:
+        epsilon: The data set's budget for its lifetime.
+        delta: At which everything is priced.
+        records_bound: Public bound on the number of records.
+        allow_metrics: What may be said about the records beside updates.
+        allow_central: Whether the server may be trusted with updates in the clear (guarantee G16).
+    """
+
+    epsilon: float
+    delta: float
+    records_bound: int
+    allow_metrics: tuple[Metric, ...] = ()
+    allow_central: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a client knows since it joined; no secret.
+
+    Attributes:
+        name: The enrolled name.
+        federation: The federation's name.
+        addresses: Of the gateway.
+        enrol: Of the enrolment endpoint.
+        server: Public key of the server application, 64 hex digits: what is signed or sealed by it is the server's.
+        authority: SHA-256 of the certificate authority, 64 hex digits.
+        task: What is learned.
+        data: Where the data lies: an absolute path, or empty where the task brings its own.
+        data_set: The holder's own name of it, in the ledger.
+        ledger: Folder of the ledger.
+        policy: The holder's.
+        asked: Epsilon and delta that the invitation asked for, for the record; 0 where it asked for none.
+        joined: Seconds since 1970.
+    """
+
+    name: str
+    federation: str
+    addresses: tuple[Address, ...]
+    enrol: tuple[Address, ...]
+    server: str
+    authority: str
+    task: str
+    data: str
+    data_set: str
+    ledger: str
+    policy: Policy
+    asked: tuple[float, float] = (0.0, 0.0)
+    joined: int = 0
+
+    def to_json(self) -> bytes:
+        """Returns the file's content."""
+        fields: dict[str, Any] = {"v": _VERSION} | dataclasses.asdict(self)
+        return canonical(fields | {name: [str(one) for one in getattr(self, name)] for name in ("addresses", "enrol")})
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Self:
+        """Reads the file.
+
+        Raises:
+            ValueError, TypeError, KeyError, IdentityError: It holds something else.
+        """
+        fields = json.loads(text)
+        if fields.pop("v") != _VERSION:
+            raise ValueError("another version")
+        for name in ("addresses", "enrol"):
+            fields[name] = tuple(Address.parse(one) for one in fields[name])
+        policy = fields["policy"]
+        policy["allow_metrics"] = tuple(Metric(word) for word in policy["allow_metrics"])
+        fields["policy"], fields["asked"] = Policy(**policy), tuple(fields["asked"])
+        key_fingerprint(fields["server"]), bytes.fromhex(fields["authority"]), valid_name(fields["name"])
+        if not (is_number(policy["epsilon"]) and is_number(policy["delta"]) and type(policy["allow_central"]) is bool):
+            raise ValueError("a policy out of range")
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientHome:
+    """The home of a client, joined or not yet.
+
+    Attributes:
+        folder: Where it lies.
+    """
+
+    folder: Path
+
+    @property
+    def joined(self) -> bool:
+        """Whether an enrolment was finished here."""
+        return (self.folder / "client.json").exists()
+
+    @property
+    def settings(self) -> Settings:
+        """What the client knows since it joined.
+
+        Raises:
+            IdentityError: It has not joined, or the file is damaged.
+        """
+        path = self.folder / "client.json"
+        try:
+            return Settings.from_json(path.read_bytes())
+        except OSError as error:
+            raise IdentityError(
+                f"expected a client's home at {self.folder}, got {error.strerror}; join with: tacit client join TOKEN"
+            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError, IdentityError):
+            raise IdentityError(f"expected settings in {path}, got something else; restore a backup of it") from None
+
+    def save(self, settings: Settings) -> None:
+        """Writes the settings; raises RunError where the disk is full."""
+        write_whole(self.folder / "client.json", settings.to_json())
+
+    @property
+    def authority_file(self) -> Path:
+        """The federation's authority, PEM."""
+        return self.folder / "ca.pem"
+
+    @property
+    def authority(self) -> bytes:
+        """The federation's authority, DER; raises IdentityError where it is missing or damaged."""
+        return read_certificate(self.authority_file)
+
+    @property
+    def tls(self) -> Path:
+        """Key and certificate for the connection, one PEM file."""
+        return self.folder / "keys" / "tls.pem"
+
+    @property
+    def supernode_key(self) -> Path:
+        """The SuperNode's private key, for ``--auth-supernode-private-key``."""
+        return self.folder / "keys" / "supernode.key"
+
+    def make(self) -> None:
+        """Makes the folder, for its owner alone, and every key that is not there yet.
+
+        Raises:
+            IdentityError: Somebody else may look into the folder, or a key is damaged.
+            RunError: It cannot be written.
+        """
+        keys = self.folder / "keys"
+        try:
+            keys.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.chmod(0o700)
+            keys.chmod(0o700)
+        except OSError as error:
+            raise IdentityError(
+                f"expected to make a home at {self.folder}, got {error.strerror}; choose another --home"
+            ) from None
+        self.secret()
+        if not self.supernode_key.exists():
+            write_whole(self.supernode_key, new_supernode_key())
+        write_whole(keys / "supernode.pub", f"{self.supernode_public()}\n".encode())
+
+    def secret(self) -> Secret:
+        """Returns the client application's secret; makes it where there is none and the client has not joined.
+
+        Raises:
+            IdentityError: It is gone though the client has joined: a new one would be a stranger to the server.
+            LedgerError: It is damaged, or others may read it.
+        """
+        path = self.folder / "keys" / "application.key"
+        if self.joined and not path.exists():
+            raise IdentityError(f"expected a key at {path}, got none; restore a backup, or revoke and join anew")
+        return Secret.load_or_create(path)
+
+    def identity(self) -> Identity:
+        """Returns the client application's identity; raises as `secret`."""
+        return self.secret().identity("client")
+
+    def supernode(self) -> bytes:
+        """Returns the SuperNode's private key, OpenSSH; raises IdentityError."""
+        return read_private(self.supernode_key)
+
+    def supernode_public(self) -> str:
+        """Returns the SuperNode's public key, one OpenSSH line; raises IdentityError."""
+        return supernode_public(self.supernode())
+
+    def next_key(self) -> bytes:
+        """Returns the private key for the next certificate, PEM; made once, so that a request can be repeated.
+
+        Raises:
+            IdentityError: Others may read it.
+            RunError: The disk is full.
+        """
+        path = self.folder / "keys" / "tls.new"
+        if not path.exists():
+            write_whole(path, new_key())
+        return read_private(path)
+
+    def adopt(self, key: bytes, certificate: bytes) -> None:
+        """Takes a certificate (PEM) into use together with its key; a crash leaves the old pair or the new one."""
+        write_whole(self.tls, key, certificate)
+
+    def discard_next_key(self) -> None:
+        """Forgets the key of `next_key`; the one after it will be another."""
+        (self.folder / "keys" / "tls.new").unlink(missing_ok=True)
+
+    def renewal_due(self, now: float) -> bool:
+        """Says whether the certificate should be renewed; raises IdentityError where it is damaged."""
+        return facts_of(read_certificate(self.tls)).renewal_due(now)
+
+    def private_files(self) -> list[Path]:
+        """Returns every file of the home that nobody else may read, as far as it is there."""
+        keys = [self.folder / "keys" / name for name in ("application.key", "tls.pem", "tls.new", "supernode.key")]
+        return [path for path in (*keys, self.folder / "client.json") if path.exists()]
+
+    def open_to_others(self) -> list[Path]:
+        """Returns folders and private files that another user may read or change, or that another user owns."""
+        found = []
+        for path in (self.folder, self.folder / "keys", *self.private_files()):
+            status = path.stat()
+            if status.st_mode & 0o077 or status.st_uid != os.geteuid():
+                found.append(path)
+        return found
