@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final, NoReturn, final
 
@@ -126,3 +127,31 @@ def verify(public_key: str, message: bytes, signature: str) -> None:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(bytes.fromhex(signature), message)
     except (InvalidSignature, ValueError, TypeError):
         raise LedgerError("expected a valid signature, got one that does not match its key and message") from None
+
+
+# What a server signs before the hash of an app bundle.
+BUNDLE: Final = b"tacit/bundle/1\n"
+
+
+def sign_bundle(identity: Identity, bundle: bytes) -> str:
+    """Returns a signature over an app bundle's SHA-256, in hex (guarantee G22)."""
+    return identity.sign(BUNDLE + hashlib.sha256(bundle).digest())
+
+
+def verify_bundle(trusted: Collection[str], bundle: bytes, signature: str) -> None:
+    """Checks that one of the trusted keys has signed an app bundle, before any of it runs (guarantee G22).
+
+    Args:
+        trusted: Raw Ed25519 public keys, 64 hex digits each; none means that no bundle passes.
+        bundle: The bundle as it came.
+        signature: 128 hex digits; anything else passes no bundle.
+
+    Raises:
+        LedgerError: None of them has.
+    """
+    message = BUNDLE + hashlib.sha256(bundle).digest()
+    for key in trusted:
+        with contextlib.suppress(LedgerError):
+            verify(key, message, signature)
+            return
+    raise LedgerError("expected an app bundle signed by a trusted key, got another one; ask the operator which it is")
