@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -23,7 +23,7 @@ import httpx
 from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
-from flwr.common.serde import fab_to_proto, run_from_proto
+from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.supercore.constant import TaskType
@@ -40,7 +40,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from privacy.errors import RunError
+from privacy.identity import Identity, sign_bundle
 
+# Where the signature of a run's bundle travels; see `clients.tunnel`.
+SIGNATURE: Final = "bundle-signature"
 _ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 # Seconds between two questions for replies; on loopback each costs a few milliseconds.
 _POLL_S: Final = 0.05
@@ -87,18 +90,37 @@ def make_bundle() -> bytes:
     return build_fab_from_files(files)[0]
 
 
+def _pem(path: Path | None) -> bytes | None:
+    return None if path is None else path.read_bytes()
+
+
 class Control:
     """The SuperLink's control interface, as far as an operator of a federation needs it."""
 
-    def __init__(self, address: str) -> None:
-        """Prepares to talk to the SuperLink at "HOST:PORT", on loopback."""
+    def __init__(self, address: str, authority: Path | None = None) -> None:
+        """Prepares to talk to a SuperLink.
+
+        Args:
+            address: Its "HOST:PORT", on loopback.
+            authority: PEM file of who signed its certificate; None where it speaks no TLS.
+        """
         self._address = address
         self._client = ControlHttpClient.from_server_address(
             server_address=address,
-            insecure=True,
-            root_certificates=None,
+            insecure=authority is None,
+            root_certificates=_pem(authority),
             interceptors=[CliClientHttpInterceptor(), RuntimeVersionHttpInterceptor("flwr CLI")],
         )
+
+    def nodes(self) -> dict[bytes, int]:
+        """Returns the node ids of all SuperNodes that are let in, by their public keys as the SuperLink keeps them.
+
+        Raises:
+            RunError: The SuperLink does not answer.
+        """
+        with self._answering():
+            listed = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return {bytes(node.public_key): int(node.node_id) for node in listed if node.status != "unregistered"}
 
     def register(self, public_key: bytes) -> int:
         """Lets in the SuperNode that holds a key; returns its node id, which stays while the SuperLink's database does.
@@ -110,9 +132,6 @@ class Control:
             RunError: The SuperLink refuses the key, or does not answer.
         """
         with self._answering():
-            known = {node.public_key: node.node_id for node in self._client.ListNodes(ListNodesRequest()).nodes_info}
-            if public_key in known:
-                return int(known[public_key])
             return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key)).node_id)
 
     def unregister(self, node_id: int) -> None:
@@ -124,15 +143,22 @@ class Control:
         with self._answering():
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
-    def start(self, bundle: bytes) -> int:
+    def start(self, bundle: bytes, signature: str) -> int:
         """Starts a run; returns its id.
+
+        Args:
+            bundle: The app bundle.
+            signature: The server application's, which every client's tunnel checks (guarantee G22).
 
         Raises:
             RunError: The SuperLink does not start it, or does not answer.
         """
         fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
         with self._answering():
-            answer = self._client.StartRun(StartRunRequest(fab=fab_to_proto(fab), federation=""))
+            settings = user_config_to_proto({SIGNATURE: signature})
+            answer = self._client.StartRun(
+                StartRunRequest(fab=fab_to_proto(fab), override_config=settings, federation="")
+            )
         if not answer.HasField("run_id"):
             raise RunError(f"expected the SuperLink at {self._address} to start a run, got: {answer.note or 'nothing'}")
         return int(answer.run_id)
@@ -155,14 +181,26 @@ class Relay:
         bundle: SHA-256 of the run's app bundle, in hex.
     """
 
-    def __init__(self, address: str, secret: bytes) -> None:
+    def __init__(
+        self,
+        address: str,
+        secret: bytes,
+        identity: Identity,
+        *,
+        authority: Path | None = None,
+        ring: Callable[[], None] = lambda: None,
+    ) -> None:
         """Prepares a run.
 
         Args:
             address: The SuperLink's "HOST:PORT", on loopback.
             secret: What proves to it that this is its server process (``--superexec-auth-secret-file``).
+            identity: The server application's; signs the run's bundle.
+            authority: PEM file of who signed the SuperLink's certificate; None where it speaks no TLS.
+            ring: Tells the gateway that messages were pushed, so that nobody waits for the next poll.
         """
-        self._address, self._secret = address, secret
+        self._address, self._secret, self._identity = address, secret, identity
+        self._authority, self._ring = authority, ring
         self._grid: HttpGrid | None = None
         self._heartbeat: HeartbeatSender | None = None
         self.run_id = 0
@@ -183,8 +221,10 @@ class Relay:
         """
         bundle = make_bundle()
         self.bundle = hashlib.sha256(bundle).hexdigest()
-        self.run_id = Control(self._address).start(bundle)
-        grid = HttpGrid(self._address, insecure=True, token=self._token())
+        signature = sign_bundle(self._identity, bundle)
+        self.run_id = Control(self._address, self._authority).start(bundle, signature)
+        insecure, root = self._authority is None, _pem(self._authority)
+        grid = HttpGrid(self._address, insecure=insecure, root_certificates=root, token=self._token())
         client = grid._runtime_client
         self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         self._heartbeat.start()
@@ -199,8 +239,8 @@ class Relay:
         """Takes the run's task; one that a killed process left behind is finished on the way."""
         tasks = RuntimeHttpClient.from_server_address(
             server_address=self._address,
-            insecure=True,
-            root_certificates=None,
+            insecure=self._authority is None,
+            root_certificates=_pem(self._authority),
             interceptors=[
                 RuntimeVersionHttpInterceptor("SuperExec"),
                 SuperExecAuthHttpInterceptor(master_secret=self._secret, protected_methods=_ACQUIRE),
@@ -227,8 +267,8 @@ class Relay:
     def _finish(self, token: str, status: str) -> None:
         client = RuntimeHttpClient.from_server_address(
             server_address=self._address,
-            insecure=True,
-            root_certificates=None,
+            insecure=self._authority is None,
+            root_certificates=_pem(self._authority),
             interceptors=[RuntimeVersionHttpInterceptor("flwr-serverapp"), RuntimeTokenHttpInterceptor(token)],
         )
         with contextlib.closing(client), contextlib.suppress(httpx.HTTPError):
@@ -247,7 +287,9 @@ class Relay:
 
     def push(self, messages: Sequence[Message]) -> list[str]:
         """Hands messages over to be fetched by their nodes; returns their ids."""
-        return list(self.grid.push_messages(messages))
+        ids = list(self.grid.push_messages(messages))
+        self._ring()
+        return ids
 
     def pull(self, ids: Collection[str]) -> list[Message]:
         """Returns those replies that have come, each once."""

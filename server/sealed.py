@@ -157,9 +157,7 @@ class SealedGrid(Grid):
                 return ready[:wanted]
             if stopping() or time.monotonic() > deadline:
                 said = ", ".join(f"{line.member.name}: {line.word}" for line in self._lines.values())
-                raise RunError(
-                    f"expected {wanted} clients to be ready, got {len(ready)} ({said}); start them"
-                )
+                raise RunError(f"expected {wanted} clients to be ready, got {len(ready)} ({said}); start them")
             time.sleep(_POLL_S)
 
     def keep(self, numbers: Iterable[int]) -> None:

@@ -186,7 +186,8 @@ def federate(folder, spoil=lambda way, pieces: [pieces], *, workers=None, terms=
     terms = terms or make_terms()
     if workers is None:
         workers = {
-            node: make_worker(folder / f"client-{node}", n, sources=sources) for n, node in enumerate((501, 502), start=1)
+            node: make_worker(folder / f"client-{node}", n, sources=sources)
+            for n, node in enumerate((501, 502), start=1)
         }
     relay = FakeRelay(workers, spoil, run_id)
     grid = SealedGrid(relay, members_of(workers), SERVER, terms)
@@ -318,7 +319,7 @@ def test_g19_a_resumed_job_opens_a_new_epoch_and_messages_of_the_old_one_are_ref
     relay, lines, ending, workers = federate(tmp_path, stopping=lambda: not stop.append(1), terms=terms)
     assert ending is Ending.INTERRUPTED
     old = [pieces for way, pieces in relay.seen if way == "down" and "broadcast" in pieces][-1]
-    again, lines, ending, _ = federate(tmp_path, workers=workers, terms=terms, run_id=8)
+    _, lines, ending, _ = federate(tmp_path, workers=workers, terms=terms, run_id=8)
     assert ending is Ending.FINISHED
     assert [line["round"] for line in lines] == [2, 3]
     worker = workers[501]

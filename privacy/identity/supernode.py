@@ -41,6 +41,22 @@ def supernode_public(private: bytes) -> str:
     return _line(_private(private).public_key())
 
 
+def supernode_pem(public: str) -> bytes:
+    """Returns a public key as a SuperLink keeps it, PEM.
+
+    Args:
+        public: The one OpenSSH line.
+
+    Raises:
+        IdentityError: It is no such line.
+    """
+    try:
+        key = load_ssh_public_key(public.encode())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise IdentityError("expected an ECDSA P-384 key on one OpenSSH line, got something else") from None
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
 def sign_supernode(private: bytes, message: bytes) -> str:
     """Returns the ECDSA-SHA-384 signature of a message: DER, in hex; raises as `supernode_public`."""
     return _private(private).sign(message, ec.ECDSA(hashes.SHA384())).hex()

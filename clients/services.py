@@ -1,0 +1,197 @@
+"""The processes of a data holder's machine: worker, tunnel, SuperNode, courier.
+
+    worker      holds records, keys and ledger, and answers sealed messages: `clients.worker`
+    tunnel      speaks TLS with the holder's certificate to the gateway: `clients.tunnel`
+    supernode   Flower's SuperNode on loopback
+    courier     carries sealed messages between the SuperNode and the worker: `clients.courier`
+
+Started together (``tacit client start``) they run under one user of the machine, and the report then says that the
+guarantee depends on Flower's processes leaving the worker's files alone (guarantee G15). Started apart, each under a
+user of its own, only the worker can read data, ledger and keys; ``--courier-group`` lets the courier reach its socket.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from clients.data import load_source
+from clients.holder import Holder, Kept, SecureSources, content_of
+from clients.home import ClientHome
+from clients.jobs import Jobs, Policy
+from clients.tunnel import Tunnel, Way
+from clients.worker import Worker
+from models.task import find_task
+from privacy.errors import RunError
+from privacy.files import write_whole
+from privacy.identity.loopback import write_loopback
+from privacy.ledger import Book
+from privacy.processes import Part
+from privacy.vault import Safe, SealedLog, private_logger
+
+
+class Places:
+    """Files and ports that the processes of one machine meet at; all of them on loopback, or for this user alone."""
+
+    def __init__(self, home: ClientHome) -> None:
+        """Names the places of a home."""
+        self.home, self.folder = home, home.folder / "run"
+        self.worker = self.folder / "worker.sock"
+        self.secret = self.folder / "runtime.secret"
+        self.loopback, self.loopback_authority = self.folder / "loopback.pem", self.folder / "loopback-ca.pem"
+        self.status = self.folder / "status.json"
+        self.logs = home.folder / "logs"
+        self.jobs = home.folder / "jobs"
+        self.policy = home.folder / "policy.json"
+        self._ports = self.folder / "ports"
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """The tunnel's port and that of the SuperNode's runtime interface.
+
+        Raises:
+            RunError: The client was never started.
+        """
+        try:
+            tunnel, runtime = map(int, self._ports.read_text().split())
+        except (OSError, ValueError):
+            raise RunError(f"expected a client at {self.home.folder}, got none; start it: tacit client start") from None
+        return tunnel, runtime
+
+    def prepare(self) -> None:
+        """Makes what a start needs: ports, the secret of the runtime interface, a certificate for loopback.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(self.secret, os.urandom(32))
+        write_whole(self._ports, " ".join(map(str, _free_ports(2))).encode())
+        write_loopback(self.folder, now=time.time())
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def parts_of(places: Places) -> list[Part]:
+    """Returns the processes of a data holder's machine, in the order in which they start."""
+    tunnel, runtime = places.ports
+    tacit = [sys.executable, "-m", "tacit", "client"]
+    home = ["--home", str(places.home.folder)]
+    supernode = [
+        str(Path(sys.executable).with_name("flower-supernode")),
+        *("--superlink", f"127.0.0.1:{tunnel}", "--root-certificates", str(places.loopback_authority)),
+        *("--auth-supernode-private-key", str(places.home.supernode_key)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(places.secret)),
+        *("--host", "127.0.0.1", "--port", str(runtime)),
+    ]
+    flower = {"FLWR_HOME": str(places.folder / "flower"), "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    return [
+        Part(name="worker", command=[*tacit, "worker", *home], ready=lambda: _serves(places.worker), grace_s=60.0),
+        Part(name="tunnel", command=[*tacit, "tunnel", *home], ready=lambda: _answers(tunnel)),
+        Part(name="supernode", command=supernode, environment=flower, ready=lambda: _answers(runtime)),
+        Part(name="courier", command=[*tacit, "courier", *home], environment=flower),
+    ]
+
+
+def _serves(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def tunnel_of(places: Places) -> Tunnel:
+    """Returns the tunnel of a home; it trusts bundles that the pinned server application signed (guarantee G22)."""
+    settings, home = places.home.settings, places.home
+    gateway = settings.addresses[0]
+    return Tunnel(
+        Way(
+            gateway_host=gateway.host,
+            gateway_port=gateway.port,
+            authority=home.authority_file,
+            certificate=home.tls,
+            key=home.tls,
+            trusted=[settings.server],
+            port=places.ports[0],
+            local_certificate=places.loopback,
+            local_key=places.loopback,
+        )
+    )
+
+
+def policy_of(places: Places) -> Policy:
+    """Returns the standing policy of a home: what it accepts unasked, within what the holder allowed when it joined.
+
+    Raises:
+        PlanError: The policy cannot be read.
+    """
+    joined, standing = places.home.settings.policy, Policy.load(places.policy)
+    # The join bounds what may be asked at all; what is accepted without asking is a choice of its own.
+    return Policy(
+        tasks=standing.tasks,
+        epsilon=standing.epsilon,
+        metrics=frozenset(joined.allow_metrics),
+        central=joined.allow_central,
+    )
+
+
+def worker_of(places: Places, *, code: str, device: str = "cpu") -> Worker:
+    """Returns the worker of a home; from here on details of faults go to its sealed log (guarantee G12).
+
+    Args:
+        places: The home's places.
+        code: SHA-256 of this program; terms for another program are refused.
+        device: Where training runs.
+
+    Raises:
+        TacitError: The client has not joined, or its keys or its ledger are damaged.
+    """
+    home, settings = places.home, places.home.settings
+    secret = home.secret()
+    task = find_task(settings.task)
+    source = load_source(task, data=settings.data or None, strict=False)
+    book = Book(Path(settings.ledger))
+    logger = private_logger("tacit.client")
+    logger.addHandler(SealedLog(home.folder / "log", secret))
+    holder = Holder(
+        name=settings.data_set,
+        task=task,
+        shape=source.shape,
+        load=lambda: source.train,
+        book=book,
+        kept=Kept(home.folder / "kept", durable=True, safe=Safe(secret, "kept")),
+        sources=SecureSources(),
+        commitment=book.secret.commitment(settings.data_set, content_of(source.train)),
+        code=code,
+        device=device,
+    )
+    return Worker(
+        holder,
+        identity=home.identity(),
+        server=settings.server,
+        jobs=Jobs(places.jobs),
+        policy=lambda: policy_of(places),
+        code=code,
+    )

@@ -1,0 +1,219 @@
+"""The processes of a server's machine: relay, gateway, enrolment; and who is let in at the relay.
+
+    relay        Flower's SuperLink on loopback; it holds sealed messages and nothing else
+    gateway      the one door that data holders reach: `server.gateway`; keeps the relay's list of SuperNodes too
+    enrolment    the door where invitations are redeemed: `server.enrol`
+
+The server application is not among them: it runs while a job does (``tacit server run``), and its keys are apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from privacy.errors import IdentityError, RunError, TacitError
+from privacy.files import write_whole
+from privacy.identity.loopback import write_loopback
+from privacy.identity.supernode import supernode_pem
+from privacy.processes import Part
+from server.enrol import Member, Registry, State
+from server.gateway import Door, Gateway
+from server.home import ServerHome
+from server.relay import Control
+
+_log = logging.getLogger("tacit.server")
+_ROSTER_S: Final = 1.0
+
+
+class Places:
+    """Files and ports that the processes of one machine meet at; all of them on loopback, or for this user alone."""
+
+    def __init__(self, home: ServerHome) -> None:
+        """Reads where a home's relay listens; the port is chosen once, at its first start."""
+        self.home, self.folder = home, home.folder / "relay"
+        self.secret = self.folder / "runtime.secret"
+        self.database = self.folder / "state.db"
+        self.loopback, self.loopback_authority = self.folder / "loopback.pem", self.folder / "loopback-ca.pem"
+        self.bell = self.folder / "bell"
+        self.status = home.folder / "status.json"
+        self.logs = home.folder / "logs"
+        self._port = self.folder / "port"
+
+    @property
+    def port(self) -> int:
+        """The relay's port.
+
+        Raises:
+            RunError: It was never started.
+        """
+        try:
+            return int(self._port.read_text())
+        except (OSError, ValueError):
+            raise RunError(f"expected a relay at {self.home.folder}, got none; start it: tacit server start") from None
+
+    @property
+    def address(self) -> str:
+        """The relay's "HOST:PORT"."""
+        return f"127.0.0.1:{self.port}"
+
+    def prepare(self) -> None:
+        """Makes what a start needs: a port, the secret of the runtime interface, a certificate for loopback.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
+        if not self.secret.exists():
+            write_whole(self.secret, os.urandom(32))
+        if not self._port.exists() or not _free(self.port):
+            write_whole(self._port, str(_free_port()).encode())
+        write_loopback(self.folder, now=time.time())
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def answers(host: str, port: int) -> bool:
+    """Says whether somebody listens."""
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def parts_of(places: Places, *, environment: Mapping[str, str]) -> list[Part]:
+    """Returns the processes of a server's machine, in the order in which they start.
+
+    Args:
+        places: Where they meet; prepared.
+        environment: What they get beside the common variables: the passphrase of the authority, if it has one, for the
+            enrolment alone.
+    """
+    home = places.home
+    tacit = [sys.executable, "-m", "tacit", "server"]
+    port, gateway = places.port, home.settings.addresses[0].port
+    relay = [
+        str(Path(sys.executable).with_name("flower-superlink")),
+        *("--ssl-certfile", str(places.loopback), "--ssl-keyfile", str(places.loopback)),
+        *("--ssl-ca-certfile", str(places.loopback_authority), "--enable-supernode-auth"),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(places.secret)),
+        *("--database", str(places.database), "--host", "127.0.0.1", "--port", str(port)),
+        "--disable-runtime-dependency-installation",
+    ]
+    flower = {"FLWR_HOME": str(places.folder / "flower"), "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    return [
+        Part(name="relay", command=relay, environment=flower, ready=lambda: answers("127.0.0.1", port)),
+        Part(
+            name="gateway",
+            command=[*tacit, "gateway", "--home", str(home.folder)],
+            environment=flower,
+            ready=lambda: answers("127.0.0.1", gateway),
+        ),
+        Part(
+            name="enrolment",
+            command=[*tacit, "enrol", "--home", str(home.folder)],
+            environment=environment,
+            ready=lambda: answers("127.0.0.1", home.settings.enrol[0].port),
+        ),
+    ]
+
+
+def gateway_of(places: Places) -> Gateway:
+    """Returns the gateway of a home; it lets in who is enrolled, as the list of members says at every request."""
+    home = places.home
+    registry, authority = Registry.of(home), home.authority
+
+    def is_member(certificate: bytes) -> str | None:
+        member = registry.admits(certificate, authority, now=time.time())
+        return member.name if member is not None else None
+
+    return Gateway(
+        Door(
+            host="",
+            port=home.settings.addresses[0].port,
+            certificate=home.relay_tls,
+            key=home.relay_tls,
+            authority=home.folder / "relay" / "ca.pem",
+            upstream_port=places.port,
+            upstream_authority=places.loopback_authority,
+            wake=places.bell,
+        ),
+        is_member,
+    )
+
+
+class Roster:
+    """Keeps the relay's list of SuperNodes to the list of members: enrolled ones are let in, revoked ones shut out."""
+
+    def __init__(self, places: Places) -> None:
+        """Prepares; `keep` runs it in a thread of its own."""
+        self._places = places
+        self._registry = Registry.of(places.home)
+        self._settled: Mapping[str, Member] | None = None
+
+    def settle(self) -> None:
+        """Makes the two lists agree, once.
+
+        Raises:
+            RunError: The relay does not answer.
+            IdentityError: The list of members is damaged.
+        """
+        members = self._registry.members()
+        if members is self._settled:
+            return
+        control = Control(self._places.address, self._places.loopback_authority)
+        wanted = {supernode_pem(m.supernode) for m in members.values() if m.state is State.ENROLLED}
+        there = control.nodes()
+        for key in wanted - there.keys():
+            control.register(key)
+        for key in there.keys() - wanted:
+            control.unregister(there[key])
+        self._settled = members
+
+    def keep(self, stop: threading.Event) -> None:
+        """Settles again and again, until told to stop; whatever fails is tried again."""
+        while not stop.wait(_ROSTER_S):
+            try:
+                self.settle()
+            except (TacitError, OSError) as error:
+                _log.warning("the relay's list of nodes is not up to date yet: %s", error)
+
+
+def members_of(places: Places) -> list[tuple[Member, int]]:
+    """Returns the enrolled members with Flower's ids of their SuperNodes, by name.
+
+    Raises:
+        RunError: The relay does not answer.
+        IdentityError: The list of members is damaged.
+    """
+    there = Control(places.address, places.loopback_authority).nodes()
+    found = []
+    for _, member in sorted(Registry.of(places.home).members().items()):
+        if member.state is State.ENROLLED:
+            try:
+                found.append((member, there.get(supernode_pem(member.supernode), 0)))
+            except IdentityError:
+                _log.warning("the key of %s is damaged", member.name)
+    return found
