@@ -1099,6 +1099,7 @@ def _client_page(kinds: Any) -> None:
             )
         act.add_argument("--json", action="store_true", help="one JSON object, for programs")
     _join_pages(acts)
+    _work_pages(acts)
 
 
 def _client(arguments: argparse.Namespace) -> int:
@@ -1110,8 +1111,374 @@ def _client(arguments: argparse.Namespace) -> int:
         "join": _client_join,
         "preflight": _client_preflight,
         "renew": _client_renew,
+        "start": _client_start,
+        "stop": _client_stop,
+        "status": _client_status,
+        "jobs": _client_jobs,
+        "plan": _client_plan,
+        "approve": _client_approve,
+        "refuse": _client_refuse,
+        "policy": _client_policy,
+        "worker": _client_worker,
+        "tunnel": _client_tunnel,
+        "courier": _client_courier,
     }
     return acts[arguments.act](arguments)
+
+
+def _work_pages(acts: Any) -> None:
+    """Adds what a joined data holder does: take part, decide about jobs, and look how it goes."""
+
+    def act(name: str, text: str) -> Any:
+        made = acts.add_parser(name, help=text, description=text, formatter_class=_Page, allow_abbrev=False)
+        made.add_argument("--home", metavar="DIR", type=Path, help="the client's folder (default ~/.tacit/client)")
+        made.add_argument("--json", action="store_true", help="one JSON object, for programs")
+        return made
+
+    act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C")
+    act("stop", "end what start runs; the round that is on is finished first")
+    act("status", "show what runs, which jobs were offered, and what is left of the budget")
+    act("jobs", "show the jobs that were offered, and what was decided")
+    for name, text in (
+        ("plan", "show what one job asks, and what it would cost"),
+        ("approve", "let one job use the data, within the budget"),
+        ("refuse", "refuse one job, or withdraw from it: its next round is refused"),
+    ):
+        act(name, text).add_argument("job", metavar="JOB", help="its identity, or the first digits of it")
+    policy = act("policy", "show or set what is accepted without asking; by default nothing")
+    policy.add_argument("--accept", metavar="TASK", action="append", help="a task whose jobs are accepted; repeatable")
+    policy.add_argument("--epsilon", metavar="X", type=float, help="most that one such job may cost")
+    policy.add_argument("--nothing", action="store_true", help="accept nothing without asking")
+    worker = act("worker", "run the worker alone, under a user who may read the data")
+    worker.add_argument("--courier-group", metavar="GROUP", help="group of the user that the courier runs under")
+    worker.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
+    act("tunnel", "run the tunnel alone")
+    act("courier", "run the courier alone, under a user who may not read the data")
+
+
+def _places(arguments: argparse.Namespace) -> Any:
+    from clients.services import Places
+
+    return Places(_client_home(arguments))
+
+
+def _until_stopped() -> Any:
+    """Returns an event that SIGTERM and Ctrl-C set."""
+    import signal
+    import threading
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    # One line for every request on loopback tells nobody anything.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _client_start(arguments: argparse.Namespace) -> int:
+    from clients.services import parts_of
+    from privacy.processes import Processes, read_status
+
+    places = _places(arguments)
+    name, federation = places.home.settings.name, places.home.settings.federation
+    _require_stopped(read_status(places.status), "client")
+    places.prepare()
+    processes = Processes(parts_of(places), logs=places.logs, status=places.status)
+    processes.start()
+    print(
+        json.dumps({"started": True, "name": name, "federation": federation, "pid": os.getpid()})
+        if arguments.json
+        else f"{name} takes part in {federation}; logs in {_short(str(places.logs))}; Ctrl-C ends it",
+        flush=True,
+    )
+    processes.run()
+    return 0
+
+
+def _require_stopped(status: Mapping[str, object] | None, what: str) -> None:
+    from privacy.errors import RunError
+
+    if status is not None:
+        raise RunError(f"expected no {what} to run here yet, got one (pid {status['pid']}); tacit {what} stop ends it")
+
+
+def _stop(status_file: Path, what: str, as_json: bool) -> int:
+    import signal
+
+    from privacy.errors import RunError
+    from privacy.processes import read_status
+
+    status = read_status(status_file)
+    if status is None:
+        raise RunError(f"expected a {what} that runs here, got none; nothing to stop")
+    os.kill(int(str(status["pid"])), signal.SIGTERM)
+    deadline = time.monotonic() + 120
+    while read_status(status_file) is not None:
+        if time.monotonic() > deadline:
+            raise RunError(f"expected the {what} to end within 2 min, got none; look into its logs")
+        time.sleep(0.1)
+    print(json.dumps({"stopped": True}) if as_json else f"the {what} is stopped")
+    return 0
+
+
+def _client_stop(arguments: argparse.Namespace) -> int:
+    return _stop(_places(arguments).status, "client", arguments.json)
+
+
+def _parts_table(status: Mapping[str, Any] | None) -> Any:
+    from rich.table import Table
+
+    from privacy.transcript import iso
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("process", "runs", "since", "restarts", "last end"):
+        table.add_column(title, no_wrap=title != "last end")
+    for name, part in (status["parts"] if status else {}).items():
+        table.add_row(
+            name, "yes" if part["running"] else "no", iso(part["since"]), str(part["restarts"]), part["last_end"]
+        )
+    return table
+
+
+def _job_facts(job: Any, account: Any) -> dict[str, Any]:
+    """Returns one job for people and programs."""
+    from privacy.errors import PlanError
+
+    plan = job.terms.plan
+    try:
+        cost = job.cost(account)._asdict()
+        fault = ""
+    except PlanError as error:
+        cost, fault = None, str(error)
+    state = account.jobs.get(job.terms.job)
+    return {
+        "job": job.terms.job,
+        "task": job.terms.task,
+        "decision": job.decision.value,
+        "by": job.by,
+        "time": job.time,
+        "rounds": plan.rounds,
+        "joins": plan.joins,
+        "charged": state.charges if state is not None else 0,
+        "clients": job.terms.clients,
+        "curator": job.terms.curator,
+        "purpose": job.terms.purpose,
+        "metrics": list(plan.metrics.words) if plan.metrics is not None else [],
+        "unit": plan.unit.value,
+        "cost": cost,
+        "fault": fault,
+        "plan": json.loads(plan.to_json()),
+    }
+
+
+def _client_account(places: Any) -> Any:
+    from privacy.transcript import read_ledger
+
+    settings = places.home.settings
+    return read_ledger(Path(settings.ledger)).accounts[settings.data_set]
+
+
+def _client_status(arguments: argparse.Namespace) -> int:
+    from clients.jobs import Jobs
+    from privacy.processes import read_status
+
+    places = _places(arguments)
+    settings, status, account = places.home.settings, read_status(places.status), _client_account(places)
+    jobs = [_job_facts(job, account) for job in Jobs(places.jobs)]
+    told = {
+        "name": settings.name,
+        "federation": settings.federation,
+        "running": status is not None,
+        "parts": status["parts"] if status else {},
+        "spent": account.spent,
+        "budget": account.grant.epsilon,
+        "delta": account.grant.delta,
+        "charges": account.charges,
+        "jobs": [{key: job[key] for key in ("job", "task", "decision", "charged", "joins")} for job in jobs],
+    }
+    if arguments.json:
+        print(json.dumps(_finite(told), allow_nan=False))
+        return 0
+    console = _console()
+    rows = {
+        "client": f"{settings.name} of {settings.federation}",
+        "runs": f"yes, pid {status['pid']}" if status else "no; start it with: tacit client start",
+        "spent": f"epsilon {_epsilon(account.spent)} of {_epsilon(account.grant.epsilon)} at delta "
+        f"{account.grant.delta:g}, in {account.charges} charges",
+        "jobs": f"{len(jobs)}, {sum(job['decision'] == 'waiting' for job in jobs)} of them wait for a decision",
+    }
+    _print_rows(console, rows)
+    if status:
+        console.print()
+        console.print(_parts_table(status))
+    return 0
+
+
+def _client_jobs(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from clients.jobs import Jobs
+
+    places = _places(arguments)
+    account = _client_account(places)
+    told = [_job_facts(job, account) for job in Jobs(places.jobs)]
+    if arguments.json:
+        print(json.dumps(_finite({"jobs": told}), allow_nan=False))
+        return 0
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("job", "task", "decision", "charged", "would spend in all"):
+        table.add_column(title, no_wrap=True)
+    for job in told:
+        cost = f"epsilon {_epsilon(job['cost']['after'])}" if job["cost"] else "declined: another unit"
+        by = f"{job['decision']} by {job['by']}" if job["by"] else job["decision"]
+        table.add_row(job["job"][:12], job["task"], by, f"{job['charged']} of {job['joins']}", cost)
+    _console().print(table if told else "no job was offered yet")
+    return 0
+
+
+def _one_job(places: Any, digits: str) -> Any:
+    from clients.jobs import Jobs
+    from privacy.errors import PlanError
+
+    found = [job for job in Jobs(places.jobs) if job.terms.job.startswith(digits)] if digits else []
+    if len(found) != 1:
+        raise PlanError(
+            f"expected the first digits of one job, got {digits[:40]!r}, which {len(found)} jobs begin with; "
+            "list them with: tacit client jobs"
+        )
+    return found[0]
+
+
+def _client_plan(arguments: argparse.Namespace) -> int:
+    places = _places(arguments)
+    account = _client_account(places)
+    job = _job_facts(_one_job(places, arguments.job), account)
+    if arguments.json:
+        print(json.dumps(_finite(job), allow_nan=False))
+        return 0
+    plan, cost = job["plan"], job["cost"]
+    rows = {
+        "job": job["job"],
+        "asks for": f"{job['task']}, from {job['clients']} clients, at most {plan['joins']} of {plan['rounds']} rounds",
+        "curator": job["curator"] or "not said",
+        "purpose": job["purpose"] or "not said",
+        "protects": _protected(job["unit"]),
+        "each step": f"a record joins with probability {plan['sample_rate']:g}, its gradient is clipped to "
+        f"{plan['l2_clip']:g}, noise {plan['noise_multiplier']:.3g} x clip",
+        "metrics": ", ".join(job["metrics"]) or "none",
+    }
+    if cost is None:
+        rows["cost"] = job["fault"]
+    else:
+        rows["spent now"] = (
+            f"epsilon {_epsilon(cost['spent'])} of {_epsilon(cost['granted'])} at delta {cost['delta']:g}"
+        )
+        rows["after it"] = f"epsilon {_epsilon(cost['after'])}" + (
+            "" if cost["affordable"] else "; the budget does not hold all of it, later rounds will be declined"
+        )
+    rows["decision"] = job["decision"] + (f", by {job['by']}" if job["by"] else "")
+    _print_rows(_console(), rows)
+    return 0
+
+
+def _decide(arguments: argparse.Namespace, word: str) -> int:
+    from clients.jobs import Decision, Jobs
+
+    places = _places(arguments)
+    job = Jobs(places.jobs).decide(_one_job(places, arguments.job).terms.job, Decision(word))
+    told = {"job": job.terms.job, "decision": job.decision.value}
+    print(json.dumps(told) if arguments.json else f"job {job.terms.job[:12]} is {job.decision}")
+    return 0
+
+
+def _client_approve(arguments: argparse.Namespace) -> int:
+    return _decide(arguments, "approved")
+
+
+def _client_refuse(arguments: argparse.Namespace) -> int:
+    return _decide(arguments, "refused")
+
+
+def _client_policy(arguments: argparse.Namespace) -> int:
+    from clients.jobs import Policy
+    from models.task import find_task
+    from privacy.errors import PlanError
+    from privacy.files import write_whole
+
+    places = _places(arguments)
+    joined = places.home.settings.policy
+    policy = Policy.load(places.policy)
+    if arguments.nothing:
+        policy = Policy()
+    elif arguments.accept or arguments.epsilon is not None:
+        tasks = frozenset(find_task(name).name for name in arguments.accept or []) or policy.tasks
+        epsilon = policy.epsilon if arguments.epsilon is None else arguments.epsilon
+        if not tasks or epsilon <= 0:
+            raise PlanError("expected --accept TASK and --epsilon X > 0 together, got one of them; say both")
+        policy = Policy(tasks=tasks, epsilon=epsilon)
+    if arguments.nothing or arguments.accept or arguments.epsilon is not None:
+        write_whole(places.policy, policy.to_json())
+    told = {
+        "accepts": sorted(policy.tasks),
+        "epsilon": policy.epsilon,
+        "metrics": list(joined.allow_metrics),
+        "central": joined.allow_central,
+    }
+    words = (
+        f"accepts jobs of {', '.join(sorted(policy.tasks))} that cost at most epsilon {policy.epsilon:g} each, unasked"
+        if policy.tasks
+        else "accepts nothing without asking"
+    )
+    print(json.dumps(told) if arguments.json else words)
+    return 0
+
+
+def _client_worker(arguments: argparse.Namespace) -> int:
+    import grp
+
+    from clients.services import worker_of
+    from clients.worker import Doorway
+    from privacy.errors import PlanError
+    from simulations.world import code_hash
+
+    places = _places(arguments)
+    try:
+        group = grp.getgrnam(arguments.courier_group).gr_gid if arguments.courier_group else None
+    except KeyError:
+        raise PlanError(f"expected a group of this machine, got {arguments.courier_group!r}; make it first") from None
+    stop = _until_stopped()
+    worker = worker_of(places, code=code_hash(), device=arguments.device)
+    door = Doorway(places.worker, group=group)
+    try:
+        print(json.dumps({"worker": str(places.worker)}) if arguments.json else "the worker is ready", flush=True)
+        door.serve(worker.answer, stop.is_set)
+    finally:
+        door.close()
+    return 0
+
+
+def _client_tunnel(arguments: argparse.Namespace) -> int:
+    from clients.services import tunnel_of
+    from clients.tunnel import run
+
+    _log_to_stderr()
+    run(tunnel_of(_places(arguments)))
+    return 0
+
+
+def _client_courier(arguments: argparse.Namespace) -> int:
+    from clients.courier import Courier
+
+    _log_to_stderr()
+    places, stop = _places(arguments), _until_stopped()
+    Courier(f"127.0.0.1:{places.ports[1]}", places.secret.read_bytes(), places.worker).run(stop.is_set)
+    return 0
 
 
 def _client_ledger(arguments: argparse.Namespace) -> int:
@@ -1414,7 +1781,17 @@ def _server_page(kinds: Any) -> None:
     enrol.add_argument(
         "--listen", metavar="HOST:PORT", help="where to listen (default: the enrolment port, everywhere)"
     )
-    for made in (init, enrol):
+    start = act("start", "run the relay, the gateway and the enrolment, until Ctrl-C")
+    act("stop", "end what start runs")
+    act("status", "show what runs, who is enrolled, and who is connected")
+    act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
+    run = act("run", "run one job with the clients that are enrolled; Ctrl-C ends it after a round, to be resumed")
+    run.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="scenario file")
+    run.add_argument("--resume", metavar="RUN", type=Path, help="go on with the job in this folder")
+    run.add_argument("--wait", metavar="TIME", default="10m", help="longest wait for the clients: 30m, 24h, 7d")
+    run.add_argument("--quiet", action="store_true", help="print the closing summary only")
+    _keys(run, _deployed_groups())
+    for made in (init, enrol, start):
         made.add_argument(
             "--passphrase-file",
             metavar="FILE",
@@ -1430,8 +1807,144 @@ def _server(arguments: argparse.Namespace) -> int:
         "revoke": _server_revoke,
         "members": _server_members,
         "enrol": _server_enrol,
+        "start": _server_start,
+        "stop": _server_stop,
+        "status": _server_status,
+        "gateway": _server_gateway,
+        "run": _server_run,
     }
     return acts[arguments.act](arguments)
+
+
+def _deployed_groups() -> list[str]:
+    from simulations.scenario import GROUPS, MACHINE
+
+    return [group for group in GROUPS if group != MACHINE]
+
+
+def _server_places(arguments: argparse.Namespace) -> Any:
+    from server.home import ServerHome
+    from server.services import Places
+
+    return Places(ServerHome.open(_server_folder(arguments)))
+
+
+def _server_start(arguments: argparse.Namespace) -> int:
+    from privacy.identity.authority import Authority
+    from privacy.processes import Processes, read_status
+    from server.services import parts_of
+
+    places = _server_places(arguments)
+    home, passphrase = places.home, _passphrase(arguments)
+    # Here, where somebody reads it: the enrolment would only write it to its log.
+    home.renew(Authority.read(home.folder / "authority", passphrase), now=time.time())
+    _require_stopped(read_status(places.status), "server")
+    places.prepare()
+    secret = {"TACIT_PASSPHRASE": passphrase} if passphrase else {}
+    processes = Processes(parts_of(places, environment=secret), logs=places.logs, status=places.status)
+    processes.start()
+    told = {"started": True, "federation": home.settings.name, "pid": os.getpid()}
+    words = (
+        f"{home.settings.name} is reached at {', '.join(map(str, home.settings.addresses))}; "
+        f"logs in {_short(str(places.logs))}; Ctrl-C ends it"
+    )
+    print(json.dumps(told) if arguments.json else words, flush=True)
+    processes.run()
+    return 0
+
+
+def _server_stop(arguments: argparse.Namespace) -> int:
+    return _stop(_server_places(arguments).status, "server", arguments.json)
+
+
+def _server_status(arguments: argparse.Namespace) -> int:
+    from privacy.errors import RunError
+    from privacy.processes import read_status
+    from server.services import connected
+
+    places = _server_places(arguments)
+    status = read_status(places.status)
+    try:
+        members: list[dict[str, Any]] = connected(places) if status else []
+    except RunError as error:
+        members = [{"name": "unknown", "connected": False, "words": str(error)}]
+    told = {
+        "federation": places.home.settings.name,
+        "running": status is not None,
+        "parts": status["parts"] if status else {},
+        "members": members,
+    }
+    if arguments.json:
+        print(json.dumps(told))
+        return 0
+    console = _console()
+    _print_rows(
+        console,
+        {
+            "federation": places.home.settings.name,
+            "runs": f"yes, pid {status['pid']}" if status else "no; start it with: tacit server start",
+            "connected": ", ".join(one["name"] for one in members if one["connected"]) or "nobody",
+            "away": ", ".join(one["name"] for one in members if not one["connected"]) or "nobody",
+        },
+    )
+    if status:
+        console.print()
+        console.print(_parts_table(status))
+    return 0
+
+
+def _server_gateway(arguments: argparse.Namespace) -> int:
+    import threading
+
+    from server.gateway import run
+    from server.services import Roster, gateway_of
+
+    _log_to_stderr()
+    places, stop = _server_places(arguments), threading.Event()
+    threading.Thread(target=Roster(places).keep, args=(stop,), daemon=True).start()
+    try:
+        run(gateway_of(places))
+    finally:
+        stop.set()
+    return 0
+
+
+def _server_run(arguments: argparse.Namespace) -> int:
+    from server.home import ServerHome
+    from simulations.deployment import deploy
+    from simulations.scenario import Scenario
+
+    flags = _flags(arguments)
+    if arguments.resume is not None:
+        scenario = _resumed(arguments.resume, arguments.scenario, flags)
+    else:
+        scenario = Scenario.layered(arguments.scenario, flags)
+    silent = arguments.json or arguments.quiet
+    display = _Silent() if silent else _Display(scenario)
+    stop = _until_stopped()
+    folder = arguments.resume or (
+        Path(scenario.out) if scenario.out else Path("runs") / time.strftime("job-%Y%m%d-%H%M%S")
+    )
+    with display.shown():
+        summary = deploy(
+            scenario,
+            ServerHome.open(_server_folder(arguments)),
+            folder.resolve(),
+            resume=arguments.resume is not None,
+            wait_s=_seconds(arguments.wait),
+            observer=display,
+            stopping=stop.is_set,
+        )
+    if arguments.json:
+        print(json.dumps(_finite(summary), allow_nan=False))
+    else:
+        rows = {"status": summary["status"], "rounds": summary["rounds"], "run folder": _short(str(summary["run"]))}
+        metrics = summary["metrics"]
+        rows |= {k: _metric(k, v) for k, v in (metrics.items() if isinstance(metrics, Mapping) else ())}
+        _print_rows(_console(), rows)
+    if summary["status"] == "interrupted":
+        return _fail(f"stopped; go on with: tacit server run --resume {_short(str(summary['run']))}", 130)
+    return 0
 
 
 def _server_folder(arguments: argparse.Namespace) -> Path:

@@ -5,6 +5,7 @@ Flower ``ClientApp`` that a simulation runs, and seals what that answers. Data a
 
     hello     -> offer     the server's identity is the pinned one, run and bundle are those that the courier saw
     terms     -> word      ready, waiting or refused: `clients.jobs`
+    papers    -> papers    the ledger's grant, and its commitment to this job, for the report
     round     -> reply     only under terms that are approved and unchanged; else a fixed word, as long as a release
 
 Anything that does not open gets the answer "lost", whatever the reason; the server then makes a new session. Nothing
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import socket
 import stat
@@ -35,7 +37,7 @@ from privacy.errors import PlanError, RunError, SealError
 from privacy.identity import Identity
 from privacy.ledger import Word
 from privacy.metrics import widths
-from privacy.plan import Plan
+from privacy.plan import Plan, canonical
 from privacy.seal import MOST_BYTES, ClientEpoch, ClientSession, Opened, Step
 from privacy.terms import Terms
 from privacy.vault import private_logger
@@ -46,6 +48,7 @@ TERMS: Final = "terms"
 ROUND: Final = "round"
 WORD: Final = "word"
 REPLY: Final = "reply"
+PAPERS: Final = "papers"
 _MOST_TERMS_BYTES: Final = 64 * 1024
 # A receipt's text is shorter: see `privacy.ledger`.
 _MOST_RECEIPT: Final = "r" * 16 * 1024
@@ -131,6 +134,8 @@ class Worker:
         opened = session.read(pieces[_name(Step.MESSAGE)])
         if opened.kind == TERMS:
             return {_name(Step.MESSAGE): session.seal(WORD, 0, self._consider(opened, session, epoch).encode())}
+        if opened.kind == PAPERS:
+            return {_name(Step.MESSAGE): session.seal(PAPERS, 0, self._papers(session.binding.job))}
         if opened.kind == ROUND and epoch.terms is not None:
             return {_name(Step.MESSAGE): self._play(opened, session, epoch.terms, pieces)}
         raise SealError("expected terms, or a round after them, got another message; start a new session")
@@ -173,6 +178,24 @@ class Worker:
             case Decision.WAITING:
                 return "waiting"
         return "refused"
+
+    def _papers(self, job: str) -> bytes:
+        """Returns what the ledger says of the account's budget and of one job, as it was signed; of no other job."""
+        book = self._holder.book
+        account = book.accounts[self._holder.name].identity
+        found: dict[str, Any] = {"changes": []}
+        for line in book.content().split(b"\n"):
+            # Charges are by far the most lines, and their receipts say what they say.
+            if not line or b'"kind":"charge"' in line:
+                continue
+            entry = json.loads(line)
+            if entry["account"] != account:
+                continue
+            if entry["kind"] == "grant" or (entry["kind"] == "commit" and entry["body"]["job"] == job):
+                found[entry["kind"]] = entry
+            elif entry["kind"] == "budget":
+                found["changes"].append(entry)
+        return canonical(found)
 
     def _play(self, opened: Opened, session: ClientSession, terms: Terms, pieces: Mapping[str, Buffer]) -> memoryview:
         """Plays one round and returns the sealed reply."""

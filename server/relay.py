@@ -122,6 +122,16 @@ class Control:
             listed = self._client.ListNodes(ListNodesRequest()).nodes_info
         return {bytes(node.public_key): int(node.node_id) for node in listed if node.status != "unregistered"}
 
+    def online(self) -> frozenset[int]:
+        """Returns the node ids of the SuperNodes that are connected.
+
+        Raises:
+            RunError: The SuperLink does not answer.
+        """
+        with self._answering():
+            listed = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return frozenset(int(node.node_id) for node in listed if node.status == "online")
+
     def register(self, public_key: bytes) -> int:
         """Lets in the SuperNode that holds a key; returns its node id, which stays while the SuperLink's database does.
 

@@ -18,9 +18,10 @@ What does not open, or opens as something else than what was asked, is treated a
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import httpx
@@ -66,7 +67,7 @@ class Relay(Protocol):
     def push(self, messages: Sequence[Message]) -> list[str]:
         """Hands messages over; returns their ids."""
 
-    def pull(self, ids: Iterable[str]) -> list[Message]:
+    def pull(self, ids: Collection[str]) -> list[Message]:
         """Returns those replies that have come, each once."""
 
 
@@ -92,6 +93,8 @@ TERMS: Final = "terms"
 ROUND: Final = "round"
 WORD: Final = "word"
 REPLY: Final = "reply"
+PAPERS: Final = "papers"
+_MOST_PAPERS_BYTES: Final = 64 * 1024
 
 
 @dataclasses.dataclass
@@ -132,13 +135,15 @@ class SealedGrid(Grid):
         self._epoch = ServerEpoch(identity, job=terms.job, run=relay.run_id, bundle=relay.bundle, terms=terms.digest())
         self._lines = {member.number: _Line(member) for member in members}
         self._run = Run.create_empty(relay.run_id)
+        # Where papers are collected, while they are asked for.
+        self._papers: dict[str, dict[str, Any]] | None = None
 
     # -- who is there -------------------------------------------------------------------------------------------
 
     @property
-    def words(self) -> dict[int, str]:
-        """What each member last said, or why it said nothing, by its number."""
-        return {number: line.word for number, line in self._lines.items()}
+    def words(self) -> list[tuple[Member, str]]:
+        """Each member, and what it last said, or why it said nothing."""
+        return [(line.member, line.word) for line in self._lines.values()]
 
     def gather(self, wanted: int, *, patience_s: float, stopping: Any = lambda: False) -> list[int]:
         """Waits until enough members are ready; asks the others again and again.
@@ -159,6 +164,27 @@ class SealedGrid(Grid):
                 said = ", ".join(f"{line.member.name}: {line.word}" for line in self._lines.values())
                 raise RunError(f"expected {wanted} clients to be ready, got {len(ready)} ({said}); start them")
             time.sleep(_POLL_S)
+
+    def papers(self, *, patience_s: float = 10.0) -> dict[str, dict[str, Any]]:
+        """Asks the members what their ledgers say of their budgets and of this job, for the report.
+
+        Returns:
+            Ledger entries as the holders signed them, by member: ``grant``, ``commit``. Nothing here is trusted: who
+            reads the report checks the signatures. A member that does not answer in time has none.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        self._papers = found
+        deadline = time.monotonic() + patience_s
+        for line in self._lines.values():
+            line.due, line.patience = 0.0, patience_s
+        while time.monotonic() < deadline:
+            open_ = [line for line in self._lines.values() if line.member.name not in found and not line.refused]
+            if not open_:
+                break
+            self._turn({line.member.number: None for line in open_})
+            time.sleep(_POLL_S)
+        self._papers = None
+        return found
 
     def keep(self, numbers: Iterable[int]) -> None:
         """Makes these members the job's, for all its rounds; others are asked nothing any more."""
@@ -268,9 +294,9 @@ class SealedGrid(Grid):
             time.sleep(_PAUSE_S)
         return replies
 
-    @staticmethod
-    def _is_due(line: _Line, request: Message | None) -> bool:
-        if line.refused or (line.agreed and line.session is not None and request is None):
+    def _is_due(self, line: _Line, request: Message | None) -> bool:
+        silent = request is None and self._papers is None
+        if line.refused or (line.agreed and line.session is not None and silent):
             return False
         return time.monotonic() >= line.due
 
@@ -282,7 +308,10 @@ class SealedGrid(Grid):
         else:
             if line.accept:
                 pieces["accept"] = line.accept
-            if not line.agreed or request is None:
+            if line.agreed and request is None:
+                kind = PAPERS
+                pieces["message"] = bytes(session.seal(PAPERS, 0))
+            elif not line.agreed or request is None:
                 kind = TERMS
                 pieces["message"] = bytes(session.seal(TERMS, 0, self._terms.to_json().encode()))
             else:
@@ -325,11 +354,15 @@ class SealedGrid(Grid):
                 line.agreed, line.refused = line.word == "ready", line.word == "refused"
                 line.due = 0.0 if line.agreed else time.monotonic() + _WAITING_S
                 return None
+            if opened.kind == kind == PAPERS and self._papers is not None:
+                if len(opened.body) <= _MOST_PAPERS_BYTES:
+                    self._papers[line.member.name] = dict(json.loads(bytes(opened.body)))
+                return None
             if (opened.kind, kind) == (REPLY, ROUND) and request is not None and opened.round == _round_of(request):
                 line.word = "answered"
                 packet = unpack(opened.body, max_bytes=MOST_BYTES)
                 return Message(_records_of(packet), reply_to=request)
-        except (SealError, PlanError) as error:
+        except (SealError, PlanError, ValueError, TypeError, RecursionError) as error:
             # What does not open was lost, or was never its: the next attempt is another message.
             line.word, line.due = "said something else", min(line.due, time.monotonic() + _PAUSE_S)
             _log.warning("a reply of %s was not taken: %s", line.member.name, error)

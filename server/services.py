@@ -217,3 +217,15 @@ def members_of(places: Places) -> list[tuple[Member, int]]:
             except IdentityError:
                 _log.warning("the key of %s is damaged", member.name)
     return found
+
+
+def connected(places: Places) -> list[dict[str, object]]:
+    """Returns the enrolled members and whether their SuperNodes are connected, by name.
+
+    Raises:
+        RunError: The relay does not answer.
+    """
+    online = Control(places.address, places.loopback_authority).online()
+    return [
+        {"name": member.name, "node": str(node), "connected": node in online} for member, node in members_of(places)
+    ]
