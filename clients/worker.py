@@ -4,7 +4,7 @@ It answers sealed messages that the courier hands over, one after the other. It 
 Flower ``ClientApp`` that a simulation runs, and seals what that answers. Data and model are loaded once and stay warm.
 
     hello     -> offer     the server's identity is the pinned one, run and bundle are those that the courier saw
-    terms     -> word      ready, waiting or refused: `clients.jobs`
+    terms     -> word      ready, waiting, refused, other-program or other-task: `clients.jobs`
     papers    -> papers    the ledger's grant, and its commitment to this job, for the report
     round     -> reply     only under terms that are approved and unchanged; else a fixed word, as long as a release
 
@@ -163,13 +163,11 @@ class Worker:
             raise SealError("expected the terms that the session is bound to, got others; start a new session")
         account = self._holder.book.accounts[self._holder.name]
         shape = self._holder.shape
-        if (terms.task, terms.code, terms.inputs, terms.classes) != (
-            self._holder.task.name,
-            self._code,
-            tuple(shape.inputs),
-            shape.classes,
-        ):
-            return "refused"
+        # Public facts, so that an operator hears which of them it is.
+        if terms.code != self._code:
+            return "other-program"
+        if (terms.task, terms.inputs, terms.classes) != (self._holder.task.name, tuple(shape.inputs), shape.classes):
+            return "other-task"
         job = self._jobs.offer(terms, account, self._policy())
         epoch.terms = terms
         match job.decision:

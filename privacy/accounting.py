@@ -455,7 +455,13 @@ def best_order(releases: Releases, delta: float) -> tuple[float, float]:
 
 
 def solve_noise(
-    *, epsilon: float, delta: float, sample_rate: float, steps: int, beside: Sequence[Event] = ()
+    *,
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    beside: Sequence[Event] = (),
+    order: float | None = None,
 ) -> tuple[float, float]:
     """Finds the least noise with which a whole schedule passes the filter.
 
@@ -467,6 +473,7 @@ def solve_noise(
         sample_rate: Public Poisson rate in (0, 1].
         steps: All steps one client can be charged for.
         beside: What is released beside them, over the whole schedule, with noise of its own.
+        order: Renyi order of the filter, where holders have fixed it already; None for the best one.
 
     Returns:
         The noise multiplier (relative precision 1e-4, rounded up) and the Renyi order of the filter.
@@ -477,14 +484,19 @@ def solve_noise(
     require(math.isfinite(epsilon) and epsilon > 0, f"expected a finite epsilon > 0, got {epsilon}")
     require(0 < delta < 1, f"expected 0 < delta < 1, got {delta}")
 
+    def price(history: Sequence[Event]) -> tuple[float, float]:
+        if order is None:
+            return best_order(history, delta)
+        return order, max(0.0, rdp(history, order) + _conversion(order, delta))
+
     require(
-        not beside or best_order(beside, delta)[1] < epsilon,
+        not beside or price(beside)[1] < epsilon,
         f"expected metrics that cost less than the whole epsilon {epsilon:g}, got some that leave nothing for updates; "
         "raise metric-noise, or ask for fewer",
     )
 
     def cost(noise_multiplier: float) -> float:
-        return best_order((_schedule(sample_rate, noise_multiplier, steps), *beside), delta)[1]
+        return price((_schedule(sample_rate, noise_multiplier, steps), *beside))[1]
 
     low, high = 0.1, 1.0
     while cost(high) > epsilon:
@@ -496,7 +508,7 @@ def solve_noise(
     while high / low > 1 + 1e-4:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if cost(middle) <= epsilon else (middle, high)
-    return high, best_order((_schedule(sample_rate, high, steps), *beside), delta)[0]
+    return high, price((_schedule(sample_rate, high, steps), *beside))[0]
 
 
 def split_noise(

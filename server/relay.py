@@ -73,6 +73,7 @@ serverapp = "nobody:server"
 clientapp = "nobody:client"
 
 [tool.flwr.app.config]
+bundle-signature = ""
 """
 _NOBODY: Final = b"""\
 raise SystemExit("expected 'tacit client start' or 'tacit server run' to serve this run, got Flower's own process")

@@ -7,7 +7,7 @@ With each member one conversation, always in this order:
 
     hello       our identity, the job, Flower's run and the hash of the terms, signed
     offer       the member's fresh keys, signed; now both can make a session
-    terms       what the job asks; answered with one fixed word: ready, waiting or refused
+    terms       what the job asks; answered with one fixed word: ready, waiting, or why not
     round       a request of the server application; answered with whatever its client application answers
 
 Whatever is lost is said again: a reply that does not come in time, a worker that has forgotten the session, a relay
@@ -94,6 +94,8 @@ ROUND: Final = "round"
 WORD: Final = "word"
 REPLY: Final = "reply"
 PAPERS: Final = "papers"
+# Words after which a member is asked no more.
+_FINAL: Final = frozenset({"refused", "other-program", "other-task"})
 _MOST_PAPERS_BYTES: Final = 64 * 1024
 
 
@@ -160,7 +162,8 @@ class SealedGrid(Grid):
             ready = [number for number, line in sorted(self._lines.items()) if line.agreed and line.session]
             if len(ready) >= wanted:
                 return ready[:wanted]
-            if stopping() or time.monotonic() > deadline:
+            left = sum(not line.refused for line in self._lines.values())
+            if stopping() or time.monotonic() > deadline or left < wanted:
                 said = ", ".join(f"{line.member.name}: {line.word}" for line in self._lines.values())
                 raise RunError(f"expected {wanted} clients to be ready, got {len(ready)} ({said}); start them")
             time.sleep(_POLL_S)
@@ -351,7 +354,7 @@ class SealedGrid(Grid):
             line.accept, line.patience = b"", _FIRST_PATIENCE_S
             if (opened.kind, kind) == (WORD, TERMS):
                 line.word = bytes(opened.body[:16]).decode(errors="replace")
-                line.agreed, line.refused = line.word == "ready", line.word == "refused"
+                line.agreed, line.refused = line.word == "ready", line.word in _FINAL
                 line.due = 0.0 if line.agreed else time.monotonic() + _WAITING_S
                 return None
             if opened.kind == kind == PAPERS and self._papers is not None:

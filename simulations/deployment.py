@@ -11,6 +11,7 @@ and of this job, signed by it), ``status.json``, and the report.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any, Final
 
 from clients.data import load_source
 from models.task import find_task
+from privacy.accounting import Event, best_affordable_order, solve_noise
 from privacy.errors import PlanError, RunError
 from privacy.files import write_whole
 from privacy.noise import Keystream
@@ -181,11 +183,34 @@ def _settled(scenario: Scenario, folder: Path, resume: bool) -> tuple[Settled, S
     task = find_task(scenario.task)
     source = load_source(task, data=scenario.data or None)
     scenario = scenario.resolved(source.declared_records)
-    settled = settle(scenario, task, source.shape)
+    settled = _at_holders_order(settle(scenario, task, source.shape), scenario)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     scenario.save(folder)
     settled.save(folder)
     return settled, scenario
+
+
+def _at_holders_order(settled: Settled, scenario: Scenario) -> Settled:
+    """Solves the noise anew at the order that holders' ledgers count at.
+
+    Each fixed its order with its budget, before it knew any job. Who granted epsilon and delta of the job, at the order
+    that `best_affordable_order` gives, can then pay for all of it.
+    """
+    plan = settled.plan
+    if scenario.noise_multiplier:
+        return settled
+    order = best_affordable_order(plan.epsilon, plan.delta)
+    update, *metrics = Event.all_of_schedule(plan)
+    noise, _ = solve_noise(
+        epsilon=plan.epsilon,
+        delta=plan.delta,
+        sample_rate=update.sample_rate,
+        steps=update.steps,
+        beside=metrics,
+        order=order,
+    )
+    noise = max(noise, plan.noise_multiplier)
+    return dataclasses.replace(settled, plan=dataclasses.replace(plan, noise_multiplier=noise), order=order)
 
 
 def _members(places: Places, folder: Path) -> list[Member]:
