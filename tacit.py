@@ -1253,7 +1253,12 @@ def _join_pages(acts: Any) -> None:
     page.add_argument("--data", metavar="PATH", default="", help="where the data lies, for a task that brings none")
     page.add_argument("--epsilon", metavar="X", type=float, help="most that may ever be spent on this data")
     page.add_argument("--delta", metavar="X", type=float, help="at which all spend is priced; fixed for ever")
-    page.add_argument("--records-bound", metavar="N", type=int, help="public bound on the number of records")
+    page.add_argument(
+        "--records-bound",
+        metavar="N",
+        type=int,
+        help="public bound on the number of records (default: what its public description declares)",
+    )
     page.add_argument(
         "--allow-metrics",
         metavar="TEXT",
@@ -1287,25 +1292,27 @@ def _client_home(arguments: argparse.Namespace) -> Any:
 
 
 def _client_join(arguments: argparse.Namespace) -> int:
-    from clients.join import Choices, join, policy_of, require_unexpired
-    from clients.preflight import Verdict, local, remote
+    from clients.join import Choices, join, policy_of, require_fresh, require_unexpired
+    from clients.preflight import Verdict, declared_bound, local, located, remote
     from privacy.enrolment import Invitation
 
     token = sys.stdin.read(4096) if arguments.token == "-" else arguments.token  # noqa: S105 -- the word for standard input
     invitation = Invitation.parse(token)
     require_unexpired(invitation, time.time())
+    home = _client_home(arguments)
+    require_fresh(home)
+    data, bound = located(arguments.data), arguments.records_bound
     policy = policy_of(
         invitation,
         epsilon=arguments.epsilon,
         delta=arguments.delta,
-        records_bound=arguments.records_bound,
+        records_bound=declared_bound(arguments.task, data) if bound is None and Path(data).exists() else bound,
         allow_metrics=[word.strip() for words in arguments.allow_metrics for word in words.split(",") if word.strip()],
         allow_central=arguments.allow_central,
     )
-    home = _client_home(arguments)
     choices = Choices(
         task=arguments.task,
-        data=arguments.data,
+        data=data,
         policy=policy,
         data_set=arguments.data_set,
         ledger=arguments.ledger,

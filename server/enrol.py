@@ -155,7 +155,8 @@ class Registry:
     """The list of members of one federation, for any number of processes at a time.
 
     It is signed by a key that only the enrolment endpoint and the operator's commands need; whoever reads it, the
-    gateway for instance, needs the public key alone. An old list that is put back whole is not noticed here.
+    gateway for instance, needs the public key alone. An old list that is put back whole is noticed by processes that
+    have seen a newer one, and by nobody else.
 
     Guarantees:
         Whole: a crash at any moment leaves the list before a change or after it.
@@ -172,6 +173,7 @@ class Registry:
         """
         self._path, self._key, self._identity = path, public_key, identity
         self._seen: tuple[tuple[int, int, int], dict[str, Member]] | None = None
+        self._newest, self._threads = 0, threading.Lock()
 
     @classmethod
     def of(cls, home: ServerHome, *, change: bool = False) -> Registry:
@@ -193,7 +195,7 @@ class Registry:
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
-            return {}
+            return self._read()[1]
         # Each change makes a new file: its number, size and time together tell it from the one before.
         mark = (status.st_ino, status.st_size, status.st_mtime_ns)
         if self._seen is None or self._seen[0] != mark:
@@ -222,10 +224,14 @@ class Registry:
     def _read(self) -> tuple[int, dict[str, Member]]:
         """Returns how often the list was changed, and its members."""
         fault = IdentityError(f"expected a signed list of members in {self._path}, got other bytes; restore a backup")
+        # Taken before the file is: what another thread reads meanwhile may be newer than what is read here.
+        floor = self._newest
         try:
             with open(self._path, "rb") as file:
                 content = file.read(_MOST_BYTES + 1)
         except FileNotFoundError:
+            if floor:
+                raise fault from None
             return 0, {}
         body, _, signature = content.partition(b"\n")
         try:
@@ -239,7 +245,15 @@ class Registry:
                 members[one["name"]] = Member(**one)
         except (TacitError, ValueError, TypeError, KeyError, RecursionError):
             raise fault from None
-        return int(fields["generation"]), members
+        generation = int(fields["generation"])
+        if generation < floor:
+            raise IdentityError(
+                f"expected {self._path} as it was changed {floor} times, got one of {generation} changes; "
+                "an older list was put back, and whoever was revoked since would be let in: restore the newest"
+            )
+        with self._threads:
+            self._newest = max(self._newest, generation)
+        return generation, members
 
     @contextlib.contextmanager
     def change(self) -> Iterator[dict[str, Member]]:

@@ -229,6 +229,44 @@ def test_a_full_disk_leaves_the_list_as_it_was(home: ServerHome, monkeypatch: py
     assert home.members.read_bytes() == before
 
 
+def test_g21_a_process_that_knows_a_newer_list_refuses_an_older_one(home: ServerHome) -> None:
+    invite(home, "a")
+    old, reader = home.members.read_bytes(), Registry.of(home)
+    revoke(home, "a")
+    assert reader.members()["a"].state is State.REVOKED
+    home.members.write_bytes(old)
+    with pytest.raises(IdentityError, match="an older list was put back"):
+        reader.members()
+    home.members.unlink()
+    with pytest.raises(IdentityError):
+        reader.members()
+    # Who never saw the newer one cannot know.
+    home.members.write_bytes(old)
+    assert Registry.of(home).members()["a"].state is State.INVITED
+
+
+def test_threads_that_read_while_the_list_changes_raise_no_false_alarm(home: ServerHome) -> None:
+    invite(home, "m")
+    reader, faults, stop = Registry.of(home), [], threading.Event()
+
+    def reading() -> None:
+        while not stop.is_set():
+            try:
+                reader._read()
+            except IdentityError as error:
+                faults.append(error)
+
+    threads = [threading.Thread(target=reading) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(30):
+        invite(home, f"m{number}")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
 def _invite_some(folder: str, first: int) -> None:
     home = ServerHome.open(Path(folder))
     for number in range(first, first + 8):
@@ -665,7 +703,7 @@ def test_the_desk_answers_garbage_with_a_word_and_enrols_nobody(home: ServerHome
     assert word(counter.desk.answer(hello, counter.leaf, good[0])) == "enrolled"
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_the_endpoint_survives_garbage_oversized_and_half_written_messages(tmp_path: Path, count: int) -> None:
     draw = random.Random(4)
     with running(tmp_path / "server") as run:
