@@ -4,7 +4,7 @@ Everything heavy is imported where it is used, so that ``tacit --help`` and ``im
 of a second: neither PyTorch nor Flower nor Opacus is loaded before a job starts.
 
 Exit codes: 0 done, 1 unexpected, 2 bad plan or flag, 3 bad data, 4 bad ledger, 5 budget exceeded, 6 run
-folder, engine or disk, 7 an audit contradicts a promise, 8 an invitation, key or certificate is refused, 130
+folder, engine or disk, 7 an audit contradicts a promise, 10 an invitation, key or certificate is refused, 130
 stopped with Ctrl-C (and resumable).
 """
 

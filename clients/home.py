@@ -6,6 +6,7 @@
       keys/   application.key       secret of the client application: signs, seals, and opens what is kept here
               tls.pem               key and certificate for the connection; renewed every few weeks, in one write
               tls.new               a key whose certificate is not there yet
+              local.pem, local-ca.pem   for the door on loopback at which the SuperNode finds our tunnel
               lock                  held while a process joins or renews
               supernode.key, .pub   the pair that Flower's SuperNode names itself with
       ledger/                       the ledger, with its own key (guarantee G13), unless --ledger names another folder
@@ -29,7 +30,15 @@ from privacy.enrolment import Address, key_fingerprint
 from privacy.errors import IdentityError
 from privacy.files import write_whole
 from privacy.identity import Identity, Secret
-from privacy.identity.authority import facts_of, new_key, read_certificate, read_private, valid_name
+from privacy.identity.authority import (
+    Authority,
+    facts_of,
+    new_key,
+    pem_of,
+    read_certificate,
+    read_private,
+    valid_name,
+)
 from privacy.identity.supernode import new_supernode_key, supernode_public
 from privacy.plan import Metric, canonical, is_number
 
@@ -273,9 +282,35 @@ class ClientHome:
         """Says whether the certificate should be renewed; raises IdentityError where it is damaged."""
         return facts_of(read_certificate(self.tls)).renewal_due(now)
 
+    def make_local(self, now: float) -> tuple[Path, Path]:
+        """Makes the certificate of the door on loopback where there is none, or two thirds of its life are over.
+
+        A SuperNode that signs its requests insists on TLS, also on this machine. The authority that signs for the door
+        is made with it, for loopback alone, and its key is forgotten at once.
+
+        Args:
+            now: Seconds since 1970.
+
+        Returns:
+            Key and certificate (PEM, 0600), and the authority that the SuperNode is told to believe.
+
+        Raises:
+            RunError: The disk is full.
+        """
+        door, root = self.folder / "keys" / "local.pem", self.folder / "keys" / "local-ca.pem"
+        hosts = ["localhost", "127.0.0.1"]
+        if not (door.exists() and root.exists()) or facts_of(read_certificate(door)).renewal_due(now):
+            authority = Authority.create("local", hosts, now=now)
+            write_whole(door, authority.server_leaf("local", hosts, now=now))
+            write_whole(root, pem_of(authority.certificate))
+        return door, root
+
     def private_files(self) -> list[Path]:
         """Returns every file of the home that nobody else may read, as far as it is there."""
-        keys = [self.folder / "keys" / name for name in ("application.key", "tls.pem", "tls.new", "supernode.key")]
+        keys = [
+            self.folder / "keys" / name
+            for name in ("application.key", "tls.pem", "tls.new", "supernode.key", "local.pem")
+        ]
         return [path for path in (*keys, self.folder / "client.json") if path.exists()]
 
     def open_to_others(self) -> list[Path]:

@@ -68,7 +68,7 @@ from privacy.identity.authority import (
     valid_name,
     verify_with_certificate,
 )
-from privacy.identity.supernode import verify_supernode
+from privacy.identity.supernode import flower_field, verify_supernode
 from privacy.plan import canonical
 from server.home import ServerHome
 
@@ -173,6 +173,7 @@ class Registry:
         """
         self._path, self._key, self._identity = path, public_key, identity
         self._seen: tuple[tuple[int, int, int], dict[str, Member]] | None = None
+        self._names: tuple[Mapping[str, Member], Mapping[bytes, str]] = ({}, {})
         self._newest, self._threads = 0, threading.Lock()
 
     @classmethod
@@ -220,6 +221,30 @@ class Registry:
             return None
         known = member is not None and member.state is State.ENROLLED and to_base64(certificate) in member.certificates
         return member if known else None
+
+    def name_of(self, certificate: bytes) -> str | None:
+        """Returns the enrolled name that a certificate is listed for, or None: quick, for every request of a gateway.
+
+        Args:
+            certificate: DER, of which TLS has checked chain and time already.
+
+        Raises:
+            IdentityError: The list itself is damaged: nobody is let in then either.
+        """
+        members = self.members()
+        if self._names[0] is not members:
+            listed = (member for member in members.values() if member.state is State.ENROLLED)
+            self._names = members, {from_base64(one): member.name for member in listed for one in member.certificates}
+        return self._names[1].get(certificate)
+
+    def node_key(self, name: str) -> bytes | None:
+        """Returns what the SuperNode of a name must say in its ``flwr-public-key`` field, or None for who has none.
+
+        Raises:
+            IdentityError: The list is damaged.
+        """
+        member = self.members().get(name)
+        return flower_field(member.supernode) if member is not None and member.supernode else None
 
     def _read(self) -> tuple[int, dict[str, Member]]:
         """Returns how often the list was changed, and its members."""

@@ -7,6 +7,7 @@ rests on application identities. The pair is made on the client; the public half
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from typing import Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -41,6 +42,15 @@ def supernode_public(private: bytes) -> str:
     return _line(_private(private).public_key())
 
 
+def flower_field(public: str) -> bytes:
+    """Returns what a SuperNode with this key says in its ``flwr-public-key`` field; a gateway may insist on it.
+
+    Raises:
+        IdentityError: It is not the one text of an ECDSA P-384 key.
+    """
+    return b64encode(_public(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+
+
 def sign_supernode(private: bytes, message: bytes) -> str:
     """Returns the ECDSA-SHA-384 signature of a message: DER, in hex; raises as `supernode_public`."""
     return _private(private).sign(message, ec.ECDSA(hashes.SHA384())).hex()
@@ -52,17 +62,21 @@ def verify_supernode(public: str, message: bytes, signature: str) -> None:
     Raises:
         IdentityError: The line is not the one text of an ECDSA P-384 key, or the signature is not that key's.
     """
+    verify_ecdsa(_public(public), hashes.SHA384(), message, signature)
+
+
+def _public(line: str) -> ec.EllipticCurvePublicKey:
     fault = IdentityError("expected an ECDSA P-384 key on one OpenSSH line, got something else; make a new pair")
-    if not _LINE.fullmatch(public):
+    if not _LINE.fullmatch(line):
         raise fault
     try:
-        key = load_ssh_public_key(public.encode())
+        key = load_ssh_public_key(line.encode())
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise fault from None
     # One text a key: a second spelling of a registered key must not pass for another key.
-    if not isinstance(key, ec.EllipticCurvePublicKey) or _line(key) != public:
+    if not isinstance(key, ec.EllipticCurvePublicKey) or _line(key) != line:
         raise fault
-    verify_ecdsa(key, hashes.SHA384(), message, signature)
+    return key
 
 
 def _private(content: bytes) -> ec.EllipticCurvePrivateKey:

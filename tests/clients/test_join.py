@@ -373,8 +373,11 @@ def test_clocks_that_disagree_are_named_as_the_fault(
     clock = type("Clock", (), {"time": staticmethod(lambda: true() + skew_s), "monotonic": time.monotonic})
     monkeypatch.setattr(module, "time", clock)
     side = "ahead of" if skew_s > 0 else "behind"
-    with pytest.raises(IdentityError, match=rf"clocks that agree, got one that is {abs(skew_s):.0f} s {side}"):
+    with pytest.raises(IdentityError, match=rf"clocks that agree, got one that is \d+ s {side}") as caught:
         join(invitation, home, CHOICES, version=VERSION)
+    # The greeting tells whole seconds.
+    (told,) = re.findall(r"is (\d+) s", str(caught.value))
+    assert abs(int(told) - abs(skew_s)) < 10
 
 
 def test_the_preflight_measures_the_clock_by_what_flower_accepts() -> None:
@@ -546,6 +549,20 @@ def test_g13_data_with_a_ledger_keeps_it_and_its_budget_in_a_second_federation(
 def account(folder: Path) -> str:
     with Book(folder) as book:
         return book.accounts["data"].identity
+
+
+def test_the_door_on_loopback_has_a_certificate_of_its_own(home: ClientHome) -> None:
+    home.make()
+    now = time.time()
+    door, root = home.make_local(now)
+    first = door.read_bytes()
+    certificates.require_server(read_certificate(door), read_certificate(root), "127.0.0.1", now=now)
+    assert home.make_local(now) == (door, root)
+    assert door.read_bytes() == first
+    home.make_local(now + 21 * 86400)
+    assert door.read_bytes() != first
+    certificates.require_server(read_certificate(door), read_certificate(root), "localhost", now=now + 21 * 86400)
+    assert stat.S_IMODE(door.stat().st_mode) == 0o600
 
 
 # -- renewing ---------------------------------------------------------------------------------------------------------
@@ -741,6 +758,13 @@ def test_the_gateway_is_believed_with_its_certificate_only_and_told_nothing(
     with refusing:
         refused = preflight._gateway(home, (refusing.address,))
     assert refused.verdict is Verdict.FAILED
+    # As a gateway asks for certificates, in OpenSSL's strict mode: ours passes, its name constraints with it.
+    asking = Rogue(run.home.relay_tls.read_bytes(), tmp_path, lambda: b"")
+    asking.context.load_verify_locations(run.home.folder / "relay" / "ca.pem")
+    asking.context.verify_mode = ssl.CERT_REQUIRED
+    asking.context.verify_flags |= ssl.VERIFY_X509_STRICT
+    with asking:
+        assert preflight._gateway(home, (asking.address,)).verdict is Verdict.OK
     stranger = Authority.create("demo", [HOST], now=time.time()).server_leaf("demo", [HOST], now=time.time())
     with Rogue(stranger, tmp_path, lambda: b"") as gateway:
         finding = preflight._gateway(home, (gateway.address,))

@@ -36,6 +36,7 @@ from privacy.enrolment import (
 from privacy.errors import IdentityError, RunError
 from privacy.identity import Secret
 from privacy.identity.authority import facts_of, key_of_private, new_key, read_certificate, require_client
+from privacy.identity.supernode import flower_field, supernode_public
 from server import enrol as module
 from server.enrol import GRACE_S, Desk, Gauge, Limits, Registry, State, invite, revoke
 from server.home import ServerHome
@@ -300,8 +301,14 @@ def test_a_revoked_certificate_is_admitted_no_more_by_a_reader_that_is_running(h
     assert reader.admits(unlisted, home.authority, now=now) is None
     assert reader.admits(b"garbage", home.authority, now=now) is None
     assert reader.admits(certificate, home.authority, now=now + 31 * 86400) is None
+    # What a gateway asks at every request, after TLS has checked chain and time.
+    assert reader.name_of(certificate) == "a"
+    assert reader.name_of(unlisted) is None
+    assert reader.node_key("a") == flower_field(supernode_public(keys.supernode))
+    assert reader.node_key("nobody") is None
     revoke(home, "a")
     assert reader.admits(certificate, home.authority, now=now) is None
+    assert reader.name_of(certificate) is None
 
 
 def from_base64_request(keys: Keys, name: str) -> bytes:
