@@ -316,12 +316,13 @@ def _gateway(home: ClientHome, addresses: tuple[Address, ...]) -> Finding:
             continue
         try:
             with raw, context.wrap_socket(raw, server_hostname=address.host) as connection:
-                # In TLS 1.3 a server refuses a client's certificate after the client's handshake is over.
+                # In TLS 1.3 a server refuses a certificate after the client's handshake is over, and one that lets us
+                # in says nothing before it is asked: whatever comes now, bytes or the end, is a refusal.
                 connection.settimeout(0.5)
                 with contextlib.suppress(TimeoutError):
-                    if not connection.recv(1):
-                        fix = "tacit client renew; if it hangs up again, ask the operator whether you were revoked"
-                        return _failed("gateway", f"{address} hung up on us", fix, IdentityError)
+                    connection.recv(1)
+                    fix = "tacit client renew; if it goes on, ask the operator whether this name was revoked"
+                    return _failed("gateway", f"{address} does not let us in", fix, IdentityError)
                 return _ok("gateway", f"answers at {address}")
         except ssl.SSLError as error:
             fix = "ask the operator: it is another server, its certificate has expired, or it does not want ours"

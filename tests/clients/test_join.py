@@ -758,6 +758,10 @@ def test_the_gateway_is_believed_with_its_certificate_only_and_told_nothing(
     with refusing:
         refused = preflight._gateway(home, (refusing.address,))
     assert refused.verdict is Verdict.FAILED
+    with Rogue(run.home.relay_tls.read_bytes(), tmp_path, lambda: b"HTTP/1.1 403 Forbidden\r\n\r\n") as gateway:
+        shut_out = preflight._gateway(home, (gateway.address,))
+    assert shut_out.verdict is Verdict.FAILED
+    assert "revoked" in shut_out.fix
     # As a gateway asks for certificates, in OpenSSL's strict mode: ours passes, its name constraints with it.
     asking = Rogue(run.home.relay_tls.read_bytes(), tmp_path, lambda: b"")
     asking.context.load_verify_locations(run.home.folder / "relay" / "ca.pem")
