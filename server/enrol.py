@@ -55,7 +55,7 @@ from privacy.enrolment import (
     to_base64,
     transcript,
 )
-from privacy.errors import IdentityError, TacitError
+from privacy.errors import IdentityError, RunError, TacitError
 from privacy.files import write_whole
 from privacy.identity import Identity, verify
 from privacy.identity.authority import (
@@ -81,6 +81,8 @@ _MOST_MEMBERS: Final = 10_000
 _MOST_CERTIFICATES: Final = 8
 # A certificate that has expired may still be renewed for so long, with the member's other key; then the name is lost.
 GRACE_S: Final = LEAF_DAYS * 86400
+# Seconds to wait for another process that changes the list; each takes milliseconds.
+_PATIENCE_S: Final = 5.0
 _STATEMENT: Final = b"tacit/members/1\n"
 
 
@@ -280,19 +282,38 @@ class Registry:
             self._newest = max(self._newest, generation)
         return generation, members
 
+    def _take(self, lock: int) -> None:
+        """Takes the lock, or gives up: a process that hangs with it must not make the endpoint hang too.
+
+        Raises:
+            RunError: Another process did not let go of it.
+        """
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise RunError(
+                        f"expected the list {self._path} to be free within {_PATIENCE_S:g} s, got one that another "
+                        "process holds; end that process, or try again"
+                    ) from None
+                time.sleep(0.005)
+
     @contextlib.contextmanager
     def change(self) -> Iterator[dict[str, Member]]:
         """Gives out the members for a change, and writes them where the block ends without an error.
 
         Raises:
             IdentityError: The list is damaged, or was opened to be read.
-            RunError: The disk is full; the list is as it was.
+            RunError: The disk is full, or another process holds the list; it is as it was.
         """
         if self._identity is None:
             raise IdentityError("expected a list of members that was opened to be changed, got one to be read")
         lock = os.open(self._path.with_name("members.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._take(lock)
             generation, members = self._read()
             before = _body(generation, members)
             yield members
@@ -597,6 +618,7 @@ class Limits:
         refill_s: Seconds until it may make one more.
         addresses: How many addresses are remembered; the one that was quiet longest is forgotten.
         exchange_s: Seconds from the first byte of TLS to the last of the answer.
+        look_s: Seconds after which the endpoint looks again whether its certificate is to be made anew.
     """
 
     connections: int = 64
@@ -604,6 +626,7 @@ class Limits:
     refill_s: float = 3.0
     addresses: int = 4096
     exchange_s: float = 10.0
+    look_s: float = 3600.0
 
 
 class Gauge:
@@ -696,12 +719,15 @@ class Endpoint:
             await asyncio.gather(renewal, *self._open, return_exceptions=True)
 
     async def _renewing(self) -> None:
-        """Looks once an hour whether a server certificate is to be made anew."""
+        """Looks now and then whether a server certificate is to be made anew; the gateway sees its own file change."""
         while True:
-            await asyncio.sleep(3600)
-            with contextlib.suppress(TacitError):
+            await asyncio.sleep(self._limits.look_s)
+            try:
                 if self._home.renew(self._authority, now=time.time()):
                     self._context, self._leaf = self._tls()
+                    _log.info("renewed the server's certificates")
+            except (TacitError, OSError) as error:
+                _log.error("the server's certificates are not renewed: %s", error)
 
     async def _serve(self, connection: socket.socket) -> None:
         """One connection, from its first byte to its last; whatever happens to it, the endpoint goes on."""

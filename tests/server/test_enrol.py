@@ -479,8 +479,21 @@ def test_planted_bug_without_the_lock_several_win(home: ServerHome, monkeypatch:
 
     monkeypatch.setattr(Registry, "_read", slow)
     monkeypatch.setattr(module, "write_whole", in_turn)
-    monkeypatch.setattr(module.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(Registry, "_take", lambda *_: None)
     assert winners(home, invitation) > 1
+
+
+def test_a_list_that_another_process_holds_costs_an_answer_and_no_more(
+    home: ServerHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invitation, keys = invite(home, "a"), Keys()
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.2)
+    with open(home.folder / "members.lock") as file:
+        module.fcntl.flock(file, module.fcntl.LOCK_EX)
+        started = time.monotonic()
+        assert word(Counter(home).join(keys, invitation)) == "failed"
+        assert time.monotonic() - started < 5
+    assert word(Counter(home).join(keys, invitation)) == "enrolled"
 
 
 def _redeem(folder: str, token: str, results: multiprocessing.Queue[str], start: object) -> None:
@@ -811,6 +824,23 @@ def test_connections_are_limited_in_number_and_in_rate_before_tls_begins(tmp_pat
                 assert receive(connection)
         with pytest.raises((OSError, ssl.SSLError)):
             tls(port, 5)
+
+
+def test_a_running_endpoint_takes_up_a_new_certificate(tmp_path: Path) -> None:
+    with running(tmp_path / "server", Limits(burst=1000, look_s=0.1)) as run:
+        port = run.listener.getsockname()[1]
+
+        def shown() -> bytes:
+            with tls(port) as connection:
+                return connection.getpeercert(binary_form=True) or b""
+
+        before = shown()
+        assert before == read_certificate(run.home.endpoint_tls)
+        run.home.endpoint_tls.unlink()
+        until = time.monotonic() + 10
+        while shown() == before and time.monotonic() < until:
+            time.sleep(0.05)
+        assert shown() == read_certificate(run.home.endpoint_tls) != before
 
 
 def test_the_gauge_counts_addresses_apart_and_remembers_few() -> None:
