@@ -273,6 +273,9 @@ def _ledger(settings: Settings) -> Finding:
     if account is None:
         raise LedgerError(f"expected an account {settings.data_set!r} in {settings.ledger}, got none; restore a backup")
     words = f"epsilon {account.grant.epsilon:g} at delta {account.grant.delta:g}, {account.charges} charges so far"
+    if not account.charges:
+        # A second ledger for the same records would hide what the first one spent.
+        words += " (data that has a ledger already joins with --ledger DIR)"
     if settings.asked[0] > account.grant.epsilon:
         words += f"; the server asked for {settings.asked[0]:g}, your own word holds"
     return _ok("ledger", words)
