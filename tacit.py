@@ -4,7 +4,7 @@ Everything heavy is imported where it is used, so that ``tacit --help`` and ``im
 of a second: neither PyTorch nor Flower nor Opacus is loaded before a job starts.
 
 Exit codes: 0 done, 1 unexpected, 2 bad plan or flag, 3 bad data, 4 bad ledger, 5 budget exceeded, 6 run
-folder, engine or disk, 7 an audit contradicts a promise, 8 an invitation, key or certificate is refused, 130
+folder, engine or disk, 7 an audit contradicts a promise, 10 an invitation, key or certificate is refused, 130
 stopped with Ctrl-C (and resumable).
 """
 
@@ -1189,6 +1189,10 @@ def _client_start(arguments: argparse.Namespace) -> int:
     name, federation = places.home.settings.name, places.home.settings.federation
     _require_stopped(read_status(places.status), "client")
     places.prepare()
+    if places.home.renewal_due(time.time()):
+        from clients.join import renew
+
+        renew(places.home, version=__version__)
     processes = Processes(parts_of(places), logs=places.logs, status=places.status)
     processes.start()
     print(
@@ -1620,7 +1624,12 @@ def _join_pages(acts: Any) -> None:
     page.add_argument("--data", metavar="PATH", default="", help="where the data lies, for a task that brings none")
     page.add_argument("--epsilon", metavar="X", type=float, help="most that may ever be spent on this data")
     page.add_argument("--delta", metavar="X", type=float, help="at which all spend is priced; fixed for ever")
-    page.add_argument("--records-bound", metavar="N", type=int, help="public bound on the number of records")
+    page.add_argument(
+        "--records-bound",
+        metavar="N",
+        type=int,
+        help="public bound on the number of records (default: what its public description declares)",
+    )
     page.add_argument(
         "--allow-metrics",
         metavar="TEXT",
@@ -1654,25 +1663,27 @@ def _client_home(arguments: argparse.Namespace) -> Any:
 
 
 def _client_join(arguments: argparse.Namespace) -> int:
-    from clients.join import Choices, join, policy_of, require_unexpired
-    from clients.preflight import Verdict, local, remote
+    from clients.join import Choices, join, policy_of, require_fresh, require_unexpired
+    from clients.preflight import Verdict, declared_bound, local, located, remote
     from privacy.enrolment import Invitation
 
     token = sys.stdin.read(4096) if arguments.token == "-" else arguments.token  # noqa: S105 -- the word for standard input
     invitation = Invitation.parse(token)
     require_unexpired(invitation, time.time())
+    home = _client_home(arguments)
+    require_fresh(home)
+    data, bound = located(arguments.data), arguments.records_bound
     policy = policy_of(
         invitation,
         epsilon=arguments.epsilon,
         delta=arguments.delta,
-        records_bound=arguments.records_bound,
+        records_bound=declared_bound(arguments.task, data) if bound is None and Path(data).exists() else bound,
         allow_metrics=[word.strip() for words in arguments.allow_metrics for word in words.split(",") if word.strip()],
         allow_central=arguments.allow_central,
     )
-    home = _client_home(arguments)
     choices = Choices(
         task=arguments.task,
-        data=arguments.data,
+        data=data,
         policy=policy,
         data_set=arguments.data_set,
         ledger=arguments.ledger,
@@ -1843,10 +1854,12 @@ def _server_start(arguments: argparse.Namespace) -> int:
     secret = {"TACIT_PASSPHRASE": passphrase} if passphrase else {}
     processes = Processes(parts_of(places, environment=secret), logs=places.logs, status=places.status)
     processes.start()
-    told = {"started": True, "federation": home.settings.name, "pid": os.getpid()}
+    same = home.relay_is_server()
+    told = {"started": True, "federation": home.settings.name, "pid": os.getpid(), "relay_is_server": same}
     words = (
         f"{home.settings.name} is reached at {', '.join(map(str, home.settings.addresses))}; "
         f"logs in {_short(str(places.logs))}; Ctrl-C ends it"
+        + ("\nrelay = server: one user of this machine reads both folders, so the relay counts as the server" * same)
     )
     print(json.dumps(told) if arguments.json else words, flush=True)
     processes.run()

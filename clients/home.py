@@ -6,6 +6,8 @@
       keys/   application.key       secret of the client application: signs, seals, and opens what is kept here
               tls.pem               key and certificate for the connection; renewed every few weeks, in one write
               tls.new               a key whose certificate is not there yet
+              local.pem, local-ca.pem   for the door on loopback at which the SuperNode finds our tunnel
+              lock                  held while a process joins or renews
               supernode.key, .pub   the pair that Flower's SuperNode names itself with
       ledger/                       the ledger, with its own key (guarantee G13), unless --ledger names another folder
       kept/, log                    finished releases and what went wrong, both sealed
@@ -15,9 +17,12 @@ Every private key is made here and never leaves the machine. Files are 0600 and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -25,7 +30,13 @@ from privacy.enrolment import Address, key_fingerprint
 from privacy.errors import IdentityError
 from privacy.files import write_whole
 from privacy.identity import Identity, Secret
-from privacy.identity.authority import facts_of, new_key, read_certificate, read_private, valid_name
+from privacy.identity.authority import (
+    facts_of,
+    new_key,
+    read_certificate,
+    read_private,
+    valid_name,
+)
 from privacy.identity.supernode import new_supernode_key, supernode_public
 from privacy.plan import Metric, canonical, is_number
 
@@ -172,12 +183,31 @@ class ClientHome:
         """The SuperNode's private key, for ``--auth-supernode-private-key``."""
         return self.folder / "keys" / "supernode.key"
 
-    def make(self) -> None:
-        """Makes the folder, for its owner alone, and every key that is not there yet.
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from joining or renewing here meanwhile; the folder must be there.
 
         Raises:
-            IdentityError: Somebody else may look into the folder, or a key is damaged.
-            RunError: It cannot be written.
+            IdentityError: One is at it.
+        """
+        lock = os.open(self.folder / "keys" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise IdentityError(
+                f"expected {self.folder} to be free, another process joins or renews there; wait for it"
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def make(self) -> None:
+        """Makes the folder, for its owner alone.
+
+        Raises:
+            IdentityError: It cannot be made.
         """
         keys = self.folder / "keys"
         try:
@@ -188,6 +218,15 @@ class ClientHome:
             raise IdentityError(
                 f"expected to make a home at {self.folder}, got {error.strerror}; choose another --home"
             ) from None
+
+    def make_keys(self) -> None:
+        """Makes every key that is not there yet.
+
+        Raises:
+            IdentityError, LedgerError: A key is damaged, or others may read it.
+            RunError: The disk is full.
+        """
+        keys = self.folder / "keys"
         self.secret()
         if not self.supernode_key.exists():
             write_whole(self.supernode_key, new_supernode_key())
@@ -243,7 +282,10 @@ class ClientHome:
 
     def private_files(self) -> list[Path]:
         """Returns every file of the home that nobody else may read, as far as it is there."""
-        keys = [self.folder / "keys" / name for name in ("application.key", "tls.pem", "tls.new", "supernode.key")]
+        keys = [
+            self.folder / "keys" / name
+            for name in ("application.key", "tls.pem", "tls.new", "supernode.key", "local.pem")
+        ]
         return [path for path in (*keys, self.folder / "client.json") if path.exists()]
 
     def open_to_others(self) -> list[Path]:

@@ -270,6 +270,19 @@ def require_unexpired(invitation: Invitation, now: float) -> None:
         )
 
 
+def require_fresh(home: ClientHome) -> None:
+    """Refuses a home that belongs to a member already.
+
+    Raises:
+        IdentityError: It does.
+    """
+    if home.joined:
+        known = home.settings
+        raise IdentityError(
+            f"expected a home that has not joined, got {known.name!r} of {known.federation!r}; choose another --home"
+        )
+
+
 def join(invitation: Invitation, home: ClientHome, choices: Choices, *, version: str) -> tuple[Settings, Greeting]:
     """Makes keys, enrols, and grants the ledger's budget.
 
@@ -290,12 +303,16 @@ def join(invitation: Invitation, home: ClientHome, choices: Choices, *, version:
         PlanError: The budget is none.
     """
     require_unexpired(invitation, time.time())
-    if home.joined:
-        known = home.settings
-        raise IdentityError(
-            f"expected a home that has not joined, got {known.name!r} of {known.federation!r}; choose another --home"
-        )
+    require_fresh(home)
     home.make()
+    with home.alone():
+        # Again: another process may just have finished.
+        require_fresh(home)
+        return _join(invitation, home, choices, version)
+
+
+def _join(invitation: Invitation, home: ClientHome, choices: Choices, version: str) -> tuple[Settings, Greeting]:
+    home.make_keys()
     ledger = (choices.ledger or home.folder / "ledger").absolute()
     _grant(ledger, choices)
     identity, supernode, key = home.identity(), home.supernode(), home.next_key()
@@ -398,6 +415,11 @@ def renew(home: ClientHome, *, version: str) -> int:
         IdentityError: The server cannot be reached, is another one, or refuses: revoked, or expired for too long.
     """
     settings = home.settings
+    with home.alone():
+        return _renew(home, settings, version)
+
+
+def _renew(home: ClientHome, settings: Settings, version: str) -> int:
     current = facts_of(read_certificate(home.tls))
     if key_of_private(home.next_key()) == current.key:
         # Killed between taking it into use and putting it away.

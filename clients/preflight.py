@@ -6,6 +6,7 @@ learns what the look at the data found (guarantee G12); no ledger is charged.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -145,6 +146,32 @@ def choices_of(settings: Settings) -> Choices:
     )
 
 
+def located(data: str) -> str:
+    """Returns the absolute path of data that lies in the current folder or else in that of data sets; "" stays so."""
+    from clients.data import data_folder
+
+    if not data:
+        return ""
+    given = Path(data).expanduser()
+    elsewhere = data_folder() / given
+    return os.path.abspath(elsewhere if not given.exists() and elsewhere.exists() else given)
+
+
+def declared_bound(task: str, data: str) -> int | None:
+    """Returns the number of records that the data's public description declares, or None where there is none.
+
+    Raises:
+        DataError: A table's schema is damaged.
+    """
+    from clients.data import published
+    from models.task import find_task
+
+    try:
+        return published(find_task(task), data or None)[1]
+    except LookupError:
+        return None
+
+
 # -- this machine -----------------------------------------------------------------------------------------------------
 
 
@@ -211,17 +238,16 @@ def _gpu() -> Finding:
 
 
 def _data(choices: Choices) -> Finding:
-    from clients.data import data_folder, faults, load_source
+    from clients.data import faults, load_source
     from models.task import find_task
 
     try:
         task = find_task(choices.task)
     except LookupError as error:
         return _failed("data", str(error), "choose one of them", PlanError)
-    if choices.data and not Path(choices.data).expanduser().exists():
-        place = Path(choices.data).expanduser()
-        if place.is_absolute() or not (data_folder() / place).exists():
-            raise DataError(f"expected data at {place}, found nothing; mount it, or name where it lies now")
+    place = Path(located(choices.data))
+    if choices.data and not place.exists():
+        raise DataError(f"expected data at {place}, found nothing; mount it, or name where it lies now")
     source = load_source(task, data=choices.data or None, strict=False)
     count, bound = len(source.train), choices.policy.records_bound
     shape = task.shape or source.shape
@@ -247,6 +273,9 @@ def _ledger(settings: Settings) -> Finding:
     if account is None:
         raise LedgerError(f"expected an account {settings.data_set!r} in {settings.ledger}, got none; restore a backup")
     words = f"epsilon {account.grant.epsilon:g} at delta {account.grant.delta:g}, {account.charges} charges so far"
+    if not account.charges:
+        # A second ledger for the same records would hide what the first one spent.
+        words += " (data that has a ledger already joins with --ledger DIR)"
     if settings.asked[0] > account.grant.epsilon:
         words += f"; the server asked for {settings.asked[0]:g}, your own word holds"
     return _ok("ledger", words)
@@ -289,10 +318,17 @@ def _gateway(home: ClientHome, addresses: tuple[Address, ...]) -> Finding:
             silent.append(f"{address}: {error.strerror or error}")
             continue
         try:
-            with raw, context.wrap_socket(raw, server_hostname=address.host):
+            with raw, context.wrap_socket(raw, server_hostname=address.host) as connection:
+                # In TLS 1.3 a server refuses a certificate after the client's handshake is over, and one that lets us
+                # in says nothing before it is asked: whatever comes now, bytes or the end, is a refusal.
+                connection.settimeout(0.5)
+                with contextlib.suppress(TimeoutError):
+                    connection.recv(1)
+                    fix = "tacit client renew; if it goes on, ask the operator whether this name was revoked"
+                    return _failed("gateway", f"{address} does not let us in", fix, IdentityError)
                 return _ok("gateway", f"answers at {address}")
         except ssl.SSLError as error:
-            fix = "ask the operator: it is another server, or its certificate has expired"
+            fix = "ask the operator: it is another server, its certificate has expired, or it does not want ours"
             return _failed("gateway", f"{address}: {error.reason or error}", fix, IdentityError)
         except OSError as error:
             silent.append(f"{address}: {error.strerror or error}")

@@ -6,8 +6,9 @@
     |-- LedgerError      a ledger is damaged, foreign or out of step         exit code 4
     |-- BudgetExceeded   the next charge would cost more than is left        exit code 5
     |-- RunError         a run folder or engine cannot go on                 exit code 6
-    |-- IdentityError    an invitation, key or certificate is refused        exit code 8
-    `-- SealError        a message is not what its sender sealed             exit code 9
+    |-- VaultError       a sealed file or a key file does not open           exit code 8
+    |-- SealError        a message is not what its sender sealed             exit code 9
+    `-- IdentityError    an invitation, key or certificate is refused        exit code 10
 
 A message is one sentence: what was expected, what came, what to do. No message carries a private value, and no
 error leaves a data holder (guarantee G12): the client application answers with a fixed word instead.
@@ -59,4 +60,4 @@ class SealError(TacitError):
 class IdentityError(TacitError):
     """An invitation, a key, a certificate or a list of members is not what it must be, or whoever shows it is not."""
 
-    exit_code = 8
+    exit_code = 10

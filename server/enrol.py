@@ -55,7 +55,7 @@ from privacy.enrolment import (
     to_base64,
     transcript,
 )
-from privacy.errors import IdentityError, TacitError
+from privacy.errors import IdentityError, RunError, TacitError
 from privacy.files import write_whole
 from privacy.identity import Identity, verify
 from privacy.identity.authority import (
@@ -68,7 +68,7 @@ from privacy.identity.authority import (
     valid_name,
     verify_with_certificate,
 )
-from privacy.identity.supernode import verify_supernode
+from privacy.identity.supernode import flower_field, verify_supernode
 from privacy.plan import canonical
 from server.home import ServerHome
 
@@ -81,6 +81,8 @@ _MOST_MEMBERS: Final = 10_000
 _MOST_CERTIFICATES: Final = 8
 # A certificate that has expired may still be renewed for so long, with the member's other key; then the name is lost.
 GRACE_S: Final = LEAF_DAYS * 86400
+# Seconds to wait for another process that changes the list; each takes milliseconds.
+_PATIENCE_S: Final = 5.0
 _STATEMENT: Final = b"tacit/members/1\n"
 
 
@@ -155,7 +157,8 @@ class Registry:
     """The list of members of one federation, for any number of processes at a time.
 
     It is signed by a key that only the enrolment endpoint and the operator's commands need; whoever reads it, the
-    gateway for instance, needs the public key alone. An old list that is put back whole is not noticed here.
+    gateway for instance, needs the public key alone. An old list that is put back whole is noticed by processes that
+    have seen a newer one, and by nobody else.
 
     Guarantees:
         Whole: a crash at any moment leaves the list before a change or after it.
@@ -172,6 +175,8 @@ class Registry:
         """
         self._path, self._key, self._identity = path, public_key, identity
         self._seen: tuple[tuple[int, int, int], dict[str, Member]] | None = None
+        self._names: tuple[Mapping[str, Member], Mapping[bytes, str]] = ({}, {})
+        self._newest, self._threads = 0, threading.Lock()
 
     @classmethod
     def of(cls, home: ServerHome, *, change: bool = False) -> Registry:
@@ -193,7 +198,7 @@ class Registry:
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
-            return {}
+            return self._read()[1]
         # Each change makes a new file: its number, size and time together tell it from the one before.
         mark = (status.st_ino, status.st_size, status.st_mtime_ns)
         if self._seen is None or self._seen[0] != mark:
@@ -219,13 +224,41 @@ class Registry:
         known = member is not None and member.state is State.ENROLLED and to_base64(certificate) in member.certificates
         return member if known else None
 
+    def name_of(self, certificate: bytes) -> str | None:
+        """Returns the enrolled name that a certificate is listed for, or None: quick, for every request of a gateway.
+
+        Args:
+            certificate: DER, of which TLS has checked chain and time already.
+
+        Raises:
+            IdentityError: The list itself is damaged: nobody is let in then either.
+        """
+        members = self.members()
+        if self._names[0] is not members:
+            listed = (member for member in members.values() if member.state is State.ENROLLED)
+            self._names = members, {from_base64(one): member.name for member in listed for one in member.certificates}
+        return self._names[1].get(certificate)
+
+    def node_key(self, name: str) -> bytes | None:
+        """Returns what the SuperNode of a name must say in its ``flwr-public-key`` field, or None for who has none.
+
+        Raises:
+            IdentityError: The list is damaged.
+        """
+        member = self.members().get(name)
+        return flower_field(member.supernode) if member is not None and member.supernode else None
+
     def _read(self) -> tuple[int, dict[str, Member]]:
         """Returns how often the list was changed, and its members."""
         fault = IdentityError(f"expected a signed list of members in {self._path}, got other bytes; restore a backup")
+        # Taken before the file is: what another thread reads meanwhile may be newer than what is read here.
+        floor = self._newest
         try:
             with open(self._path, "rb") as file:
                 content = file.read(_MOST_BYTES + 1)
         except FileNotFoundError:
+            if floor:
+                raise fault from None
             return 0, {}
         body, _, signature = content.partition(b"\n")
         try:
@@ -239,7 +272,34 @@ class Registry:
                 members[one["name"]] = Member(**one)
         except (TacitError, ValueError, TypeError, KeyError, RecursionError):
             raise fault from None
-        return int(fields["generation"]), members
+        generation = int(fields["generation"])
+        if generation < floor:
+            raise IdentityError(
+                f"expected {self._path} as it was changed {floor} times, got one of {generation} changes; "
+                "an older list was put back, and whoever was revoked since would be let in: restore the newest"
+            )
+        with self._threads:
+            self._newest = max(self._newest, generation)
+        return generation, members
+
+    def _take(self, lock: int) -> None:
+        """Takes the lock, or gives up: a process that hangs with it must not make the endpoint hang too.
+
+        Raises:
+            RunError: Another process did not let go of it.
+        """
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise RunError(
+                        f"expected the list {self._path} to be free within {_PATIENCE_S:g} s, got one that another "
+                        "process holds; end that process, or try again"
+                    ) from None
+                time.sleep(0.005)
 
     @contextlib.contextmanager
     def change(self) -> Iterator[dict[str, Member]]:
@@ -247,13 +307,13 @@ class Registry:
 
         Raises:
             IdentityError: The list is damaged, or was opened to be read.
-            RunError: The disk is full; the list is as it was.
+            RunError: The disk is full, or another process holds the list; it is as it was.
         """
         if self._identity is None:
             raise IdentityError("expected a list of members that was opened to be changed, got one to be read")
         lock = os.open(self._path.with_name("members.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._take(lock)
             generation, members = self._read()
             before = _body(generation, members)
             yield members
@@ -558,6 +618,7 @@ class Limits:
         refill_s: Seconds until it may make one more.
         addresses: How many addresses are remembered; the one that was quiet longest is forgotten.
         exchange_s: Seconds from the first byte of TLS to the last of the answer.
+        look_s: Seconds after which the endpoint looks again whether its certificate is to be made anew.
     """
 
     connections: int = 64
@@ -565,6 +626,7 @@ class Limits:
     refill_s: float = 3.0
     addresses: int = 4096
     exchange_s: float = 10.0
+    look_s: float = 3600.0
 
 
 class Gauge:
@@ -657,12 +719,15 @@ class Endpoint:
             await asyncio.gather(renewal, *self._open, return_exceptions=True)
 
     async def _renewing(self) -> None:
-        """Looks once an hour whether a server certificate is to be made anew."""
+        """Looks now and then whether a server certificate is to be made anew; the gateway sees its own file change."""
         while True:
-            await asyncio.sleep(3600)
-            with contextlib.suppress(TacitError):
+            await asyncio.sleep(self._limits.look_s)
+            try:
                 if self._home.renew(self._authority, now=time.time()):
                     self._context, self._leaf = self._tls()
+                    _log.info("renewed the server's certificates")
+            except (TacitError, OSError) as error:
+                _log.error("the server's certificates are not renewed: %s", error)
 
     async def _serve(self, connection: socket.socket) -> None:
         """One connection, from its first byte to its last; whatever happens to it, the endpoint goes on."""

@@ -7,6 +7,7 @@ rests on application identities. The pair is made on the client; the public half
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from typing import Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -44,17 +45,19 @@ def supernode_public(private: bytes) -> str:
 def supernode_pem(public: str) -> bytes:
     """Returns a public key as a SuperLink keeps it, PEM.
 
-    Args:
-        public: The one OpenSSH line.
+    Raises:
+        IdentityError: It is not the one text of an ECDSA P-384 key.
+    """
+    return _public(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def flower_field(public: str) -> bytes:
+    """Returns what a SuperNode with this key says in its ``flwr-public-key`` field; a gateway may insist on it.
 
     Raises:
-        IdentityError: It is no such line.
+        IdentityError: It is not the one text of an ECDSA P-384 key.
     """
-    try:
-        key = load_ssh_public_key(public.encode())
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise IdentityError("expected an ECDSA P-384 key on one OpenSSH line, got something else") from None
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return b64encode(supernode_pem(public))
 
 
 def sign_supernode(private: bytes, message: bytes) -> str:
@@ -68,17 +71,21 @@ def verify_supernode(public: str, message: bytes, signature: str) -> None:
     Raises:
         IdentityError: The line is not the one text of an ECDSA P-384 key, or the signature is not that key's.
     """
+    verify_ecdsa(_public(public), hashes.SHA384(), message, signature)
+
+
+def _public(line: str) -> ec.EllipticCurvePublicKey:
     fault = IdentityError("expected an ECDSA P-384 key on one OpenSSH line, got something else; make a new pair")
-    if not _LINE.fullmatch(public):
+    if not _LINE.fullmatch(line):
         raise fault
     try:
-        key = load_ssh_public_key(public.encode())
+        key = load_ssh_public_key(line.encode())
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise fault from None
     # One text a key: a second spelling of a registered key must not pass for another key.
-    if not isinstance(key, ec.EllipticCurvePublicKey) or _line(key) != public:
+    if not isinstance(key, ec.EllipticCurvePublicKey) or _line(key) != line:
         raise fault
-    verify_ecdsa(key, hashes.SHA384(), message, signature)
+    return key
 
 
 def _private(content: bytes) -> ec.EllipticCurvePrivateKey:

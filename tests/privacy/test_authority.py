@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import pickle
 import shutil
@@ -34,7 +35,13 @@ from privacy.identity.authority import (
     valid_name,
     verify_with_certificate,
 )
-from privacy.identity.supernode import new_supernode_key, sign_supernode, supernode_public, verify_supernode
+from privacy.identity.supernode import (
+    flower_field,
+    new_supernode_key,
+    sign_supernode,
+    supernode_public,
+    verify_supernode,
+)
 
 NOW = 1_800_000_000.0
 HOSTS = ["server.example", "127.0.0.1", "::1"]
@@ -260,6 +267,11 @@ def test_a_supernode_key_is_what_flower_reads_and_has_one_spelling() -> None:
     assert isinstance(loaded, ec.EllipticCurvePrivateKey)
     assert loaded.curve.name == "secp384r1"
     assert load_ssh_public_key(public.encode()) == loaded.public_key()
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
+
+    field = base64.b64decode(flower_field(public), validate=True)
+    assert field == public_key_to_bytes(loaded.public_key())
+    assert bytes_to_public_key(field) == loaded.public_key()
     signature = sign_supernode(private, b"message")
     verify_supernode(public, b"message", signature)
     other = supernode_public(new_supernode_key())

@@ -80,6 +80,19 @@ def test_g21_the_token_is_that_of_the_vectors() -> None:
     assert Invitation.parse(known["token"]) == made
 
 
+@pytest.mark.parametrize("case", KNOWN["messages"], ids=lambda case: case["what"])
+def test_a_message_is_what_the_vectors_say_and_one_with_a_fault_is_none(case: dict[str, str]) -> None:
+    data, kinds = case["data"].encode(), ("hello", "join", "renew", "enrolled", "refused")
+    if case["kind"]:
+        read = read_message(data, *kinds)
+        assert read.kind == case["kind"]
+        assert read.to_bytes() == data
+        assert message(read.kind, read.proofs, **read.fields) == data
+    else:
+        with pytest.raises(IdentityError, match="got other bytes"):
+            read_message(data, *kinds)
+
+
 @pytest.mark.parametrize("case", KNOWN["refused"], ids=lambda case: case["what"])
 def test_a_token_with_one_fault_is_refused_and_the_fault_is_named(case: dict[str, str]) -> None:
     with pytest.raises(IdentityError, match=case["says"]) as caught:

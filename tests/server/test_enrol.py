@@ -36,6 +36,7 @@ from privacy.enrolment import (
 from privacy.errors import IdentityError, RunError
 from privacy.identity import Secret
 from privacy.identity.authority import facts_of, key_of_private, new_key, read_certificate, require_client
+from privacy.identity.supernode import flower_field, supernode_public
 from server import enrol as module
 from server.enrol import GRACE_S, Desk, Gauge, Limits, Registry, State, invite, revoke
 from server.home import ServerHome
@@ -229,6 +230,44 @@ def test_a_full_disk_leaves_the_list_as_it_was(home: ServerHome, monkeypatch: py
     assert home.members.read_bytes() == before
 
 
+def test_g21_a_process_that_knows_a_newer_list_refuses_an_older_one(home: ServerHome) -> None:
+    invite(home, "a")
+    old, reader = home.members.read_bytes(), Registry.of(home)
+    revoke(home, "a")
+    assert reader.members()["a"].state is State.REVOKED
+    home.members.write_bytes(old)
+    with pytest.raises(IdentityError, match="an older list was put back"):
+        reader.members()
+    home.members.unlink()
+    with pytest.raises(IdentityError):
+        reader.members()
+    # Who never saw the newer one cannot know.
+    home.members.write_bytes(old)
+    assert Registry.of(home).members()["a"].state is State.INVITED
+
+
+def test_threads_that_read_while_the_list_changes_raise_no_false_alarm(home: ServerHome) -> None:
+    invite(home, "m")
+    reader, faults, stop = Registry.of(home), [], threading.Event()
+
+    def reading() -> None:
+        while not stop.is_set():
+            try:
+                reader._read()
+            except IdentityError as error:
+                faults.append(error)
+
+    threads = [threading.Thread(target=reading) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(30):
+        invite(home, f"m{number}")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
 def _invite_some(folder: str, first: int) -> None:
     home = ServerHome.open(Path(folder))
     for number in range(first, first + 8):
@@ -262,8 +301,14 @@ def test_a_revoked_certificate_is_admitted_no_more_by_a_reader_that_is_running(h
     assert reader.admits(unlisted, home.authority, now=now) is None
     assert reader.admits(b"garbage", home.authority, now=now) is None
     assert reader.admits(certificate, home.authority, now=now + 31 * 86400) is None
+    # What a gateway asks at every request, after TLS has checked chain and time.
+    assert reader.name_of(certificate) == "a"
+    assert reader.name_of(unlisted) is None
+    assert reader.node_key("a") == flower_field(supernode_public(keys.supernode))
+    assert reader.node_key("nobody") is None
     revoke(home, "a")
     assert reader.admits(certificate, home.authority, now=now) is None
+    assert reader.name_of(certificate) is None
 
 
 def from_base64_request(keys: Keys, name: str) -> bytes:
@@ -434,8 +479,21 @@ def test_planted_bug_without_the_lock_several_win(home: ServerHome, monkeypatch:
 
     monkeypatch.setattr(Registry, "_read", slow)
     monkeypatch.setattr(module, "write_whole", in_turn)
-    monkeypatch.setattr(module.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(Registry, "_take", lambda *_: None)
     assert winners(home, invitation) > 1
+
+
+def test_a_list_that_another_process_holds_costs_an_answer_and_no_more(
+    home: ServerHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invitation, keys = invite(home, "a"), Keys()
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.2)
+    with open(home.folder / "members.lock") as file:
+        module.fcntl.flock(file, module.fcntl.LOCK_EX)
+        started = time.monotonic()
+        assert word(Counter(home).join(keys, invitation)) == "failed"
+        assert time.monotonic() - started < 5
+    assert word(Counter(home).join(keys, invitation)) == "enrolled"
 
 
 def _redeem(folder: str, token: str, results: multiprocessing.Queue[str], start: object) -> None:
@@ -665,7 +723,7 @@ def test_the_desk_answers_garbage_with_a_word_and_enrols_nobody(home: ServerHome
     assert word(counter.desk.answer(hello, counter.leaf, good[0])) == "enrolled"
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_the_endpoint_survives_garbage_oversized_and_half_written_messages(tmp_path: Path, count: int) -> None:
     draw = random.Random(4)
     with running(tmp_path / "server") as run:
@@ -766,6 +824,23 @@ def test_connections_are_limited_in_number_and_in_rate_before_tls_begins(tmp_pat
                 assert receive(connection)
         with pytest.raises((OSError, ssl.SSLError)):
             tls(port, 5)
+
+
+def test_a_running_endpoint_takes_up_a_new_certificate(tmp_path: Path) -> None:
+    with running(tmp_path / "server", Limits(burst=1000, look_s=0.1)) as run:
+        port = run.listener.getsockname()[1]
+
+        def shown() -> bytes:
+            with tls(port) as connection:
+                return connection.getpeercert(binary_form=True) or b""
+
+        before = shown()
+        assert before == read_certificate(run.home.endpoint_tls)
+        run.home.endpoint_tls.unlink()
+        until = time.monotonic() + 10
+        while shown() == before and time.monotonic() < until:
+            time.sleep(0.05)
+        assert shown() == read_certificate(run.home.endpoint_tls) != before
 
 
 def test_the_gauge_counts_addresses_apart_and_remembers_few() -> None:

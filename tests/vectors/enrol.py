@@ -89,6 +89,55 @@ def length(part: bytes) -> bytes:
     return len(part).to_bytes(4, "big") + part
 
 
+def messages() -> dict[str, tuple[str, str]]:
+    """Messages as they stand on the wire, without their lengths: what kind each is, or "" for none, and why."""
+    ssh = "ecdsa-sha2-nistp384 " + "A" * 182 + "=="
+    join = (
+        f'{{"application":"{"0a" * 32}","invitation":"{"0b" * 16}","kind":"join","name":"hospital-a",'
+        f'"request":"AAAA","supernode":"{ssh}","tacit":"0.1.0","v":1}}'
+    )
+    proofs = f'{{"application":"{"0c" * 64}","proof":"{"0d" * 32}","supernode":"{"0e" * 100}"}}'
+    whole = f"{join}\n{proofs}"
+    renew = (
+        '{"kind":"renew","name":"hospital-a","request":"AAAA","serial":"1f","tacit":"0.1.0","v":1}\n'
+        f'{{"application":"{"0c" * 64}","certificate":"{"0e" * 70}"}}'
+    )
+    enrolled = (
+        '{"addresses":["server.example:9443"],"certificate":"AAAA","federation":"demo","kind":"enrolled",'
+        f'"name":"hospital-a","v":1}}\n{{"mac":"{"0d" * 32}"}}'
+    )
+    refused = '{"kind":"refused","v":1,"word":"used"}\n{}'
+    return {
+        "a join": (whole, "join"),
+        "a renewal": (renew, "renew"),
+        "an answer": (enrolled, "enrolled"),
+        "an answer to a renewal": (enrolled.replace("0d" * 32, ""), "enrolled"),
+        "a refusal": (refused, "refused"),
+        "no second line": (join, ""),
+        "a line behind": (whole + "\n", ""),
+        "two spaces": (whole.replace('":"', '": "', 1), ""),
+        "fields in another order": (refused.replace('"v":1,"word":"used"', '"word":"used","v":1'), ""),
+        "a field twice": (refused.replace('"word":"used"', '"word":"used","word":"used"'), ""),
+        "a field more": (refused.replace('"word"', '"wish":1,"word"'), ""),
+        "a field less": (whole.replace('"tacit":"0.1.0",', ""), ""),
+        "a proof more": (refused.replace("{}", '{"mac":""}'), ""),
+        "a proof less": (whole.replace(f'"proof":"{"0d" * 32}",', ""), ""),
+        "version 2": (refused.replace('"v":1', '"v":2'), ""),
+        "version true": (refused.replace('"v":1', '"v":true'), ""),
+        "version 1.0": (refused.replace('"v":1', '"v":1.0'), ""),
+        "an unknown word": (refused.replace("used", "lost"), ""),
+        "an unknown kind": (refused.replace("refused", "denied"), ""),
+        "hex in capitals": (whole.replace("0a", "0A"), ""),
+        "a key that is short": (whole.replace("0a" * 32, "0a" * 31), ""),
+        "a name in capitals": (whole.replace("hospital-a", "Hospital-a"), ""),
+        "base64 without its padding": (whole.replace('"AAAA"', '"AA"'), ""),
+        "a SuperNode key of another kind": (whole.replace("nistp384", "nistp256"), ""),
+        "an address without a port": (enrolled.replace(":9443", ""), ""),
+        "no address": (enrolled.replace('"server.example:9443"', ""), ""),
+        "an escaped letter": (refused.replace("used", "\\u0075sed"), ""),
+    }
+
+
 def main() -> None:
     assert sha256(b"abc").hex() == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4
     assert hmac(b"Jefe", b"what do ya want for nothing?").hex()[:16] == "5bdcc146bf60754e"  # RFC 4231, 2
@@ -145,6 +194,7 @@ def main() -> None:
             "token": good,
         },
         "refused": [{"what": what, "token": token, "says": says} for what, (token, says) in negative.items()],
+        "messages": [{"what": what, "data": data, "kind": kind} for what, (data, kind) in messages().items()],
         "proof": {
             "secret": secret.hex(),
             "id": hmac(secret, D + b"invitation")[:16].hex(),
