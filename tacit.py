@@ -870,7 +870,8 @@ class _AuditDisplay:
             return
         from rich.text import Text
 
-        style, word = ("green", "holds") if finding.holds else ("bold red", "FAILS")
+        word = finding.word
+        style = {"holds": "green", "FAILS": "bold red"}.get(word, "yellow")
         line = Text(f"{name:<32}", style="bold") + Text(f"{word}  ", style=style) + Text(finding.line, style="not bold")
         self._console.print(line + Text(f"  {_clock(time.monotonic() - self._began)}", style="dim"), soft_wrap=True)
 

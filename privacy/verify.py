@@ -48,6 +48,7 @@ from privacy.report import (
     INFINITY,
     SCHEMA,
     UNKNOWN,
+    audit_holds,
     odds_of,
     protects_of,
     render,
@@ -947,6 +948,23 @@ def _headline(files: _Files) -> Iterator[Check]:
     yield from _multiplicity(files, times)
 
 
+def _audited(files: _Files) -> Iterator[Check]:
+    """Whether a report claims a figure beside an audit of its own code that contradicts it."""
+    report = files.report
+    audit = report["empirical"].get("audit") if report is not None else None
+    if report is None or audit is None:
+        return
+    if str(audit.get("code_hash", "")) not in report["software"]["code_hash"].split(", then "):
+        yield Check("audit", Result.OPEN, "the audit in the report is of other code than ran")
+        return
+    claimed = not isinstance(report["headline"]["epsilon"], str)
+    yield (
+        Check("audit", Result.FAILS, "a figure is claimed beside an audit of the same code that contradicts it")
+        if claimed and not audit_holds(audit)
+        else Check("audit", Result.OPEN, "an audit can show a claim to be wrong, never to be right; nobody signed it")
+    )
+
+
 def _rows(files: _Files) -> Iterator[Check]:
     """Sums, remainders and rows that follow from figures which are checked elsewhere."""
     report = files.report
@@ -1175,6 +1193,7 @@ _QUESTIONS: Final[tuple[Callable[[_Files], Iterator[Check]], ...]] = (
     _spends,
     _prices,
     _headline,
+    _audited,
     _rows,
     _beyond,
 )

@@ -432,8 +432,9 @@ def test_a_report_is_signed_by_the_runs_server_and_carries_what_each_client_sign
 
 
 def test_an_audit_in_the_run_folder_is_quoted_and_a_damaged_one_is_told(run):
-    (run / "audit.json").write_text(json.dumps({"code_hash": World.open(run).settled.code, "epsilon_lower": 0.2}))
-    assert report_of(run)["empirical"]["audit"]["epsilon_lower"] == 0.2
+    found = {"code_hash": World.open(run).settled.code, "holds": True, "date": "2026-01-01"}
+    (run / "audit.json").write_text(json.dumps(found))
+    assert report_of(run)["empirical"]["audit"] == found | {"bounds": []}
     (run / "audit.json").write_text("[")
     with pytest.raises(RunError, match="audit"):
         render(run)
