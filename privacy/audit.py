@@ -771,9 +771,9 @@ def _losses(subject: Subject, weights: Tensor, inputs: Tensor, targets: Tensor) 
 # Client-level runs and trained models ------------------------------------------------------------------------------
 
 
-def _released(subject: Subject, plan: Plan, updates: Sequence[np.ndarray], size: int, valid: float = 1.0) -> Tensor:
+def _released(subject: Subject, plan: Plan, updates: Sequence[np.ndarray], size: int) -> Tensor:
     """Returns what the server releases of a round with these updates, float64 ``(size,)``."""
-    sent = [central.Contribution(update, valid) for update in updates]
+    sent = [central.Contribution(update, 1.0) for update in updates]
     return torch.from_numpy(central.aggregate(sent, size, plan, plan.l2_clip, subject.sources()).mean).double()
 
 
