@@ -909,8 +909,14 @@ def _audit_closing(console: Console, result: Mapping[str, Any]) -> None:
         console.print(note, soft_wrap=True)
     failed = [finding["audit"] for finding in result["findings"] if not finding["holds"]]
     words = f"Contradicted by: {', '.join(failed)}." if failed else "Nothing contradicts what is promised."
+    if any(finding["estimate"] for finding in result["findings"]):
+        words += " Estimates had no part in that."
     console.print(Text(f"\n{words}", style="bold red" if failed else "bold green"), soft_wrap=True)
-    console.print(f"{_clock(result['seconds'])}, on synthetic records; nothing was charged", soft_wrap=True)
+    attacked = any(finding["audit"] == "membership inference" for finding in result["findings"])
+    records = "synthetic records" + (
+        ", for membership inference public ones where the task has any" if attacked else ""
+    )
+    console.print(f"{_clock(result['seconds'])}, on {records}; nothing was charged", soft_wrap=True)
     if result["run"] is not None and rows:
         console.print(f"wrote {_short(str(Path(result['run']).resolve() / 'audit.json'))}", soft_wrap=True)
 

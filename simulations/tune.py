@@ -477,6 +477,12 @@ def read(out: Path) -> dict[str, Any]:
         search = json.loads(path.read_text())
         if search["schema"] != SCHEMA or not search["candidates"]:
             raise ValueError("not a search of this version")
+        if search["public"] is not None:
+            base = Scenario.from_mapping(search["scenario"])
+            why = _why_public(base, _task(base.task), "said" if search["public"]["stated"] else "")
+            # A free search has no ledgers: one that has some was charged, whatever its file says now.
+            if _ledgers(base, out).exists() or (why != search["public"]["why"] and not search["public"]["stated"]):
+                raise ValueError("it says that it is free, and it is not")
         for candidate in search["candidates"]:
             event = Event.from_dict(candidate["event"])
             planned = calibrate(Scenario.from_mapping(candidate["scenario"]))[0]
@@ -527,7 +533,13 @@ def _go_on(search: dict[str, Any], out: Path, observer: Observer) -> dict[str, A
     _save(search, out)
     for candidate in search["candidates"]:
         if candidate["result"] is None:
-            summary = _run_one(candidate, _folder(out, candidate), None if free else ledgers, observer)
+            try:
+                summary = _run_one(candidate, _folder(out, candidate), None if free else ledgers, observer)
+            except TacitError:
+                # What was told before was paid for, and is said whatever stops the rest.
+                search["status"] = "stopped"
+                _settle_up(search, base, out, None if free else ledgers, source)
+                raise
             if summary["status"] == "interrupted":
                 search["status"] = "interrupted"
                 break
@@ -536,12 +548,17 @@ def _go_on(search: dict[str, Any], out: Path, observer: Observer) -> dict[str, A
         observer.candidate(search, candidate)
     else:
         search["status"] = "finished"
-    _conclude(search, base, out, None if free else ledgers, source)
+    _settle_up(search, base, out, None if free else ledgers, source)
+    return search
+
+
+def _settle_up(search: dict[str, Any], base: Scenario, out: Path, ledgers: Path | None, source: Source) -> None:
+    """Writes down what a search found and what it cost, finished or not."""
+    _conclude(search, base, out, ledgers, source)
     _save(search, out)
     write_whole(out / TEXT_FILE, words(search).encode())
-    if not free:
+    if ledgers is not None:
         _tell_the_whole(search, out)
-    return search
 
 
 def _tell_the_whole(search: Mapping[str, Any], out: Path) -> None:

@@ -366,6 +366,51 @@ def test_a_search_whose_price_was_edited_is_priced_anew_and_one_whose_noise_was_
         tune.resume(out, Watcher())
 
 
+def test_g5_a_search_that_stops_for_want_of_budget_says_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, real = tmp_path / "search", tune._run_one
+
+    def poor(candidate, folder, ledgers, observer):
+        if candidate["number"] == 2:
+            raise BudgetExceeded("expected budget, got none")
+        return real(candidate, folder, ledgers, observer)
+
+    monkeypatch.setattr(tune, "_run_one", poor)
+    with pytest.raises(BudgetExceeded):
+        tune.run(prepared(), out, Watcher())
+    search = json.loads((out / "search.json").read_text())
+    assert (search["status"], search["winner"]) == ("stopped", None)
+    # All of the committed schedule, as everywhere: nothing is refunded for stopping.
+    assert search["total"]["epsilon"] == search["price"]["pld"]
+    assert "No winner" in (out / "search.txt").read_text()
+    monkeypatch.undo()
+    assert tune.resume(out, Watcher())["status"] == "finished"
+
+
+def test_g5_a_candidate_killed_while_its_folder_was_made_goes_on_and_is_charged(tmp_path: Path):
+    out = tmp_path / "search"
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(prepared(), out, Watcher(stop_after=1))
+    # Killed between the scenario and the job, the last moment before the first charge.
+    scenario = Scenario.from_mapping(json.loads((out / "search.json").read_text())["candidates"][1]["scenario"])
+    (out / "candidate-002").mkdir()
+    dataclasses.replace(scenario, out="", ledgers=str(out / "ledgers")).save(out / "candidate-002")
+    assert tune.resume(out, Watcher())["status"] == "finished"
+    assert underpaid(out, out / "ledgers") == []
+
+
+def test_g6_a_search_that_was_charged_cannot_be_called_free_afterwards(tmp_path: Path):
+    out = tmp_path / "search"
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(prepared(), out, Watcher(stop_after=1))
+    stored = json.loads((out / "search.json").read_text())
+    for public in ({"why": "the public data set digits", "stated": False}, {"why": "by my word", "stated": True}):
+        (out / "search.json").write_text(json.dumps(stored | {"public": public}))
+        with pytest.raises(RunError, match="says that it is free"):
+            tune.resume(out, Watcher())
+    (out / "search.json").write_text(json.dumps(stored))
+    assert tune.resume(out, Watcher())["total"]["epsilon"] > 1
+
+
 def test_a_folder_without_a_search_or_in_use_is_refused(tmp_path: Path):
     with pytest.raises(RunError, match=r"search\.json"):
         tune.resume(tmp_path, Watcher())
