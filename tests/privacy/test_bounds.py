@@ -87,6 +87,38 @@ def test_without_delta_the_two_one_run_bounds_are_close_and_delta_costs_both() -
     assert one_run_epsilon_fdp(1000, 200, 170, delta=1e-3, significance=0.05) < curve
 
 
+def refuted_as_printed(epsilon: float, delta: float, m: int, r: int, v: int, significance: float) -> bool:
+    """Algorithm 3 of Mahloujifar, Melis & Chaudhuri (2024) for two hypotheses, array by array and to the end."""
+    odds = math.exp(epsilon)
+    wrong, right = [0.0] * (r + 1), [0.0] * (r + 1)
+    right[v], wrong[v] = significance * v / m, significance * (r - v) / m
+    for i in range(v - 1, -1, -1):
+        blown = [0.0, (right[i + 1] - delta) / odds, 1 - delta - odds * (1 - right[i + 1])]
+        wrong[i] = max(wrong[i + 1], *blown)
+        right[i] = min(1.0, right[i + 1] + i / (r - i) * (wrong[i] - wrong[i + 1]))
+    return right[0] + wrong[0] > r / m
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 60), st.data(), st.sampled_from([0.0, 1e-5, 1e-2]), st.sampled_from([0.01, 0.05, 0.3]))
+def test_the_f_dp_bound_is_the_printed_algorithm(guesses: int, data: st.DataObject, delta: float, alpha: float) -> None:
+    correct = data.draw(st.integers(guesses // 2, guesses))
+    found = one_run_epsilon_fdp(60, guesses, correct, delta=delta, significance=alpha)
+    assert found == 0 or refuted_as_printed(found, delta, 60, guesses, correct, alpha)
+    assert not refuted_as_printed(found + 1e-5, delta, 60, guesses, correct, alpha)
+
+
+def test_g18_every_attack_every_share_and_every_bound_is_paid_for() -> None:
+    coins, scores = np.arange(100) % 2 == 0, np.random.default_rng(1).random(100)
+    for attacks, gaussian, tried in ((1, False, 6), (2, False, 12), (2, True, 18), (5, True, 45)):
+        names = {str(number): scores for number in range(attacks)}
+        assert one_run_bound(names, coins, delta=1e-5, gaussian=gaussian).tried == tried
+    # What is printed is what was divided by: the same guesses prove less beside other attempts.
+    right = {"right": coins.astype(float)}
+    alone, beside = (one_run_bound(names, coins, delta=0.0) for names in (right, right | {"other": scores}))
+    assert beside.epsilon < alone.epsilon
+
+
 @pytest.mark.parametrize("mu", [0.3, 1.0, 2.5])
 def test_gaussian_epsilon_is_exact_and_agrees_with_the_accountant(mu: float) -> None:
     epsilon = gaussian_epsilon(mu, 1e-5)
@@ -123,6 +155,19 @@ def test_two_runs_use_the_mirror_image_and_say_nothing_of_a_coin() -> None:
     assert left > 2
     assert clopper_pearson_epsilon(50, 100, 50, 100, delta=0.0, significance=0.05) == 0
     assert clopper_pearson_epsilon(0, 1, 1, 1, delta=0.0, significance=0.05) == 0
+
+
+def test_g18_two_runs_grant_delta_in_both_directions() -> None:
+    # (0, 0.2)-DP exactly: a fifth of the members, or of the others, gives itself away, and the rest looks alike.
+    for counts in ((200, 1000, 0, 1000), (1000, 1000, 800, 1000)):
+        assert clopper_pearson_epsilon(*counts, delta=0.2, significance=0.05) == 0
+        assert clopper_pearson_epsilon(*counts, delta=0.0, significance=0.05) > 2
+    # Limits by inversion of the tails themselves.
+    hit, alarm = stats.beta.ppf(0.025, 90, 11), stats.beta.ppf(0.975, 11, 90)
+    assert stats.binom.sf(89, 100, hit) == pytest.approx(0.025)
+    assert stats.binom.cdf(10, 100, alarm) == pytest.approx(0.025)
+    found = clopper_pearson_epsilon(90, 100, 10, 100, delta=0.01, significance=0.05)
+    assert found == pytest.approx(math.log((hit - 0.01) / alarm))
 
 
 def test_two_runs_of_a_claimed_gaussian_are_nearly_tight() -> None:
