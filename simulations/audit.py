@@ -26,11 +26,12 @@ from privacy import audit as audits
 from privacy import central
 from privacy.accounting import Event, best_order
 from privacy.audit import Finding, Subject
-from privacy.errors import PlanError
+from privacy.errors import PlanError, TacitError
 from privacy.files import write_whole
 from privacy.ledger import Book
 from privacy.plan import Local, Plan, Unit, require
 from privacy.report import audit_holds
+from simulations.evidence import render
 from simulations.scenario import Scenario
 from simulations.world import Settled, code_hash, now, settle
 
@@ -131,6 +132,13 @@ def audit(
         evidence |= {"audits": audited + 1, "contradicted": against + (not evidence["holds"])}
         # Only what may be told is written down: a run's folder is sent to others as it is.
         write_whole(run / AUDIT_FILE, json.dumps(evidence, indent=2, allow_nan=False).encode() + b"\n")
+        if evidence["contradicted"]:
+            # The report that lies there claims a figure that was just contradicted.
+            try:
+                render(run)
+                notes.append("The run's report was written anew, where this counts if the run was made by this code.")
+            except TacitError as error:
+                notes.append(f"The run's report could not be written anew and still claims what it did: {error}")
     return {
         "holds": all(finding.holds for finding in findings),
         "task": what.task.name,

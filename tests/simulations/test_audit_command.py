@@ -228,6 +228,8 @@ def test_g16_a_server_without_noise_is_contradicted_and_the_report_of_its_run_ha
         code, out, _ = says(tmp_path / "run", "--canaries", 400)
     assert code == 7
     assert "Contradicted by: server's noise, client canaries" in out
+    # At once: a report that is not written anew would still claim its figure.
+    assert json.loads((tmp_path / "run/report.json").read_text())["headline"]["epsilon"] == "unknown"
     assert render_report(tmp_path / "run")["headline"]["epsilon"] == "unknown"
 
 
@@ -246,7 +248,7 @@ def test_g6_a_failed_audit_is_not_washed_away_by_trying_again(run: Path, monkeyp
         return {"noise": lambda: audits.Finding(audit="noise", holds=next(answers), line="", figures={})}
 
     monkeypatch.setattr(command, "_audits", one)
-    assert command.audit(run)["notes"] == []
+    assert [note[:28] for note in command.audit(run)["notes"]] == ["The run's report was written"]
     assert render_report(run)["headline"]["epsilon"] == "unknown"
     again = command.audit(run)
     assert again["holds"] is True

@@ -101,6 +101,24 @@ def test_an_honest_run_fails_nothing_and_says_what_cannot_be_proven(run: Path) -
     assert len(found) > 20
 
 
+def test_g6_a_figure_beside_an_audit_that_contradicts_it_is_found(run: Path) -> None:
+    code = report_of(run)["software"]["code_hash"]
+    row = {"audit": "gradient canaries", "holds": True, "epsilon_lower": 1.0, "epsilon_upper": 2.0}
+
+    def audited(**changes: Any) -> None:
+        found = {"code_hash": code, "holds": True, "bounds": [row]} | changes
+        rewrite(run, lambda report: report["empirical"].update(audit=found))
+
+    audited()
+    assert answers(run / "report.json")["audit"] is Result.OPEN
+    # The verdict is worked out from the bounds, whatever the operator writes beside them.
+    for changes in ({"holds": False}, {"bounds": [row | {"epsilon_lower": 2.5}]}, {"contradicted": 1}):
+        audited(**changes)
+        assert [check.name for check in failures(run / "report.json")] == ["audit"]
+    audited(holds=False, code_hash="0" * 64)
+    assert answers(run / "report.json")["audit"] is Result.OPEN
+
+
 def test_pinned_keys_are_taken_and_others_are_not(run: Path) -> None:
     report = report_of(run)
     keys = (report["signature"]["public_key"], *(client["public_key"] for client in report["clients"]))
