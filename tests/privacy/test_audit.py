@@ -278,6 +278,23 @@ def test_no_planted_bug_hides_another_audits_verdict(
     assert found >= MATRIX[bug]
 
 
+def test_g18_the_bounds_of_many_trainings_share_the_stated_significance(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: dict[str, set[float]] = {}
+    for name in ("clopper_pearson_mu", "clopper_pearson_epsilon"):
+        right = getattr(audit, name)
+
+        def noted(*cells: int, right: Any = right, name: str = name, **more: float) -> float:
+            used.setdefault(name, set()).add(more["significance"])
+            return right(*cells, **more)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(audit, name, noted)
+    finding = audit.many_runs(subject(), trainings=40, significance=0.04)
+    assert used.keys() == {"clopper_pearson_mu", "clopper_pearson_epsilon"}
+    assert sum(max(each) for each in used.values()) <= 0.04 + 1e-12
+    assert finding.figures["confidence"] == 0.96
+    assert finding.figures["epsilon_lower"] <= finding.figures["ceiling"]
+
+
 @pytest.mark.parametrize("mode", [Mode.HOOKS, Mode.FUNCTORCH])
 def test_the_canaries_run_in_every_mode(mode: Mode) -> None:
     one = subject(dataclasses.replace(PLAN, mode=mode))
