@@ -295,6 +295,17 @@ def test_g3_an_infinite_or_unknown_price_is_never_affordable() -> None:
     assert not grant.affords(0.0, event(0.5, 5.0, 10**12))
 
 
+def test_g3_the_filter_forgives_rounding_and_nothing_more() -> None:
+    grant = make_grant(epsilon=3.0, order=8.0)
+
+    def costing(share: float) -> Event:
+        return event(1.0, math.sqrt(grant.order / (2 * grant.budget_rdp * share)), 1)
+
+    assert grant.affords(0.0, costing(1 + 1e-12))
+    assert not grant.affords(0.0, costing(1 + 1e-8))
+    assert not grant.affords(grant.budget_rdp, costing(1e-8))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
