@@ -273,7 +273,8 @@ def _rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> f
         return math.inf
     # Less sampling or more noise never costs more, so rounding towards the safe side is an upper bound.
     noise_multiplier = min(noise_multiplier, 1e6)
-    if sample_rate >= 1 - 2**-30:
+    # Beyond order 1024 binomials overflow and the series has as many terms as the order says.
+    if sample_rate >= 1 - 2**-30 or order > 1024:
         return order / (2 * noise_multiplier**2)
 
     # Imported here: it takes seconds, and where nothing is sampled it is not needed.
@@ -285,10 +286,12 @@ def _rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> f
         return max(0.0, value) + 1e-12 if math.isfinite(value) else math.inf
 
     low = math.floor(order)
-    if order == low or noise_multiplier <= 30:
+    if order == low or (noise_multiplier <= 30 and order <= 20):
         return log_moment(order) / (order - 1)
-    # At fractional orders the series needs millions of terms under much noise. The log moment is convex in the
-    # order and zero at order 1, so the chord between whole orders lies above it.
+    # At fractional orders the series needs millions of terms under much noise. At high ones it is cut before it has
+    # begun: its first terms, such as (1 - rate)^order, may be below e^-30 where the largest ones are not, and what is
+    # left is next to nothing. The log moment is convex in the order and zero at order 1, so the chord between whole
+    # orders lies above it.
     below = log_moment(float(low)) if low > 1 else 0.0
     return (below + (order - low) * (log_moment(low + 1.0) - below)) / (order - 1)
 
@@ -438,6 +441,9 @@ def best_order(releases: Releases, delta: float) -> tuple[float, float]:
     Args:
         releases: A schedule, or a history of schedules, fixed in public before any data was touched.
         delta: Probability in (0, 1).
+
+    Returns:
+        The order, and epsilon >= 0: where delta alone pays for the releases, it is 0.
     """
     history = merged(releases)
 
@@ -451,7 +457,7 @@ def best_order(releases: Releases, delta: float) -> tuple[float, float]:
         left, right = low + (high - low) // 3, high - (high - low) // 3
         low, high = (low, right) if cost(left) <= cost(right) else (left, high)
     least = min(range(low, high + 1), key=cost)
-    return ORDERS[least], cost(least)
+    return ORDERS[least], max(0.0, cost(least))
 
 
 def solve_noise(
@@ -738,7 +744,7 @@ def attacker_power(curve: Sequence[tuple[float, float]], fpr: float) -> float:
     """Returns the highest true-positive rate any membership test can have at a false-positive rate.
 
     Args:
-        curve: Pairs (delta, epsilon) that all hold.
+        curve: Pairs (delta, epsilon) that all hold; an infinite epsilon bounds nothing.
         fpr: False-positive rate in [0, 1].
 
     References:
@@ -746,8 +752,8 @@ def attacker_power(curve: Sequence[tuple[float, float]], fpr: float) -> float:
     """
     bounds = [
         min(
-            math.exp(min(epsilon, 700.0)) * fpr + delta,
-            1 - math.exp(-min(epsilon, 700.0)) * (1 - delta - fpr),
+            math.exp(epsilon) * fpr + delta if epsilon < 700 else 1.0,
+            1 - math.exp(-epsilon) * (1 - delta - fpr),
         )
         for delta, epsilon in curve
     ]

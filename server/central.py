@@ -114,6 +114,7 @@ def _release(job: Job, grid: Grid, state: State, memory: Central, cohort: Sequen
                 refusals += word == "declined"
                 if word == "declined":
                     declined.add(node)
+    _keep_one_each(updates)
     # In the order of the nodes: float addition does not commute with the order in which replies came.
     replies = [updates[node] for node in sorted(updates)]
     size = sum(value.size for value in state.model.values())
@@ -151,6 +152,19 @@ def _release(job: Job, grid: Grid, state: State, memory: Central, cohort: Sequen
     state.round, state.declined, memory.clip = number, sorted(declined), released.clip
     receipts = [countersign(job.identity, receipt) for _, receipt in replies]
     memory.pending = {"line": line, "receipts": receipts}
+
+
+def _keep_one_each(updates: dict[int, tuple[Arrays, Receipt]]) -> None:
+    """Leaves one reply of each data set: two nodes with one ledger, or a relay that copies, would double its share.
+
+    The first requests of all nodes are equal, so a reply to one of them fits the others too.
+    """
+    seen: set[str] = set()
+    for node in sorted(updates):
+        identity = _identity_of(updates[node][1])
+        if identity in seen:
+            del updates[node]
+        seen.add(identity)
 
 
 def _tell(job: Job, state: State, memory: Central, model: torch.nn.Module) -> dict[str, Any]:

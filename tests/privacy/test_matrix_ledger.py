@@ -530,3 +530,11 @@ def test_g14_an_honest_matrix_ledger_is_not_called_forked(tmp_path: Path) -> Non
     )
     cheaper = dataclasses.replace(cheaper, signature=key.sign(cheaper.signed_bytes()))
     assert "receipts agree" in verdict([*receipts[:2], cheaper])
+
+
+def test_g16_a_turn_is_measured_from_the_latest_round_in_whatever_order_they_are_named() -> None:
+    turns = Turns(digest="ab" * 32, rounds=20, separation=3, participations=5)
+    for joined in ([2, 9], [9, 2], [5, 9, 2]):
+        assert not turns.admits(joined, 11)
+        assert not turns.admits(joined, 6)
+        assert turns.admits(joined, 12)
