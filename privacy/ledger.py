@@ -54,6 +54,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -156,7 +157,7 @@ class Receipt:
         """Returns the bytes that the signature covers."""
         fields = self._fields()
         del fields["signature"]
-        return b"tacit/receipt/1\n" + canonical(fields)
+        return _RECEIPT_MARK + canonical(fields)
 
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _RECEIPT_FIELDS} | {"event": events_to_json(self.events)}
@@ -203,6 +204,7 @@ class Receipt:
         return receipt
 
 
+_RECEIPT_MARK: Final = b"tacit/receipt/1\n"
 # Metrics stand in the list of events.
 _RECEIPT_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Receipt) if field.name != "metrics")
 _RECEIPT_HEX: Final[Mapping[str, int]] = {
@@ -252,7 +254,7 @@ class ChargeRequest:
     settings: str = ""
     matrix: Drawing | None = None
 
-    @property
+    @functools.cached_property
     def events(self) -> tuple[Event, ...]:
         """What is charged: all of one round of the plan, or the whole matrix, of which only the first round is."""
         if self.matrix is None:
@@ -776,7 +778,8 @@ class Book(Ledger):
                     key = self.secret.identity(identity)
                     fields = {"name": name, "population": population, "apart": apart, "key": key.public_key}
                     entry = _entry(identity, 0, _GENESIS, "grant", dataclasses.asdict(grant) | fields)
-                    lines.append(entry | {"sig": key.sign(_statement(entry["hash"]))})
+                    entry["sig"] = key.sign(_statement(entry["hash"]))
+                    lines.append(entry)
             self._append(lines)
             self._population = population
 
@@ -823,8 +826,8 @@ class Book(Ledger):
                 )
             body = {"epsilon": epsilon, "before": account.grant.epsilon, "raised": raised}
             entry = _entry(account.identity, len(account.heads), account.link, "budget", body)
-            key = self.secret.identity(account.identity)
-            self._append([entry | {"sig": key.sign(_statement(entry["hash"]))}])
+            entry["sig"] = self.secret.identity(account.identity).sign(_statement(entry["hash"]))
+            self._append([entry])
             return account
 
     def content(self) -> bytes:
@@ -923,8 +926,9 @@ class Book(Ledger):
             if matrix is not None:
                 body |= {"joins": matrix.turns.participations, "matrix": dataclasses.asdict(matrix.turns)}
             commit = _entry(account.identity, seq, prev, "commit", body)
-            entries.append(commit | {"sig": key.sign(_statement(commit["hash"]))})
-            seq, prev = seq + 1, _link(entries[0])
+            commit["sig"] = key.sign(_statement(commit["hash"]))
+            entries.append(commit)
+            seq, prev = seq + 1, _link(commit)
         elif matrix is not None:
             cost, kind = 0.0, "participation"
         body = {
@@ -942,10 +946,11 @@ class Book(Ledger):
             "test": account.test or request.noise != SECURE_SOURCE,
         }
         charge = _entry(account.identity, seq, prev, kind, body)
-        receipt = _receipt(account, charge)
-        receipt = dataclasses.replace(receipt, signature=key.sign(receipt.signed_bytes()))
-        entries.append(charge | {"sig": receipt.signature})
-        return entries, receipt
+        receipt = _receipt_fields(charge, float(account.grant.epsilon), float(account.grant.delta), account.public_key)
+        # Signed once and made once: what is signed is all of it but the signature.
+        charge["sig"] = key.sign(_RECEIPT_MARK + canonical(receipt | {"event": body["event"]}))
+        entries.append(charge)
+        return entries, Receipt(**receipt, event=events[0], metrics=events[1:], signature=charge["sig"])
 
     def claim(self, receipt: Receipt, request: ChargeRequest) -> None:
         """Takes the one release that a charge pays for.
@@ -1207,18 +1212,23 @@ def _digest(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({key: entry[key] for key in entry if key not in ("hash", "sig")})).hexdigest()
 
 
+class _Made(dict[str, Any]):
+    """An entry of this program's own, with the canonical texts of its body and of its account, encoded once."""
+
+    texts: tuple[str, str]
+
+
 def _entry(identity: str, seq: int, prev: str, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an entry with its hash, to be signed."""
-    entry = {
-        "v": _VERSION,
-        "account": identity,
-        "seq": seq,
-        "prev": prev,
-        "kind": kind,
-        "time": int(time.time()),
-        "body": body,
-    }
-    return entry | {"hash": _digest(entry)}
+    """Returns an entry with its hash, to be signed in place."""
+    entry = _Made(v=_VERSION, account=identity, seq=seq, prev=prev, kind=kind, time=int(time.time()), body=body)
+    entry.texts = account, text = encode_basestring_ascii(identity), canonical(body).decode()
+    # The canonical text of all of it, with its keys in order.
+    whole = (
+        f'{{"account":{account},"body":{text},"kind":"{kind}","prev":"{prev}","seq":{seq},"time":{entry["time"]},'
+        f'"v":{_VERSION}}}'
+    )
+    entry["hash"] = hashlib.sha256(whole.encode()).hexdigest()
+    return entry
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -1227,7 +1237,15 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     Raises:
         LedgerError: It is too long. What could not be read back must not be written: it would lock the ledger.
     """
-    line = canonical(entry) + b"\n"
+    if type(entry) is _Made:
+        account, text = entry.texts
+        line = (
+            f'{{"account":{account},"body":{text},"hash":"{entry["hash"]}","kind":"{entry["kind"]}",'
+            f'"prev":"{entry["prev"]}","seq":{entry["seq"]},"sig":"{entry["sig"]}","time":{entry["time"]},'
+            f'"v":{entry["v"]}}}\n'
+        ).encode()
+    else:
+        line = canonical(entry) + b"\n"
     if len(line) > _LINE_BYTES:
         raise LedgerError(f"expected an entry of at most {_LINE_BYTES} bytes, got {len(line)}; use shorter names")
     return line
@@ -1308,25 +1326,28 @@ def receipt_of(entry: Mapping[str, Any], *, granted: float, delta: float, public
         delta: The holder's delta.
         public_key: The holder's key for the account.
     """
+    event, *metrics = events_of(entry["body"]["event"])
+    fields = _receipt_fields(entry, granted, delta, public_key)
+    return Receipt(**fields, event=event, metrics=tuple(metrics), signature=entry.get("sig", ""))
+
+
+def _receipt_fields(entry: Mapping[str, Any], granted: float, delta: float, public_key: str) -> dict[str, Any]:
+    """Returns a receipt's fields but for what is released under it and its signature."""
     body = entry["body"]
-    event, *metrics = events_of(body["event"])
-    return Receipt(
-        account=entry["account"],
-        seq=entry["seq"],
-        head=entry["hash"],
-        job=body["job"],
-        round=body["round"],
-        request=body["request"],
-        event=event,
-        metrics=tuple(metrics),
-        spent=body["spent"],
-        granted=granted,
-        delta=delta,
-        charges=body["charges"],
-        test=body["test"],
-        public_key=public_key,
-        signature=entry.get("sig", ""),
-    )
+    return {
+        "account": entry["account"],
+        "seq": entry["seq"],
+        "head": entry["hash"],
+        "job": body["job"],
+        "round": body["round"],
+        "request": body["request"],
+        "spent": body["spent"],
+        "granted": granted,
+        "delta": delta,
+        "charges": body["charges"],
+        "test": body["test"],
+        "public_key": public_key,
+    }
 
 
 def events_of(value: Any) -> tuple[Event, ...]:
