@@ -1087,9 +1087,8 @@ class _Mark:
         Raises:
             OSError: It could not be written whole; the newer slot stays.
         """
-        assert self._file is not None
         slot = _slot(end, digest)
-        if os.pwrite(self._file, slot, _SLOTS[self._turn]) != len(slot):
+        if self._file is None or os.pwrite(self._file, slot, _SLOTS[self._turn]) != len(slot):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._turn = 1 - self._turn
         self.end, self.digest = end, digest
