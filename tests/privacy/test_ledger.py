@@ -491,13 +491,19 @@ def test_g8_a_charge_is_on_disk_before_it_returns_with_one_sync_per_cohort(tmp_p
     assert log == ["write ledger.jsonl", "sync ledger.jsonl", "overwrite ledger.mark", "return"] * 3
 
 
-def test_g8_planted_charge_without_a_sync_is_seen(tmp_path: Path) -> None:
-    class Hasty(Book):
-        def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
-            os.write(self._file, b"".join(canonical(entry) + b"\n" for entry in entries))
-            for entry in entries:
-                self._add(self._accounts.get(entry["account"]), entry)
+class Hasty(Book):
+    """The planted bug: nothing is synced."""
 
+    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        lines = b"".join(canonical(entry) + b"\n" for entry in entries)
+        os.write(self._file, lines)
+        for entry in entries:
+            self._add(self._accounts.get(entry["account"]), entry)
+        self._size += len(lines)
+        self._running.update(lines)
+
+
+def test_g8_planted_charge_without_a_sync_is_seen(tmp_path: Path) -> None:
     with open_book(tmp_path, cls=Hasty) as book, pytest.MonkeyPatch.context() as patch:
         log = watched(patch)
         charged(book, make_request(1))
@@ -676,7 +682,6 @@ def power_cuts(folder: Path, writer: type[Book] = Book, reader: type[Book] = Boo
     found = []
     states = {(ledger, mark): disk for disk in disks for ledger in disk.ledgers() for mark in disk.marks()}
     with pytest.MonkeyPatch.context() as patch:
-        # What is on disk is played, so nothing need really be put there.
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(os, "fdatasync", lambda _: None)
         for (ledger, mark), disk in states.items():
@@ -716,15 +721,6 @@ def test_g8_planted_mark_before_the_sync_locks_a_sound_ledger(folder: Path) -> N
 
 
 def test_g8_planted_missing_sync_loses_charges_in_a_power_cut(folder: Path) -> None:
-    class Hasty(Book):
-        def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
-            lines = b"".join(canonical(entry) + b"\n" for entry in entries)
-            os.write(self._file, lines)
-            for entry in entries:
-                self._add(self._accounts[entry["account"]], entry)
-            self._size += len(lines)
-            self._running.update(lines)
-
     assert "lost" in power_cuts(folder, writer=Hasty)
 
 
@@ -778,7 +774,16 @@ def copied(folder: Path, data: bytes, *, marked: bool) -> Iterator[Path]:
         yield copy
 
 
-def test_g8_an_append_torn_at_any_byte_was_told_to_nobody_and_is_dropped(folder: Path) -> None:
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on disk is played, so nothing need really be put there."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fdatasync", lambda _: None)
+
+
+@pytest.mark.usefixtures("unsynced")
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_g8_an_append_torn_at_any_byte_was_told_to_nobody_and_is_dropped(folder: Path, step: int) -> None:
     data, whole, base = (folder / "ledger.jsonl").read_bytes(), reopened(folder), last_batch(folder)
     mark = (folder / "ledger.mark").read_bytes()
     assert 0 < base < len(data)
@@ -787,13 +792,13 @@ def test_g8_an_append_torn_at_any_byte_was_told_to_nobody_and_is_dropped(folder:
         before, marked = reopened(copy), (copy / "ledger.mark").read_bytes()
     assert (before["charges"], whole["charges"]) == (2, 3)
     (folder / "ledger.mark").write_bytes(marked)
-    for size in range(base, len(data) + 1, 3):
+    for size in [*range(base, len(data), step), len(data)]:
         with copied(folder, data[:size], marked=True) as copy:
             assert reopened(copy) == (whole if size == len(data) else before)
             assert (copy / "ledger.jsonl").read_bytes() == data[: size if size == len(data) else base]
     # Once it was marked, somebody may have been told: then it is a cut.
     (folder / "ledger.mark").write_bytes(mark)
-    for size in range(base, len(data), 3):
+    for size in [*range(base, len(data) - 1, step), len(data) - 1]:
         with copied(folder, data[:size], marked=True) as copy:
             assert is_refused(copy), size
 
@@ -943,8 +948,9 @@ def test_planted_reader_that_trusts_the_stated_hash_misses_a_flip(folder: Path) 
             """Believes."""
 
     data = (folder / "ledger.jsonl").read_bytes()
-    spent = data.rindex(b'"spent":0.') + len('"spent":0.')
-    with copied(folder, flipped(data, spent, 0x01), marked=False) as copy:
+    # The same digit in the commitment and in every charge, which must agree.
+    cheaper = data.replace(b'"noise_multiplier":1.3', b'"noise_multiplier":9.3')
+    with copied(folder, cheaper, marked=False) as copy:
         assert not is_refused(copy, Gullible)
         assert is_refused(copy)
 
@@ -1116,9 +1122,10 @@ def settled(folder: Path) -> None:
     assert covered(folder)[1] == (folder / "ledger.jsonl").stat().st_size
 
 
+@pytest.mark.usefixtures("unsynced")
 def test_g8_a_book_with_intents_is_finished_by_them_and_marked(old: Path) -> None:
     data, base = (old / "ledger.jsonl").read_bytes(), base_of(old / INTENTS[0])
-    for size in range(base, len(data) + 1, 7):
+    for size in [*range(base, len(data), 29), len(data) - 1, len(data)]:
         with copied(old, data[:size], marked=True) as copy:
             assert reopened(copy)["charges"] == 3
             assert (copy / "ledger.jsonl").read_bytes() == data
@@ -1144,12 +1151,13 @@ def test_g8_planted_reader_that_ignores_the_intents_accepts_a_cut(old: Path, mon
     assert reopened(old)["charges"] == 2
 
 
+@pytest.mark.usefixtures("unsynced")
 def test_g8_an_intent_of_the_first_format_finishes_and_guards(old: Path) -> None:
     data, base = (old / "ledger.jsonl").read_bytes(), base_of(old / INTENTS[0])
     (old / INTENTS[1]).unlink()
     kept = canonical([base, hashlib.sha256(data[base:]).hexdigest()]) + b"\n" + data[base:]
     (old / INTENTS[0]).write_bytes(kept)
-    for size in range(base, len(data) + 1, 9):
+    for size in [*range(base, len(data), 29), len(data) - 1, len(data)]:
         with copied(old, data[:size], marked=True) as copy:
             assert reopened(copy)["charges"] == 3
             settled(copy)
