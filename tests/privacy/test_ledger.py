@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from privacy.accounting import Event, pld_epsilon, rdp
 from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.identity import Identity
-from privacy.ledger import Book, ChargeRequest, Receipt, Word
+from privacy.ledger import Account, Book, ChargeRequest, Receipt, Word, events_of, receipt_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Metric, Metrics, canonical
 from privacy.wire import request_digest
@@ -1037,6 +1037,65 @@ def noisier(entry: dict[str, Any]) -> None:
     """What somebody who wants to look cheap would write."""
     if entry["kind"] in ("commit", "charge"):
         entry["body"]["event"]["noise_multiplier"] = 99.0
+
+
+class Trusting(Book):
+    """The planted bug: a charge may be for anything, whatever its job committed."""
+
+    def _add(self, account: Account | None, entry: Mapping[str, Any]) -> None:
+        if account is not None and entry["kind"] == "charge":
+            job = account.jobs[entry["body"]["job"]]
+            job.events, job.joins = events_of(entry["body"]["event"]), 10**9
+        super()._add(account, entry)
+
+
+def only_the_charges_noisier(entry: dict[str, Any]) -> None:
+    if entry["kind"] == "charge":
+        noisier(entry)
+
+
+def fewer_joins(entry: dict[str, Any]) -> None:
+    if entry["kind"] == "commit":
+        entry["body"]["joins"] = 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"), [(only_the_charges_noisier, "other releases"), (fewer_joins, "more charges")]
+)
+def test_g3_a_job_is_charged_for_what_it_committed_and_no_more(
+    folder: Path, change: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    """The holder itself wrote and signed it; reports price a job by its commitment, so it must bound its charges."""
+    lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
+    with copied(folder, rechain(lines, change, folder / "ledger.key"), marked=False) as copy:
+        with pytest.raises(LedgerError, match=why):
+            Book(copy)
+        assert not is_refused(copy, Trusting)
+
+
+@pytest.mark.parametrize("joins", [0, -1, True, 3.0, "3", None])
+def test_a_commitment_to_no_number_of_charges_is_refused(folder: Path, joins: Any) -> None:
+    lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
+
+    def change(entry: dict[str, Any]) -> None:
+        if entry["kind"] == "commit":
+            entry["body"]["joins"] = joins
+
+    with copied(folder, rechain(lines, change, folder / "ledger.key"), marked=False) as copy:
+        assert is_refused(copy)
+
+
+def test_entries_with_odd_words_in_them_are_written_as_they_are_read(tmp_path: Path) -> None:
+    name, job = 'a "clinic"\n\\ \u00e9 \U0001f600', '"job" \u2028 {}'
+    with open_book(tmp_path, names=(name,)) as book:
+        receipt = charged(book, make_request(1, name=name, job=job))
+        written = state(book, name)
+    assert reopened(tmp_path, name) == written
+    for line in (tmp_path / "ledger.jsonl").read_bytes()[:-1].split(b"\n"):
+        assert canonical(json.loads(line)) == line
+    # The receipt that was given is the one that the entry stands for.
+    entry = json.loads(line)
+    assert receipt == receipt_of(entry, granted=3.0, delta=1e-5, public_key=written["public_key"])
 
 
 def test_a_ledger_rewritten_without_the_holders_key_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
