@@ -445,7 +445,7 @@ def fork(run: Path) -> None:
 
 def sign_again(run: Path) -> None:
     def noisier(entry: dict[str, Any]) -> None:
-        if entry["kind"] == "charge":
+        if entry["kind"] in ("commit", "charge"):
             entry["body"]["event"]["noise_multiplier"] = 99.0
 
     keep_lines(run, rechain(ledger_lines(run), noisier, run / "ledgers/ledger.key")[:-1].split(b"\n"))
