@@ -112,21 +112,14 @@ class Event:
         the ledger prices what the holder's worst adversary sees, and the relay and the other clients see who took
         part (guarantee G16). Against the server, which adds the noise, no event has a price.
         """
-        if plan.unit is Unit.CLIENT:
-            return cls(
-                unit=plan.unit,
-                adjacency=plan.adjacency,
-                sample_rate=1.0,
-                noise_multiplier=plan.noise_multiplier,
-                steps=1,
-            )
-        return cls(
-            unit=plan.unit,
-            adjacency=plan.adjacency,
-            sample_rate=plan.sample_rate,
-            noise_multiplier=plan.noise_multiplier,
-            steps=plan.steps,
-        )
+        rate, steps = (1.0, 1) if plan.unit is Unit.CLIENT else (plan.sample_rate, plan.steps)
+        return cls._gaussian(plan.unit, plan.adjacency, rate, plan.noise_multiplier, steps)
+
+    @classmethod
+    # Checked once: all rounds of a job are charged for the same. Typed: 2 and 2.0 are equal keys, but not equal texts.
+    @functools.lru_cache(maxsize=1024, typed=True)
+    def _gaussian(cls, unit: Unit, adjacency: Adjacency, rate: float, noise: float, steps: int) -> Self:
+        return cls(unit=unit, adjacency=adjacency, sample_rate=rate, noise_multiplier=noise, steps=steps)
 
     @classmethod
     def of_schedule(cls, plan: Plan) -> Self:

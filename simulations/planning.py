@@ -36,7 +36,7 @@ from privacy.accounting import (
     zcdp_rho,
 )
 from privacy.errors import LedgerError, PlanError
-from privacy.ledger import INTENTS, Account, Book
+from privacy.ledger import GUARDS, Account, Book
 from privacy.plan import Adjacency, Plan, Unit
 from server.app import joins_of
 from simulations.scenario import Scenario
@@ -304,7 +304,7 @@ def read_only(folder: Path) -> Iterator[tuple[Account, ...]]:
             with open(descriptor, "rb") as file:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 (copy / "ledger.jsonl").write_bytes(file.read())
-                for name in INTENTS:
+                for name in GUARDS:
                     if (home / name).is_file():
                         (copy / name).write_bytes((home / name).read_bytes())
             (copy / "ledger.key").symlink_to(key.resolve())

@@ -30,7 +30,7 @@ from privacy.accounting import Event, Grant, best_order, solve_noise
 from privacy.dpsgd import PrivateTrainer, check_model, choose_mode, probe, supported_modes
 from privacy.errors import BudgetExceeded, DataError, PlanError, RunError, TacitError
 from privacy.files import write_whole
-from privacy.ledger import INTENTS, Book, ChargeRequest, Receipt, Word
+from privacy.ledger import Book, ChargeRequest, Receipt, Word, may_hold_charges
 from privacy.plan import Local, Mode, Optimizer, Plan, Unit
 from server.app import CHECKPOINT, joins_of
 from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
@@ -389,9 +389,8 @@ def _unsettled(folder: Path) -> bool:
 
 
 def _charged(folder: Path) -> bool:
-    """Says whether a run folder's own ledgers hold a charge, or announce one; such ledgers are never removed."""
-    files = (folder / "ledgers" / name for name in ("ledger.jsonl", *INTENTS))
-    return any(path.is_file() and b'"kind":"charge"' in path.read_bytes() for path in files)
+    """Says whether a run folder's own ledgers hold a charge, or may have held one; such ledgers are never removed."""
+    return may_hold_charges(folder / "ledgers")
 
 
 def _is_draft(path: Path) -> bool:

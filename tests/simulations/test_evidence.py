@@ -20,6 +20,7 @@ from simulations.evidence import composed_epsilon, facts_of, prices_of, render
 from simulations.run import simulate
 from simulations.scenario import Scenario
 from simulations.world import World
+from tests.oracles import remark
 
 CLIENTS, ROUNDS = 4, 3
 SMALL = {"clients": CLIENTS, "rounds": ROUNDS, "steps-per-round": 1, "mode": "hooks", "seed": 5}
@@ -270,8 +271,7 @@ def test_g14_a_ledger_that_was_rolled_back_contradicts_its_receipts(run, keep):
     # Grants come first, then a commitment and a charge each; both files are rolled back together.
     lines = CLIENTS if keep == "grants alone" else 3 * CLIENTS
     drop_lines(run / "ledgers/ledger.jsonl", lambda number: number < lines)
-    for intent in (run / "ledgers").glob("ledger.intent*"):
-        intent.unlink()
+    remark(run / "ledgers")
     require_unknown(run, "contradict each other")
     assert {client["verdict"] for client in report_of(run)["clients"]} == {"unknown"}
 

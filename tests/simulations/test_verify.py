@@ -23,7 +23,7 @@ from privacy.transcript import export
 from privacy.verify import Check, Result, passed, verify_files
 from simulations.run import simulate
 from simulations.scenario import Scenario
-from tests.oracles import make_plan, make_request, rechain
+from tests.oracles import make_plan, make_request, rechain, remark
 
 CLIENTS, ROUNDS = 3, 3
 SMALL = {"clients": CLIENTS, "rounds": ROUNDS, "steps-per-round": 1, "mode": "hooks", "seed": 5, "epsilon": 2.5}
@@ -446,8 +446,7 @@ def ledger_lines(run: Path) -> list[bytes]:
 
 def keep_lines(run: Path, lines: list[bytes]) -> None:
     (run / "ledgers/ledger.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    for intent in (run / "ledgers").glob("ledger.intent*"):
-        intent.unlink()
+    remark(run / "ledgers")
 
 
 def roll_back(run: Path) -> None:
@@ -464,7 +463,7 @@ def fork(run: Path) -> None:
 
 def sign_again(run: Path) -> None:
     def noisier(entry: dict[str, Any]) -> None:
-        if entry["kind"] == "charge":
+        if entry["kind"] in ("commit", "charge"):
             entry["body"]["event"]["noise_multiplier"] = 99.0
 
     keep_lines(run, rechain(ledger_lines(run), noisier, run / "ledgers/ledger.key")[:-1].split(b"\n"))
