@@ -1425,6 +1425,16 @@ def _protected(unit: object) -> str:
 
 def _central_rows(plan: Mapping[str, Any]) -> dict[str, str]:
     """Returns what a plan that protects clients does, for the screen."""
+    trusts = "the server, which sees each client's update: against it there is no guarantee"
+    if law := plan.get("banded"):
+        return {
+            "schedule": f"{plan['rounds']} rounds; {law['separation']} classes of clients take turns in public, each "
+            f"in {plan['turns']} rounds at most; no discount for chance",
+            "each round": f"an update of {plan['steps']} plain steps is clipped to {plan['l2_clip']:g}; the server "
+            f"adds a row of one matrix of {len(law['coefficients'])} bands to the sum, noise multiplier "
+            f"{plan['noise_multiplier']:.3g} for all of it, divides by {plan['expected_batch']:g}",
+            "trusts": trusts,
+        }
     spare = plan["joins"] - plan["turns"]
     follows = f", then follows the quantile {plan['quantile']:g} of them" if plan["quantile"] else ""
     return {
@@ -1432,7 +1442,7 @@ def _central_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         f"{plan['turns']} at most; the noise also covers {spare} spare charge{'' if spare == 1 else 's'} for retries",
         "each round": f"an update of {plan['steps']} plain steps is clipped to {plan['l2_clip']:g}{follows}; the "
         f"server adds noise {plan['noise_multiplier']:.3g} x clip to the sum, divides by {plan['expected_batch']:g}",
-        "trusts": "the server, which sees each client's update: against it there is no guarantee",
+        "trusts": trusts,
     }
 
 
