@@ -261,6 +261,12 @@ class Matrix:
         response = _divided(_workload(self.rounds, self.momentum), np.asarray(self.coefficients, dtype=np.float64))
         return self.sensitivity * math.sqrt(float(_weights(self.rounds, objective) @ np.square(response)))
 
+    @functools.cached_property
+    def growth(self) -> float:
+        """How much more noise the noisiest round has than a fresh row, >= 1: the norm of the last row of C^-1."""
+        one = np.eye(1, self.rounds)[0]
+        return float(np.linalg.norm(_divided(one, np.asarray(self.coefficients, dtype=np.float64))))
+
     def dense(self) -> NDArray[np.float64]:
         """Returns C itself, float64 of shape ``(n, n)``: to look at, and for small n only."""
         require(self.rounds <= 4096, f"expected at most 4096 rounds to write a matrix out, got {self.rounds}")
