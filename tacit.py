@@ -1455,7 +1455,8 @@ def _central_rows(plan: Mapping[str, Any]) -> dict[str, str]:
     follows = f", then follows the quantile {plan['quantile']:g} of them" if plan.get("quantile") else ""
     return {
         "schedule": f"{plan['rounds']} rounds; a client takes part with probability {plan.get('client_rate', 1):g} and "
-        f"in {plan['turns']} at most; the noise also covers {spare} spare charge{'' if spare == 1 else 's'} for retries",
+        f"in {plan['turns']} at most; the noise also covers {spare} spare charge{'' if spare == 1 else 's'} for "
+        "retries",
         "each round": f"an update of {plan['steps']} plain steps is clipped to {plan['l2_clip']:g}{follows}; the "
         f"server adds noise {plan['noise_multiplier']:.3g} x clip to the sum, divides by {plan['expected_batch']:g}",
         "trusts": trusts,

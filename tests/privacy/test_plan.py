@@ -245,7 +245,7 @@ def test_a_plan_for_records_keeps_the_text_and_the_digest_that_it_had_before_pla
     assert Plan.from_json(BEFORE) == plan
     # A text that spells out fields of unit client is the same plan.
     fields = dataclasses.asdict(plan)
-    del fields["metrics"]
+    del fields["metrics"], fields["banded"]
     assert Plan.from_json(json.dumps(fields)).digest() == plan.digest()
 
 

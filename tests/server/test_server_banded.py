@@ -1,5 +1,6 @@
 """Rounds with banded noise (G16): one drawing for all rounds, turns instead of coins, and no second start."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,12 +20,14 @@ from privacy.noise import SECURE_SOURCE, Keystream
 from privacy.plan import Banded
 from privacy.vault import Safe
 from server import central
-from server.app import CHECKPOINT, RECEIPTS, Ending, ask
+from server.app import CHECKPOINT, RECEIPTS, Ending, ask, run
 from server.checkpoint import load
 from tests.server.test_server_central import (
     CLIENTS,
     FIRST,
+    Killed,
     Silent,
+    Story,
     _identity,
     broken,
     central_plan,
@@ -420,6 +423,87 @@ def test_a_clipped_sum_is_the_one_that_both_noises_are_added_to():
     assert np.linalg.norm(total) <= 5 * 0.5
     assert bits == 2.5
     assert not clipped_sum([], 40, 0.5)[0].any()
+
+
+# -- killed anywhere --------------------------------------------------------------------------------------------
+
+SHORT = Banded(separation=2, coefficients=(1.0, 0.5))
+
+
+class Tale(Story):
+    """A story whose server has banded noise; it may die around each row's release too."""
+
+    def __init__(self, monkeypatch, folder):
+        super().__init__(monkeypatch, folder)
+        self.rows = {}
+        release, story = self.counted(CorrelatedNoise.release), self
+
+        def watched(noise, row, total, request):
+            released = release(noise, row, total, request)
+            story.rows.setdefault(row, set()).add(released.tobytes())
+            return released
+
+        monkeypatch.setattr(CorrelatedNoise, "release", watched)
+
+    def live(self, book, kill_at):
+        self.kill_at, self.step = kill_at, 0
+        plan = banded_plan(rounds=3, turns=2, joins=2, banded=SHORT, expected_batch=CLIENTS / 2)
+        with contextlib.suppress(Killed), self.grid(honest(book, self.folder), nodes=CLIENTS, run_config={}) as grid:
+            return run(banded_job(self.folder, plan=plan), grid)
+        return None
+
+
+def tell(folder, kills):
+    """Lets a job live and die at the given steps, then to its end; returns how many steps its last life had."""
+    with pytest.MonkeyPatch.context() as patches, open_book(folder) as book:
+        story = Tale(patches, folder)
+        for kill_at in (*kills, 0):
+            if story.live(book, kill_at) is Ending.FINISHED:
+                break
+        story.check()
+        assert all(len(seen) == 1 for seen in story.rows.values()), "a row was released twice"
+        joined = {account.identity: account.jobs["ab" * 16].rounds for account in book.accounts.values()}
+    # Whoever was charged and killed before it could keep what it had is not asked to pay again: it misses the round.
+    told = [(receipt.account, receipt.round) for receipt in receipts_of(folder)]
+    assert len(set(told)) == len(told) <= sum(map(len, joined.values()))
+    assert {account.charges for account in book.accounts.values()} == {1}
+    assert not (folder / "noise").exists()
+    return story.step
+
+
+def test_g16_killed_at_any_step_a_row_is_released_once_and_the_job_goes_on(tmp_path):
+    steps = tell(tmp_path / "undisturbed", [])
+    assert steps > 20
+    for kill_at in range(1, steps + 1, 3):
+        tell(tmp_path / str(kill_at), [kill_at, kill_at // 2 + 3])
+
+
+@pytest.mark.slow
+def test_g16_killed_at_every_step_and_at_every_other_while_it_goes_on(tmp_path):
+    steps = tell(tmp_path / "undisturbed", [])
+    for kill_at in range(1, steps + 1):
+        for again in (2, kill_at // 2 + 3, kill_at):
+            tell(tmp_path / f"{kill_at}-{again}", [kill_at, again])
+
+
+def test_g16_planted_server_whose_rows_are_not_kept_is_caught(tmp_path, monkeypatch):
+    """A row that lives in memory alone is drawn anew after a crash: its noise was seen by nobody, or by somebody."""
+    keep = CorrelatedNoise._keep
+
+    def in_memory(self, state):
+        on_disk = self._path.read_bytes() if self._path.exists() and state.row else None
+        keep(self, state)
+        if on_disk is not None:
+            self._path.write_bytes(on_disk)
+
+    monkeypatch.setattr(CorrelatedNoise, "_keep", in_memory)
+
+    def live_and_die():
+        for kill_at in range(4, 60):
+            tell(tmp_path / str(kill_at), [kill_at])
+
+    with pytest.raises(AssertionError, match="released twice"):
+        live_and_die()
 
 
 # -- the request ------------------------------------------------------------------------------------------------
