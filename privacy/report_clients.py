@@ -239,7 +239,10 @@ def _adversaries(
     kept = [row for row in rows if row["who"] not in ("the server", "the relay and its operator", "other clients")]
     words = {
         "the network": "the headline figure for models; no sealing of messages in this version, so nothing for updates",
-        "a thief of a disk": "nothing for kept updates, coins and records: they are not encrypted in a simulation",
+        "a thief of a disk": "nothing for kept updates, coins and records: they are not encrypted in a simulation"
+        if facts.plan.banded is None
+        else "nothing for kept updates and records, nor, until the last round erases it, for the state of the noise, "
+        "which takes it off the last models: they are not encrypted in a simulation",
     }
     kept = [row | {"protected_by": words.get(row["who"], row["protected_by"])} for row in kept]
     changed: list[dict[str, Any]] = [
