@@ -111,32 +111,40 @@ class Event:
         At unit client that is the plain Gaussian event, with no discount for the coin that decides who takes part:
         the ledger prices what the holder's worst adversary sees, and the relay and the other clients see who took
         part (guarantee G16). Against the server, which adds the noise, no event has a price.
+
+        With banded noise it is the whole matrix, one release however many rounds it has: the first round that a client
+        joins is charged for it, and the receipts of later ones name it too. It is never multiplied by rounds.
         """
+        if plan.banded is not None:
+            return cls._gaussian(Kind.MATRIX_GAUSSIAN, plan.unit, plan.adjacency, 1.0, plan.noise_multiplier, 1)
         rate, steps = (1.0, 1) if plan.unit is Unit.CLIENT else (plan.sample_rate, plan.steps)
-        return cls._gaussian(plan.unit, plan.adjacency, rate, plan.noise_multiplier, steps)
+        return cls._gaussian(Kind.POISSON_GAUSSIAN, plan.unit, plan.adjacency, rate, plan.noise_multiplier, steps)
 
     @classmethod
     # Checked once: all rounds of a job are charged for the same. Typed: 2 and 2.0 are equal keys, but not equal texts.
     @functools.lru_cache(maxsize=1024, typed=True)
-    def _gaussian(cls, unit: Unit, adjacency: Adjacency, rate: float, noise: float, steps: int) -> Self:
-        return cls(unit=unit, adjacency=adjacency, sample_rate=rate, noise_multiplier=noise, steps=steps)
+    def _gaussian(cls, kind: Kind, unit: Unit, adjacency: Adjacency, rate: float, noise: float, steps: int) -> Self:
+        return cls(kind=kind, unit=unit, adjacency=adjacency, sample_rate=rate, noise_multiplier=noise, steps=steps)
 
     @classmethod
     def of_schedule(cls, plan: Plan) -> Self:
         """Returns the most that one client can release in the whole job: every join, retries included."""
         event = cls.of_round(plan)
-        return dataclasses.replace(event, steps=event.steps * plan.joins)
+        return dataclasses.replace(event, steps=event.steps * plan.charges)
 
     @classmethod
     def of_models(cls, plan: Plan) -> Self:
         """Returns what somebody learns of one client who sees the models of all rounds, and nothing of who took part.
 
-        Only at unit client: the coins of `privacy.central` hide who took part from nobody else.
+        Only at unit client: the coins of `privacy.central` hide who took part from nobody else. With banded noise there
+        are no coins, turns are public, and it is the same event as for everybody (guarantee G16).
 
         Raises:
             PlanError: The plan protects records; there no discount for the choice of clients is claimed.
         """
         require(plan.unit is Unit.CLIENT, f"expected a plan that protects clients, got one that protects {plan.unit}s")
+        if plan.banded is not None:
+            return cls.of_schedule(plan)
         return dataclasses.replace(cls.of_round(plan), sample_rate=float(plan.client_rate), steps=plan.rounds)
 
     @classmethod
@@ -153,7 +161,7 @@ class Event:
     @classmethod
     def all_of_schedule(cls, plan: Plan, joins: int | None = None) -> tuple[Self, ...]:
         """Returns the most that one client can release in ``joins`` rounds; by default in the whole job."""
-        times = plan.joins if joins is None else joins
+        times = plan.charges if joins is None or plan.banded is not None else joins
         return tuple(dataclasses.replace(event, steps=event.steps * times) for event in cls.all_of_round(plan))
 
     @classmethod

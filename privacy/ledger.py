@@ -62,7 +62,7 @@ from privacy.accounting import Event, Grant, Kind, events_from_json, events_to_j
 from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.files import sync_folder
 from privacy.identity import Secret, verify
-from privacy.matrix import Drawing, Turns, matrix_event
+from privacy.matrix import Drawing, Turns, matrix_event, matrix_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit, canonical, require
 
@@ -239,7 +239,8 @@ class ChargeRequest:
         code: SHA-256 of the code that will run, in hex, or empty where the holder cannot name it.
         settings: SHA-256 of the job's settings as the client got them, in hex; see `privacy.wire.settings_digest`.
         matrix: The drawing whose noise the release will get, or None where each round's noise is its own. Its
-            plan's round must then be one release without sampling, and its noise multiplier is the whole matrix'.
+            plan's round must then be one release without sampling, and its noise multiplier is the whole matrix'; where
+            the plan names a matrix, it must be this one.
     """
 
     name: str
@@ -257,7 +258,7 @@ class ChargeRequest:
     @functools.cached_property
     def events(self) -> tuple[Event, ...]:
         """What is charged: all of one round of the plan, or the whole matrix, of which only the first round is."""
-        if self.matrix is None:
+        if self.matrix is None or self.plan.banded is not None:
             return Event.all_of_round(self.plan)
         return (matrix_event(self.plan.noise_multiplier, unit=self.plan.unit, adjacency=self.plan.adjacency),)
 
@@ -1391,8 +1392,12 @@ def _gate(account: Account, request: ChargeRequest) -> Word | None:
 
 def _may_turn(job: _JobState | None, request: ChargeRequest) -> bool:
     """Whether a request keeps to the matrix that its job committed, or to none where that has none."""
+    banded = request.plan.banded
     if request.matrix is None:
-        return job is None or job.turns is None
+        # A plan of banded noise without its drawing has no turns that a ledger could hold anybody to.
+        return (job is None or job.turns is None) and banded is None
+    if banded is not None and request.matrix.matrix != matrix_of(request.plan):
+        return False
     turns, joined = request.matrix.turns, () if job is None else tuple(job.rounds)
     alone = Event.of_round(request.plan)
     return (

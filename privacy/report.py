@@ -180,7 +180,8 @@ class Prices:
 
     Attributes:
         schedule: In words, such as "Poisson q=0.1, sigma=1.2, 600 steps".
-        steps: Steps of the whole schedule, ``plan.steps * plan.joins``.
+        steps: Steps of the whole schedule, ``plan.steps * plan.joins``; at unit client one for each join, and a single
+            one for a whole matrix.
         gate: Epsilon at the plan's delta by the RDP filter that guards the ledgers.
         gate_order: The filter's order that gives ``gate``.
         pld: Epsilon by privacy loss distributions, add/remove; None where it could not be computed.
@@ -514,7 +515,7 @@ def _reasons(facts: RunFacts) -> list[str]:
         elif _overspent(client):
             reasons.append(f"{client.name}: more was spent than granted, so its ledger's gate did not hold.")
     if overrun := _overrun(facts):
-        reasons.append(f"{_some(overrun)}: more charges than the {facts.plan.joins} that the plan allows.")
+        reasons.append(f"{_some(overrun)}: more charges than the {facts.plan.charges} that the plan allows.")
     if len(reasons) > _REASONS:
         reasons = [*reasons[: _REASONS - 1], f"And {len(reasons) - _REASONS + 1:,} more reasons like these."]
     if facts.multiplicity > 1 and (fault := _multiplicity_fault(facts)):
@@ -531,7 +532,7 @@ def _overspent(client: ClientSpend) -> bool:
 
 def _overrun(facts: RunFacts) -> list[str]:
     """Returns the clients whose only run made more charges than the committed schedule has."""
-    return [client.name for client in facts.clients if not client.other_runs and client.charges > facts.plan.joins]
+    return [client.name for client in facts.clients if not client.other_runs and client.charges > facts.plan.charges]
 
 
 def _multiplicity_fault(facts: RunFacts) -> str:

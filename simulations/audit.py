@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from clients.data import SourceName, load_source
@@ -29,6 +30,7 @@ from privacy.audit import Finding, Subject
 from privacy.errors import PlanError, TacitError
 from privacy.files import write_whole
 from privacy.ledger import Book
+from privacy.matrix import matrix_of
 from privacy.plan import Local, Plan, Unit, require
 from privacy.report import audit_holds
 from simulations.evidence import render
@@ -289,6 +291,12 @@ def _canary_clients(what: _Audited, subject: Subject) -> Finding:
 
     def one_round(updates: torch.Tensor) -> torch.Tensor:
         sent = [central.Contribution(row, 1.0) for row in updates.numpy()]
+        if what.plan.banded is not None:
+            # The first row of the matrix; each later one has at least its noise, and takes off what was seen before.
+            total, _ = central.clipped_sum(sent, size, what.plan.l2_clip)
+            stddev = matrix_of(what.plan).stddev(what.plan.noise_multiplier, what.plan.l2_clip)
+            noised = total + stddev * subject.sources().gaussian(size).numpy()
+            return torch.from_numpy(central.mean_of(noised.astype(np.float32), what.plan))
         return torch.from_numpy(central.aggregate(sent, size, what.plan, what.plan.l2_clip, subject.sources()).mean)
 
     found = audits.canary_clients(
