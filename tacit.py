@@ -504,6 +504,11 @@ def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
         " prv": f"{_epsilon(cost['prv'])} by PRV, a cross-check ({cost['prv_note']})",
         " replace": f"{_epsilon(cost['replace_one'])} to replace one record, by PLD",
     }
+    if plan.get("unit") == "client":
+        # In the same order as above: what is indented goes on with the row before it.
+        names = {"sampling": "each round", "clip": "trusts"}
+        known = _central_rows(plan) | {" replace": f"{_epsilon(cost['replace_one'])} to replace one client, by PLD"}
+        rows = {names.get(name, name): known.get(names.get(name, name), words) for name, words in rows.items()}
     for item in cost["at_deltas"][1:]:
         rows[f" at {item['delta']:g}"] = f"{_epsilon(item['epsilon'])} at delta {item['delta']:g}, by PLD"
     for item in cost["persons"][1:]:
@@ -517,13 +522,24 @@ def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
         rows[" also"] = f"rho {cost['zcdp_rho']:.4g} in zCDP, mu {cost['gdp_mu']:.4g} in Gaussian DP (no sampling)"
     odds = cost["odds"]
     shown = "without bound" if math.isinf(odds) else f"{_up(odds)} times"
-    who = "a record" if many["multiplicity"] == 1 else f"a person of {many['multiplicity']} clients"
+    who = (
+        "a client"
+        if plan.get("unit") == "client"
+        else "a record"
+        if many["multiplicity"] == 1
+        else f"a person of {many['multiplicity']} clients"
+    )
     rows["attacker"] = f"odds that {who} was there grow by {shown} at most, but for delta"
     for item in cost["tpr"]:
         rows[f" {item['fpr']:g}"] = (
             f"finds {_up(100 * item['tpr'])} % of members at most where it accuses {100 * item['fpr']:g} % of others"
         )
     rows["signal"] = _signal(signal)
+    if "noise_of_the_sum" in signal:
+        rows[" model"] = (
+            f"noise of {signal['noise_of_the_sum']:.3g} on each parameter of the sum of all rounds, which is the "
+            f"model; {signal['noise_of_the_sum_if_fresh']:.3g} if it were fresh in every round"
+        )
     rows[" as"] = f"{signal['formula']}; P parameters, B expected batch, n updates in the mean"
     rows[" assumes"] = signal["assumes"]
     _print_rows(console, rows)
@@ -884,7 +900,8 @@ class _AuditDisplay:
             return
         from rich.text import Text
 
-        style, word = ("green", "holds") if finding.holds else ("bold red", "FAILS")
+        word = finding.word
+        style = {"holds": "green", "FAILS": "bold red"}.get(word, "yellow")
         line = Text(f"{name:<32}", style="bold") + Text(f"{word}  ", style=style) + Text(finding.line, style="not bold")
         self._console.print(line + Text(f"  {_clock(time.monotonic() - self._began)}", style="dim"), soft_wrap=True)
 
@@ -922,8 +939,14 @@ def _audit_closing(console: Console, result: Mapping[str, Any]) -> None:
         console.print(note, soft_wrap=True)
     failed = [finding["audit"] for finding in result["findings"] if not finding["holds"]]
     words = f"Contradicted by: {', '.join(failed)}." if failed else "Nothing contradicts what is promised."
+    if any(finding["estimate"] for finding in result["findings"]):
+        words += " Estimates had no part in that."
     console.print(Text(f"\n{words}", style="bold red" if failed else "bold green"), soft_wrap=True)
-    console.print(f"{_clock(result['seconds'])}, on synthetic records; nothing was charged", soft_wrap=True)
+    attacked = any(finding["audit"] == "membership inference" for finding in result["findings"])
+    records = "synthetic records" + (
+        ", for membership inference public ones where the task has any" if attacked else ""
+    )
+    console.print(f"{_clock(result['seconds'])}, on {records}; nothing was charged", soft_wrap=True)
     if result["run"] is not None and rows:
         console.print(f"wrote {_short(str(Path(result['run']).resolve() / 'audit.json'))}", soft_wrap=True)
 
@@ -2302,14 +2325,25 @@ def _protected(unit: object) -> str:
 
 def _central_rows(plan: Mapping[str, Any]) -> dict[str, str]:
     """Returns what a plan that protects clients does, for the screen."""
+    trusts = "the server, which sees each client's update: against it there is no guarantee"
+    if law := plan.get("banded"):
+        return {
+            "schedule": f"{plan['rounds']} rounds; {law['separation']} classes of clients take turns in public, each "
+            f"in {plan['turns']} rounds at most; no discount for chance",
+            "each round": f"an update of {plan['steps']} plain steps is clipped to {plan['l2_clip']:g}; the server "
+            f"adds a row of one matrix of {len(law['coefficients'])} bands to the sum, noise multiplier "
+            f"{plan['noise_multiplier']:.3g} for all of it, divides by {plan['expected_batch']:g}",
+            "trusts": trusts,
+        }
     spare = plan["joins"] - plan["turns"]
-    follows = f", then follows the quantile {plan['quantile']:g} of them" if plan["quantile"] else ""
+    follows = f", then follows the quantile {plan['quantile']:g} of them" if plan.get("quantile") else ""
     return {
-        "schedule": f"{plan['rounds']} rounds; a client takes part with probability {plan['client_rate']:g} and in "
-        f"{plan['turns']} at most; the noise also covers {spare} spare charge{'' if spare == 1 else 's'} for retries",
+        "schedule": f"{plan['rounds']} rounds; a client takes part with probability {plan.get('client_rate', 1):g} and "
+        f"in {plan['turns']} at most; the noise also covers {spare} spare charge{'' if spare == 1 else 's'} for "
+        "retries",
         "each round": f"an update of {plan['steps']} plain steps is clipped to {plan['l2_clip']:g}{follows}; the "
         f"server adds noise {plan['noise_multiplier']:.3g} x clip to the sum, divides by {plan['expected_batch']:g}",
-        "trusts": "the server, which sees each client's update: against it there is no guarantee",
+        "trusts": trusts,
     }
 
 

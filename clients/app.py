@@ -18,7 +18,8 @@ one's noised sums by its word; or, with no arrays, a ConfigRecord ``refusal`` wi
 
 Where the plan protects clients (guarantee G16), a holder whose own policy allows it trains plainly and sends its
 clipped update instead of parameters, with one more array, `BIT`, where the plan's clip follows a quantile. The request
-then says this round's ``clip`` too.
+then says this round's ``clip`` too, and with banded noise the identity of the ``drawing`` whose row the sum will get:
+the holder's ledger commits to it, pays for its whole matrix once, and admits this client in its turns only.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from privacy.central import BIT
 from privacy.dpsgd import PrivateTrainer, check_model
 from privacy.errors import PlanError, RunError
 from privacy.ledger import ChargeRequest, Word
+from privacy.matrix import Drawing, matrix_of
 from privacy.metrics import release as release_metrics
 from privacy.metrics import widths
 from privacy.plan import Local, Plan, Unit, require
@@ -51,8 +53,10 @@ from privacy.wire import float32_bytes, model_digest, read_float32, request_dige
 
 REQUEST_KEYS: Final = frozenset({"job", "round", "task", "plan", "local", "lr", "seed", "witness"})
 CENTRAL_KEYS: Final = REQUEST_KEYS | {"clip"}
+BANDED_KEYS: Final = CENTRAL_KEYS | {"drawing"}
 _TEXT_BYTES: Final = 8 * 1024
 _JOB: Final = re.compile(r"[0-9a-f]{32}")
+_DRAWING: Final = re.compile(r"[0-9a-f]{32}")
 _WITNESS: Final = re.compile(r"(?:|\d{1,12}:[0-9a-f]{64})")
 
 # Details of a fault stay with the holder; they reach only what a deployment attaches here, a `SealedLog`.
@@ -75,6 +79,7 @@ class Request:
         arrays: The model's trainable parameters as they came.
         digest: SHA-256 of the whole request, in hex.
         clip: This round's bound on the norm of an update; only where the plan protects clients, else 0.
+        drawing: The plan's matrix and the one drawing of its noise; only with banded noise.
     """
 
     job: str
@@ -88,6 +93,7 @@ class Request:
     arrays: ArrayRecord
     digest: str
     clip: float = 0.0
+    drawing: Drawing | None = None
 
     def charge_of(self, name: str, *, noise: str, commitment: str = "", code: str = "") -> ChargeRequest:
         """Returns what this request asks one data set to pay for."""
@@ -102,6 +108,7 @@ class Request:
             witness=self.witness,
             code=code,
             settings=settings_digest(self.task, self.plan.digest(), self.local.to_json(), self.seed),
+            matrix=self.drawing,
         )
 
 
@@ -119,7 +126,7 @@ def parse_request(message: Message) -> Request:
     arrays, job = content["arrays"], content["job"]
     if not isinstance(arrays, ArrayRecord) or not isinstance(job, ConfigRecord):
         raise PlanError("expected an ArrayRecord and a ConfigRecord, got other records; is it the same program?")
-    keys = CENTRAL_KEYS if "clip" in job else REQUEST_KEYS
+    keys = BANDED_KEYS if "drawing" in job else CENTRAL_KEYS if "clip" in job else REQUEST_KEYS
     require(set(job) == keys, f"expected the request keys {sorted(keys)}, got {sorted(job)[:10]}")
     # A list is refused below, and cannot be remembered.
     values: dict[str, Any] = dict(job)
@@ -153,6 +160,9 @@ def _fields(model: str, **job: Any) -> dict[str, Any]:
     clip = _clip(job.get("clip"), plan)
     if plan.unit is Unit.CLIENT:
         fields["clip"] = clip
+    drawing = _drawing(job.get("drawing"), plan)
+    if drawing is not None:
+        fields["drawing"] = drawing.identity
     return {
         "job": texts["job"],
         "round": number,
@@ -164,6 +174,7 @@ def _fields(model: str, **job: Any) -> dict[str, Any]:
         "witness": (int(seq), head) if seq else None,
         "digest": request_digest(fields, model),
         "clip": clip,
+        "drawing": drawing,
     }
 
 
@@ -176,6 +187,21 @@ def _clip(clip: object, plan: Plan) -> float:
         raise PlanError("expected a finite clip > 0, got something else")
     require(plan.quantile > 0 or clip == plan.l2_clip, "expected the plan's own clip, got another")
     return clip
+
+
+def _drawing(identity: object, plan: Plan) -> Drawing | None:
+    """Returns the drawing that a request names, of the plan's matrix; None where the plan has no such thing."""
+    if plan.banded is None:
+        require(identity is None, "expected a drawing only in a plan of banded noise, got one")
+        return None
+    if not isinstance(identity, str) or _DRAWING.fullmatch(identity) is None:
+        raise PlanError("expected a drawing's identity of 32 hex digits, got something else")
+    return _drawn(plan, identity)
+
+
+@lru_cache(maxsize=8)
+def _drawn(plan: Plan, identity: str) -> Drawing:
+    return Drawing(matrix=matrix_of(plan), identity=identity)
 
 
 _plan = lru_cache(maxsize=8)(Plan.from_json)

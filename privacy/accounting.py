@@ -111,39 +111,40 @@ class Event:
         At unit client that is the plain Gaussian event, with no discount for the coin that decides who takes part:
         the ledger prices what the holder's worst adversary sees, and the relay and the other clients see who took
         part (guarantee G16). Against the server, which adds the noise, no event has a price.
+
+        With banded noise it is the whole matrix, one release however many rounds it has: the first round that a client
+        joins is charged for it, and the receipts of later ones name it too. It is never multiplied by rounds.
         """
-        if plan.unit is Unit.CLIENT:
-            return cls(
-                unit=plan.unit,
-                adjacency=plan.adjacency,
-                sample_rate=1.0,
-                noise_multiplier=plan.noise_multiplier,
-                steps=1,
-            )
-        return cls(
-            unit=plan.unit,
-            adjacency=plan.adjacency,
-            sample_rate=plan.sample_rate,
-            noise_multiplier=plan.noise_multiplier,
-            steps=plan.steps,
-        )
+        if plan.banded is not None:
+            return cls._gaussian(Kind.MATRIX_GAUSSIAN, plan.unit, plan.adjacency, 1.0, plan.noise_multiplier, 1)
+        rate, steps = (1.0, 1) if plan.unit is Unit.CLIENT else (plan.sample_rate, plan.steps)
+        return cls._gaussian(Kind.POISSON_GAUSSIAN, plan.unit, plan.adjacency, rate, plan.noise_multiplier, steps)
+
+    @classmethod
+    # Checked once: all rounds of a job are charged for the same. Typed: 2 and 2.0 are equal keys, but not equal texts.
+    @functools.lru_cache(maxsize=1024, typed=True)
+    def _gaussian(cls, kind: Kind, unit: Unit, adjacency: Adjacency, rate: float, noise: float, steps: int) -> Self:
+        return cls(kind=kind, unit=unit, adjacency=adjacency, sample_rate=rate, noise_multiplier=noise, steps=steps)
 
     @classmethod
     def of_schedule(cls, plan: Plan) -> Self:
         """Returns the most that one client can release in the whole job: every join, retries included."""
         event = cls.of_round(plan)
-        return dataclasses.replace(event, steps=event.steps * plan.joins)
+        return dataclasses.replace(event, steps=event.steps * plan.charges)
 
     @classmethod
     def of_models(cls, plan: Plan) -> Self:
         """Returns what somebody learns of one client who sees the models of all rounds, and nothing of who took part.
 
-        Only at unit client: the coins of `privacy.central` hide who took part from nobody else.
+        Only at unit client: the coins of `privacy.central` hide who took part from nobody else. With banded noise there
+        are no coins, turns are public, and it is the same event as for everybody (guarantee G16).
 
         Raises:
             PlanError: The plan protects records; there no discount for the choice of clients is claimed.
         """
         require(plan.unit is Unit.CLIENT, f"expected a plan that protects clients, got one that protects {plan.unit}s")
+        if plan.banded is not None:
+            return cls.of_schedule(plan)
         return dataclasses.replace(cls.of_round(plan), sample_rate=float(plan.client_rate), steps=plan.rounds)
 
     @classmethod
@@ -160,7 +161,7 @@ class Event:
     @classmethod
     def all_of_schedule(cls, plan: Plan, joins: int | None = None) -> tuple[Self, ...]:
         """Returns the most that one client can release in ``joins`` rounds; by default in the whole job."""
-        times = plan.joins if joins is None else joins
+        times = plan.charges if joins is None or plan.banded is not None else joins
         return tuple(dataclasses.replace(event, steps=event.steps * times) for event in cls.all_of_round(plan))
 
     @classmethod
@@ -273,7 +274,8 @@ def _rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> f
         return math.inf
     # Less sampling or more noise never costs more, so rounding towards the safe side is an upper bound.
     noise_multiplier = min(noise_multiplier, 1e6)
-    if sample_rate >= 1 - 2**-30:
+    # Beyond order 1024 binomials overflow and the series has as many terms as the order says.
+    if sample_rate >= 1 - 2**-30 or order > 1024:
         return order / (2 * noise_multiplier**2)
 
     # Imported here: it takes seconds, and where nothing is sampled it is not needed.
@@ -285,10 +287,12 @@ def _rdp_of_step(sample_rate: float, noise_multiplier: float, order: float) -> f
         return max(0.0, value) + 1e-12 if math.isfinite(value) else math.inf
 
     low = math.floor(order)
-    if order == low or noise_multiplier <= 30:
+    if order == low or (noise_multiplier <= 30 and order <= 20):
         return log_moment(order) / (order - 1)
-    # At fractional orders the series needs millions of terms under much noise. The log moment is convex in the
-    # order and zero at order 1, so the chord between whole orders lies above it.
+    # At fractional orders the series needs millions of terms under much noise. At high ones it is cut before it has
+    # begun: its first terms, such as (1 - rate)^order, may be below e^-30 where the largest ones are not, and what is
+    # left is next to nothing. The log moment is convex in the order and zero at order 1, so the chord between whole
+    # orders lies above it.
     below = log_moment(float(low)) if low > 1 else 0.0
     return (below + (order - low) * (log_moment(low + 1.0) - below)) / (order - 1)
 
@@ -438,6 +442,9 @@ def best_order(releases: Releases, delta: float) -> tuple[float, float]:
     Args:
         releases: A schedule, or a history of schedules, fixed in public before any data was touched.
         delta: Probability in (0, 1).
+
+    Returns:
+        The order, and epsilon >= 0: where delta alone pays for the releases, it is 0.
     """
     history = merged(releases)
 
@@ -451,7 +458,7 @@ def best_order(releases: Releases, delta: float) -> tuple[float, float]:
         left, right = low + (high - low) // 3, high - (high - low) // 3
         low, high = (low, right) if cost(left) <= cost(right) else (left, high)
     least = min(range(low, high + 1), key=cost)
-    return ORDERS[least], cost(least)
+    return ORDERS[least], max(0.0, cost(least))
 
 
 def solve_noise(
@@ -750,7 +757,7 @@ def attacker_power(curve: Sequence[tuple[float, float]], fpr: float) -> float:
     """Returns the highest true-positive rate any membership test can have at a false-positive rate.
 
     Args:
-        curve: Pairs (delta, epsilon) that all hold.
+        curve: Pairs (delta, epsilon) that all hold; an infinite epsilon bounds nothing.
         fpr: False-positive rate in [0, 1].
 
     References:
@@ -758,8 +765,8 @@ def attacker_power(curve: Sequence[tuple[float, float]], fpr: float) -> float:
     """
     bounds = [
         min(
-            math.exp(min(epsilon, 700.0)) * fpr + delta,
-            1 - math.exp(-min(epsilon, 700.0)) * (1 - delta - fpr),
+            math.exp(epsilon) * fpr + delta if epsilon < 700 else 1.0,
+            1 - math.exp(-epsilon) * (1 - delta - fpr),
         )
         for delta, epsilon in curve
     ]

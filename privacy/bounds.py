@@ -410,6 +410,17 @@ def _small_dimension_epsilon(mean: float, std: float, dimension: int, delta: flo
 # From scores to guesses ----------------------------------------------------------------------------------------------
 
 
+def _highest(canaries: int, guesses: int, delta: float, significance: float, gaussian: bool) -> float:
+    """Returns what the best bound would say if every guess were right, the Gaussian's own included where it is one."""
+    tops = [
+        ceiling(canaries, guesses, delta=delta, significance=significance),
+        one_run_epsilon_fdp(canaries, guesses, guesses, delta=delta, significance=significance),
+    ]
+    if gaussian and delta > 0:
+        tops.append(gaussian_epsilon(one_run_mu_fdp(canaries, guesses, guesses, significance=significance), delta))
+    return max(tops)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneRunBound:
     """What the canaries of one training prove.
@@ -423,7 +434,7 @@ class OneRunBound:
         fdp: Lower bound by `one_run_epsilon_fdp`, best of the grid.
         gaussian: `one_run_mu_fdp` as epsilon: a bound only where every record is in every step; 0 where not asked.
         mu: The refuted separation behind ``gaussian``.
-        ceiling: What `one_run_epsilon` would say at most, were every guess right.
+        ceiling: What the best of these bounds would say at most, were every guess right; never below any of them.
         delta: At which the figures hold.
         confidence: Of all figures together.
         tried: How many figures the significance was divided by.
@@ -517,7 +528,7 @@ def one_run_bound(
         fdp=fdp,
         gaussian=gaussian_epsilon(mu, delta) if gaussian and delta > 0 else 0.0,
         mu=mu,
-        ceiling=max(ceiling(canaries, guesses, delta=delta, significance=each) for guesses in counts),
+        ceiling=max(_highest(canaries, guesses, delta, each, gaussian) for guesses in counts),
         delta=delta,
         confidence=1 - significance,
         tried=tried,

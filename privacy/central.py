@@ -34,6 +34,10 @@ of P and of (1 - rate) P + rate Q; divergences are convex, so every price at the
 adaptively. A reply that is late, lost or declined is the case Q = P. For the same reason a job ends after its rounds
 and never because too few replied: an early end would tell about coins.
 
+With banded noise (`privacy.matrix`) two steps differ. Nobody is drawn: classes of clients take turns in public, and no
+figure has a discount. And the noise is a row of one matrix over all rounds, added by `privacy.matrix.CorrelatedNoise`,
+which keeps it; the clipped sum and the divisor are those of here.
+
 The noise is floating point with the caveat of `privacy.noise`. Clipping leaves a margin of 2^-20 below the bound, which
 covers the rounding of sums of up to 65,000 updates.
 
@@ -121,6 +125,7 @@ def update_noise(plan: Plan) -> float:
     References:
         Andrew et al. (2021), theorem 1.
     """
+    require(plan.banded is None, "expected a plan of fresh noise in every round, got one of a matrix; ask its matrix")
     if not plan.quantile:
         return float(plan.noise_multiplier)
     return float((plan.noise_multiplier**-2 - (2 * plan.bit_noise) ** -2) ** -0.5)
@@ -141,6 +146,7 @@ def draw_cohort(clients: Sequence[int], counted: Mapping[int, int], plan: Plan, 
         source: Fresh secret coins.
     """
     require(plan.unit is Unit.CLIENT, f"expected a plan that protects clients, got one that protects {plan.unit}s")
+    require(plan.banded is None, "expected a plan with coins, got one of banded noise, where classes take turns")
     coins = source.coins(len(clients), plan.client_rate).tolist()
     return [client for client, coin in zip(clients, coins, strict=True) if coin and counted.get(client, 0) < plan.turns]
 
@@ -186,6 +192,31 @@ def aggregate(
         source: Fresh noise.
     """
     require(plan.unit is Unit.CLIENT, f"expected a plan that protects clients, got one that protects {plan.unit}s")
+    require(plan.banded is None, "expected a plan of fresh noise in every round, got one of a matrix; use its rows")
+    total, bits = clipped_sum(contributions, size, clip)
+    total += update_noise(plan) * clip * source.gaussian(size).numpy()
+    mean = (total / plan.expected_batch).astype(np.float32)
+    if not plan.quantile:
+        return Aggregate(mean, clip)
+    share = 0.5 + (bits + plan.bit_noise * float(source.gaussian(1)[0])) / plan.expected_batch
+    return Aggregate(mean, next_clip(clip, share, plan))
+
+
+def clipped_sum(contributions: Sequence[Contribution], size: int, clip: float) -> tuple[Sum, float]:
+    """Returns the sum of a round's clipped updates and that of their bits: no noise yet, so it may not leave.
+
+    Guarantees:
+        Bound: one contribution moves the sum by at most ``clip`` (L2) and the bits by at most 1/2, whatever came.
+        Total: never raises; the sum is finite. A reply that is missing is no contribution and adds nothing.
+
+    Args:
+        contributions: Of those who replied, in the order of the clients; at most one for each client.
+        size: Length P of an update.
+        clip: This round's clip C > 0.
+
+    Returns:
+        The sum, float64 ``(P,)``, and the sum of -1/2 and +1/2 over the contributions.
+    """
     total, bits = np.zeros(size), 0.0
     for contribution in contributions:
         if contribution.update.shape != (size,):
@@ -193,12 +224,13 @@ def aggregate(
             continue
         total += clip_update(contribution.update, clip)[0]
         bits += 0.5 if contribution.bit == 1.0 else -0.5
-    total += update_noise(plan) * clip * source.gaussian(size).numpy()
-    mean = (total / plan.expected_batch).astype(np.float32)
-    if not plan.quantile:
-        return Aggregate(mean, clip)
-    share = 0.5 + (bits + plan.bit_noise * float(source.gaussian(1)[0])) / plan.expected_batch
-    return Aggregate(mean, next_clip(clip, share, plan))
+    return total, bits
+
+
+def mean_of(released: np.ndarray[tuple[int, ...], np.dtype[np.float32]], plan: Plan) -> Vector:
+    """Returns a row's noised sum over the public divisor, float32 ``(P,)``: post-processing of the release."""
+    mean: Vector = (released.astype(np.float64) / plan.expected_batch).astype(np.float32)
+    return mean
 
 
 def next_clip(clip: float, share: float, plan: Plan) -> float:

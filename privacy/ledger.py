@@ -21,14 +21,19 @@ the committed drawing only, in ascending rounds as far apart as its price assume
 
 What is never written here: a bare hash of data, a number of records, a label count, a coin, a noise seed.
 
-Crash safety: before the append, the batch is put whole and synced into one of two intents, ``ledger.intent`` and
-``ledger.intent-2``, used in turn and overwritten in place. If the append is torn, opening the book finishes it from
-there, so a torn charge is spent. While one intent is written the other stays whole, and it still guards the end of the
-file: an intent that a crash tore was torn before its append began, so the ledger must end exactly where the whole one
-says, and is refused otherwise. An intent is only overwritten beside a whole one; else it is made anew and renamed. A
-book that is shorter than its newest intent says, whose intents are all broken, or that does not chain, was cut or
-edited: it is refused and never reset. A ledger and its intents rolled back together cannot be seen from here, nor a cut
-of the last append together with a destroyed intent; the receipts that peers hold show it (guarantee G14).
+Crash safety: an append is one write and one sync of the ledger. Only after the sync, and before anybody is told, the
+*mark* is overwritten in place: how long the ledger is and the SHA-256 of all of it, in one of the two slots of
+``ledger.mark`` in turn, so that a torn slot leaves the other. The mark is not synced: a killed process loses no write
+that it made, and a power cut may leave an older mark, never one ahead of the ledger. So what the mark covers is there
+and is the same, or the book is refused: it was cut or edited, and is left as it is and never reset. What lies beyond
+the mark was told to nobody, or is whole. Whole lines there that chain and are signed are kept and count as spent. A
+line without an end, or with a NUL byte as a block that never reached the disk reads, was torn before anything was
+released for it: it is dropped, with what comes after it. Any other line is an edit, and refused. A mark is made before
+the first entry, so a ledger with entries and without one is refused too. Books that announced each append in an
+*intent* are finished and checked by it once more when they are opened; the mark takes its place.
+
+What cannot be seen from here: a cut back to an older mark where a power cut, or somebody, took the newer one away, and
+a ledger and its mark rolled back or made anew together. The receipts that peers hold show both (guarantee G14).
 """
 
 from __future__ import annotations
@@ -49,6 +54,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -56,16 +62,20 @@ from privacy.accounting import Event, Grant, Kind, events_from_json, events_to_j
 from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.files import sync_folder
 from privacy.identity import Secret, verify
-from privacy.matrix import Drawing, Turns, matrix_event
+from privacy.matrix import Drawing, Turns, matrix_event, matrix_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit, canonical, require
 
 _VERSION: Final = 3
 _GENESIS: Final = "0" * 64
-# The intents of a book, beside it; the first is older than the second, and its first format is still read.
-INTENTS: Final = ("ledger.intent", "ledger.intent-2")
-# An intent is written so long at least, and twice as long when it must grow: overwriting it then changes no size.
-_INTENT_BYTES: Final = 16 * 1024
+_MARK: Final = "ledger.mark"
+# What books announced their appends in before there was a mark; they are still read, once.
+_INTENTS: Final = ("ledger.intent", "ledger.intent-2")
+# What guards a ledger's end; a copy of a book needs them beside it.
+GUARDS: Final = (_MARK, *_INTENTS)
+# The slots of a mark lie in different sectors, of 4 KiB at most: what tears the write of one leaves the other.
+_SLOTS: Final = (0, 4096)
+_SLOT: Final = re.compile(rb"(tacit/mark/1 (\d{20}) ([0-9a-f]{64}) )([0-9a-f]{64})\n")
 # The filter forgives so much of rounding (see `Grant.affords`); a budget may be closed at what that let through.
 _SLACK: Final = 1e-9
 # An entry is well under 2 KiB; a longer line is not ours and is not parsed.
@@ -147,7 +157,7 @@ class Receipt:
         """Returns the bytes that the signature covers."""
         fields = self._fields()
         del fields["signature"]
-        return b"tacit/receipt/1\n" + canonical(fields)
+        return _RECEIPT_MARK + canonical(fields)
 
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _RECEIPT_FIELDS} | {"event": events_to_json(self.events)}
@@ -194,6 +204,7 @@ class Receipt:
         return receipt
 
 
+_RECEIPT_MARK: Final = b"tacit/receipt/1\n"
 # Metrics stand in the list of events.
 _RECEIPT_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Receipt) if field.name != "metrics")
 _RECEIPT_HEX: Final[Mapping[str, int]] = {
@@ -228,7 +239,8 @@ class ChargeRequest:
         code: SHA-256 of the code that will run, in hex, or empty where the holder cannot name it.
         settings: SHA-256 of the job's settings as the client got them, in hex; see `privacy.wire.settings_digest`.
         matrix: The drawing whose noise the release will get, or None where each round's noise is its own. Its
-            plan's round must then be one release without sampling, and its noise multiplier is the whole matrix'.
+            plan's round must then be one release without sampling, and its noise multiplier is the whole matrix'; where
+            the plan names a matrix, it must be this one.
     """
 
     name: str
@@ -243,10 +255,10 @@ class ChargeRequest:
     settings: str = ""
     matrix: Drawing | None = None
 
-    @property
+    @functools.cached_property
     def events(self) -> tuple[Event, ...]:
         """What is charged: all of one round of the plan, or the whole matrix, of which only the first round is."""
-        if self.matrix is None:
+        if self.matrix is None or self.plan.banded is not None:
             return Event.all_of_round(self.plan)
         return (matrix_event(self.plan.noise_multiplier, unit=self.plan.unit, adjacency=self.plan.adjacency),)
 
@@ -478,9 +490,18 @@ class Ledger:
             whole = any(event.kind is Kind.MATRIX_GAUSSIAN for event in events)
             if (turns is not None) != whole or (turns is not None and (len(events), events[0].steps) != (1, 1)):
                 raise ValueError("a matrix without its one event, or the other way round")
+            if type(body["joins"]) is not int or body["joins"] < 1:
+                raise ValueError("a commitment to no number of charges")
+            if turns is not None and body["joins"] != turns.participations:
+                raise ValueError("a matrix with another number of joins than its participations")
             account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], events=events, turns=turns)
         elif kind in PAID:
             job, events = account.jobs[body["job"]], events_of(body["event"])
+            # What a job committed is the most it may release: reports price it whole, and `claim` releases no other.
+            if events != job.events:
+                raise ValueError("a charge for other releases than its job committed")
+            if (job.charges if job.turns is None else len(job.entries)) >= job.joins:
+                raise ValueError("more charges than its job committed")
             if {(event.unit, event.adjacency) for event in events} != {(account.grant.unit, account.grant.adjacency)}:
                 raise ValueError("a release for another unit or adjacency than the grant's")
             _require_turn(job, kind, events, body["round"])
@@ -538,11 +559,11 @@ class Book(Ledger):
         except OSError as error:
             raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
         super().__init__(folder / "ledger.jsonl", population)
-        self._intents = tuple(folder / name for name in INTENTS)
-        # Which intent the next append overwrites: never the newest whole one.
-        self._turn = 0
+        self._mark = _Mark(folder / _MARK)
         self._claimed: set[str] = set()
+        # What was read so far: its length, and its digest that can be carried on.
         self._size = 0
+        self._running = hashlib.sha256()
         self._process = os.getpid()
         self._threads = threading.RLock()
         try:
@@ -555,10 +576,9 @@ class Book(Ledger):
                 f"expected ledgers that can be read and written in {folder}, got {error.strerror}"
             ) from None
         self._file = descriptor
-        self.close = weakref.finalize(self, os.close, descriptor)
+        self.close = weakref.finalize(self, _close, descriptor, self._mark)
         with self._locked():
-            self._finish_torn_append()
-            self._catch_up()
+            self._open()
 
     def __enter__(self) -> Self:
         return self
@@ -584,32 +604,62 @@ class Book(Ledger):
             finally:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def _finish_torn_append(self) -> None:
-        """Finishes what the newest whole intent announced, and finds out which intent is overwritten next.
+    def _open(self) -> None:
+        """Reads the book from its start; makes the mark of an empty one, and of one that had intents.
+
+        Raises:
+            LedgerError: The ledger was cut or edited, or what could tell is gone or broken; it is left as it is.
+        """
+        intents = self._finish_by_intent()
+        size = os.fstat(self._file).st_size
+        found = self._mark.find()
+        if not found and size and not intents:
+            raise LedgerError(
+                f"expected {_MARK} beside {self._path}, got none: without it nothing tells whether the ledger was cut; "
+                "restore both from one backup, or move the ledger away and `tacit client import` it as a copy"
+            )
+        if found:
+            self._recover()
+        else:
+            # Nothing was ever appended, or an intent vouches for the end.
+            data = self._read(size, 0)
+            self._count(data)
+        try:
+            if not found:
+                os.fdatasync(self._file)
+                self._mark.make(self._size, self._running.hexdigest())
+            for path in intents:
+                path.unlink()
+            if intents:
+                # An intent that came back after later appends might contradict them.
+                sync_folder(self._path.parent)
+        except OSError as error:
+            raise LedgerError(f"expected to write {_MARK} beside {self._path}, got {error.strerror}") from None
+
+    def _finish_by_intent(self) -> list[Path]:
+        """Finishes what the newest whole intent announced, where a book still has one.
+
+        Returns:
+            The intents, the newest last: as long as any is there, that one is.
 
         Raises:
             LedgerError: The ledger was cut or edited, or what could tell is broken; it is left as it is.
         """
-        found = [_Intent.read(path) for path in self._intents]
+        paths = [self._path.with_name(name) for name in _INTENTS]
+        found = [_Intent.read(path) for path in paths]
         if found == [None, None]:
-            self._turn = 0
-            return
+            return []
         whole = [(intent.base, index, intent) for index, intent in enumerate(found) if intent and intent.whole]
         if not whole:
-            raise LedgerError(f"expected an unbroken intent in {self._intents[0]}, got changed bytes; restore a backup")
+            raise LedgerError(f"expected an unbroken intent in {paths[0]}, got changed bytes; restore a backup")
         _, index, newest = max(whole, key=lambda of: of[:2])
         other = found[1 - index]
         size = os.fstat(self._file).st_size
         if size < newest.base:
-            raise LedgerError(
-                f"expected at least {newest.base} bytes in {self._path}, got {size}: it was cut; restore it from a "
-                "backup"
-            )
+            raise self._cut(newest.base, size)
         # A crash tears an intent only between two appends; at any other size the broken one was the newest.
         if other is not None and not other.whole and size != newest.end:
-            raise LedgerError(
-                f"expected an unbroken intent in {self._intents[1 - index]}, got changed bytes; restore a backup"
-            )
+            raise LedgerError(f"expected an unbroken intent in {paths[1 - index]}, got changed bytes; restore a backup")
         # The older one was appended whole before the newest was announced.
         if other is not None and other.whole and self._read(len(other.batch), other.base) != other.batch:
             raise LedgerError(f"expected {self._path} to hold its older intent, got other bytes; restore a backup")
@@ -620,7 +670,7 @@ class Book(Ledger):
             # The crash may have come after the caller was promised nothing; finishing it over-counts at worst.
             try:
                 # A killed process may have left it unsynced; a power cut here must not tear both files.
-                _sync(self._intents[index])
+                _sync(paths[index])
                 if os.write(self._file, newest.batch[len(tail) :]) != len(newest.batch) - len(tail):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fdatasync(self._file)
@@ -628,28 +678,70 @@ class Book(Ledger):
                 raise LedgerError(
                     f"expected to finish a torn charge in {self._path}, got {error.strerror}; free some space"
                 ) from None
-        self._turn = 1 - index
+        return [path for at, path in enumerate(paths) if at != index and found[at]] + [paths[index]]
+
+    def _cut(self, least: int, size: int) -> LedgerError:
+        return LedgerError(
+            f"expected at least {least} bytes in {self._path}, got {size}: it was cut; restore it from a backup"
+        )
+
+    def _recover(self) -> None:
+        """Reads what is new, checks it against the mark, and drops what a crash tore beyond the mark.
+
+        Raises:
+            LedgerError: The ledger was cut or edited, or its mark is broken; it is left as it is.
+        """
+        if not self._mark.find():
+            raise LedgerError(f"expected {_MARK} beside {self._path}, got none any more; restore it from a backup")
+        mark, size = self._mark, os.fstat(self._file).st_size
+        if size < mark.end:
+            raise self._cut(mark.end, size)
+        added = self._read(size - self._size, self._size)
+        # What is beyond this book's own reading was told to somebody only if the mark covers it.
+        covered = max(0, mark.end - self._size)
+        before = self._running.copy()
+        before.update(added[:covered])
+        if mark.end >= self._size and before.hexdigest() != mark.digest:
+            raise LedgerError(
+                f"expected {self._path} to be what its mark says, got other bytes; restore both from one backup"
+            )
+        nul = added.find(b"\0", covered)
+        # Up to the end of the last whole line before the first that is torn.
+        kept = max(covered, added.rfind(b"\n", covered, nul if nul >= 0 else len(added)) + 1)
+        # First, for a ledger that is refused is left as it is.
+        self._count(added[:kept])
+        try:
+            if kept < len(added):
+                os.ftruncate(self._file, self._size)
+            if self._size > mark.end or kept < len(added):
+                # A killed process may have left its lines unsynced, and the mark must not be ahead of the disk.
+                os.fsync(self._file)
+            if self._size > mark.end:
+                mark.write(self._size, self._running.hexdigest())
+        except OSError as error:
+            raise LedgerError(
+                f"expected to settle a torn charge in {self._path}, got {error.strerror}; free some space"
+            ) from None
 
     def _read(self, count: int, start: int) -> bytes:
-        """Returns ``count`` bytes from ``start``, or as many as there are; one system call reads 2 GiB at most."""
-        parts = []
-        while count > 0 and (part := os.pread(self._file, count, start)):
-            parts.append(part)
-            count, start = count - len(part), start + len(part)
-        return b"".join(parts)
+        return _pread(self._file, count, start)
 
     def _catch_up(self) -> None:
         size = os.fstat(self._file).st_size
         if size < self._size:
             raise LedgerError(f"expected {self._path} to grow only, got {size} bytes after {self._size}; it was cut")
-        if size == self._size:
+        if size > self._size:
+            # Another book wrote, or died while it did.
+            self._recover()
+
+    def _count(self, added: bytes) -> None:
+        """Checks and counts the whole lines that follow what was read so far."""
+        if not added:
             return
-        # Another book wrote: whose intent is the newest has changed, and if its append is torn it is dead.
-        self._finish_torn_append()
-        added = self._read(os.fstat(self._file).st_size - self._size, self._size)
         if not added.endswith(b"\n"):
             raise self._damaged(added.count(b"\n") + 1, "a line without an end: it was cut")
         self._take(added)
+        self._running.update(added)
         self._size += len(added)
 
     def _is_own(self, identity: str, key: str) -> bool:
@@ -687,7 +779,8 @@ class Book(Ledger):
                     key = self.secret.identity(identity)
                     fields = {"name": name, "population": population, "apart": apart, "key": key.public_key}
                     entry = _entry(identity, 0, _GENESIS, "grant", dataclasses.asdict(grant) | fields)
-                    lines.append(entry | {"sig": key.sign(_statement(entry["hash"]))})
+                    entry["sig"] = key.sign(_statement(entry["hash"]))
+                    lines.append(entry)
             self._append(lines)
             self._population = population
 
@@ -734,8 +827,8 @@ class Book(Ledger):
                 )
             body = {"epsilon": epsilon, "before": account.grant.epsilon, "raised": raised}
             entry = _entry(account.identity, len(account.heads), account.link, "budget", body)
-            key = self.secret.identity(account.identity)
-            self._append([entry | {"sig": key.sign(_statement(entry["hash"]))}])
+            entry["sig"] = self.secret.identity(account.identity).sign(_statement(entry["hash"]))
+            self._append([entry])
             return account
 
     def content(self) -> bytes:
@@ -834,8 +927,9 @@ class Book(Ledger):
             if matrix is not None:
                 body |= {"joins": matrix.turns.participations, "matrix": dataclasses.asdict(matrix.turns)}
             commit = _entry(account.identity, seq, prev, "commit", body)
-            entries.append(commit | {"sig": key.sign(_statement(commit["hash"]))})
-            seq, prev = seq + 1, _link(entries[0])
+            commit["sig"] = key.sign(_statement(commit["hash"]))
+            entries.append(commit)
+            seq, prev = seq + 1, _link(commit)
         elif matrix is not None:
             cost, kind = 0.0, "participation"
         body = {
@@ -853,10 +947,11 @@ class Book(Ledger):
             "test": account.test or request.noise != SECURE_SOURCE,
         }
         charge = _entry(account.identity, seq, prev, kind, body)
-        receipt = _receipt(account, charge)
-        receipt = dataclasses.replace(receipt, signature=key.sign(receipt.signed_bytes()))
-        entries.append(charge | {"sig": receipt.signature})
-        return entries, receipt
+        receipt = _receipt_fields(charge, float(account.grant.epsilon), float(account.grant.delta), account.public_key)
+        # Signed once and made once: what is signed is all of it but the signature.
+        charge["sig"] = key.sign(_RECEIPT_MARK + canonical(receipt | {"event": body["event"]}))
+        entries.append(charge)
+        return entries, Receipt(**receipt, event=events[0], metrics=events[1:], signature=charge["sig"])
 
     def claim(self, receipt: Receipt, request: ChargeRequest) -> None:
         """Takes the one release that a charge pays for.
@@ -889,85 +984,145 @@ class Book(Ledger):
             self._claimed.add(receipt.head)
 
     def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Writes signed entries with one sync, and then counts them."""
+        """Writes signed entries with one sync, marks the new end, and then counts them."""
         if not entries:
             return
         lines = b"".join(map(_line, entries))
-        appending = False
+        size, running = self._size + len(lines), self._running.copy()
+        running.update(lines)
         try:
-            self._announce(lines)
-            appending = True
-            written = os.write(self._file, lines)
-            if written != len(lines):
+            if self._mark.end < self._size:
+                # The mark of the append before failed: it is never two appends behind.
+                os.fdatasync(self._file)
+                self._mark.write(self._size, self._running.hexdigest())
+            if os.write(self._file, lines) != len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fdatasync(self._file)
         except OSError as error:
-            # Nothing was promised yet, so nothing was touched: take the half-written lines back and refuse.
+            # Nothing was promised yet, so nothing was touched: take the half-written lines back and refuse. What stays
+            # all the same is beyond the mark, and is settled by whoever reads the book next.
             with contextlib.suppress(OSError):
-                if appending:
-                    os.ftruncate(self._file, self._size)
-                    with contextlib.suppress(OSError):
-                        # On disk before the intent goes: a half line that nothing explains would lock the ledger.
-                        os.fsync(self._file)
-                self._withdraw(lines)
+                os.ftruncate(self._file, self._size)
+                os.fsync(self._file)
             raise LedgerError(
                 f"expected to write a charge to {self._path}, got {error.strerror}; free some space, nothing was spent"
             ) from None
-        self._turn = 1 - self._turn
-        self._size += len(lines)
+        # Not before the sync: a mark ahead of the disk would lock a sound ledger after a power cut. The entries are on
+        # disk, and spent, whether or not it can be written.
+        with contextlib.suppress(OSError):
+            self._mark.write(size, running.hexdigest())
         for entry in entries:
             self._add(self._accounts.get(entry["account"]), entry)
+        # Last: a book that is interrupted before reads the lines again, finds them out of its chain, and is refused.
+        self._size, self._running = size, running
 
-    def _announce(self, lines: bytes) -> None:
-        """Puts a batch on disk as the next intent, in place where the other intent stays whole meanwhile.
+
+class _Mark:
+    """Where a ledger ends and what it is up to there, in two slots that are overwritten in turn.
+
+    Attributes:
+        end: Bytes of the ledger that are covered, as last read or written.
+        digest: SHA-256 of these bytes, in hex.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+        self._turn = 0
+        self.end = 0
+        self.digest = ""
+
+    def find(self) -> bool:
+        """Reads the newest slot that is whole; False where there is no mark.
+
+        Raises:
+            LedgerError: Both slots are broken, which no crash explains, or the file cannot be read.
+        """
+        try:
+            if self._file is None:
+                self._file = os.open(self._path, os.O_RDWR)
+            whole = _slots(_pread(self._file, _SLOTS[-1] + _SLOTS[1], 0))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise LedgerError(f"expected a mark that can be read in {self._path}, got {error.strerror}") from None
+        if not whole:
+            raise LedgerError(
+                f"expected a whole slot in {self._path}, got changed bytes; restore it and the ledger from one backup, "
+                "or move both away and `tacit client import` the ledger as a copy"
+            )
+        self.end, newest, self.digest = max(whole)
+        self._turn = 1 - newest
+        return True
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def make(self, end: int, digest: str) -> None:
+        """Makes the file, with both slots, whole and synced before it takes its name; slots then change no size.
 
         Raises:
             OSError: The disk is full.
         """
-        path, other = self._intents[self._turn], self._intents[1 - self._turn]
-        data = _Intent.written(self._size, lines)
-        if other.exists() and path.exists() and path.stat().st_size >= len(data):
-            descriptor = os.open(path, os.O_WRONLY)
-            try:
-                if os.pwrite(descriptor, data, 0) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fdatasync(descriptor)
-            finally:
-                os.close(descriptor)
-            return
-        room = _INTENT_BYTES
-        while room < len(data):
-            room *= 2
-        temporary = path.with_name("ledger.new")
-        # Synced before it takes its name: after a power cut an empty intent would lock a sound ledger for ever.
+        temporary = self._path.with_name("ledger.new")
+        slot = _slot(end, digest)
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(data.ljust(room, b"\0"))
+                file.write(b"".join(slot.ljust(_SLOTS[1], b"\0") for _ in _SLOTS))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, self._path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync_folder(self._path.parent)
+        self._file = os.open(self._path, os.O_RDWR)
+        self.end, self.digest = end, digest
 
-    def _withdraw(self, lines: bytes) -> None:
-        """Undoes `_announce` where the append failed; the other intent still guards the end of the file."""
-        path = self._intents[self._turn]
-        try:
-            descriptor = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            return
-        try:
-            head = _Intent.written(self._size, lines).partition(b"\n")[0]
-            # An older intent that was never overwritten is left whole: it guards too.
-            if os.pread(descriptor, len(head), 0) == head:
-                if self._intents[1 - self._turn].exists():
-                    os.pwrite(descriptor, b"\0", 0)
-                else:
-                    path.unlink()
-        finally:
-            os.close(descriptor)
+    def write(self, end: int, digest: str) -> None:
+        """Overwrites the older slot. Not synced: the ledger must be, before.
+
+        Raises:
+            OSError: It could not be written whole; the newer slot stays.
+        """
+        slot = _slot(end, digest)
+        if self._file is None or os.pwrite(self._file, slot, _SLOTS[self._turn]) != len(slot):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._turn = 1 - self._turn
+        self.end, self.digest = end, digest
+
+
+def _close(descriptor: int, mark: _Mark) -> None:
+    os.close(descriptor)
+    mark.close()
+
+
+def _slot(end: int, digest: str) -> bytes:
+    text = b"tacit/mark/1 %020d %s " % (end, digest.encode())
+    return text + hashlib.sha256(text).hexdigest().encode() + b"\n"
+
+
+def _slots(data: bytes) -> list[tuple[int, int, str]]:
+    """Returns the end, the number and the digest of each slot of a mark that is whole."""
+    matches = [(index, _SLOT.match(data, start)) for index, start in enumerate(_SLOTS)]
+    return [
+        (int(match[2]), index, match[3].decode())
+        for index, match in matches
+        if match and hashlib.sha256(match[1]).hexdigest().encode() == match[4]
+    ]
+
+
+def may_hold_charges(folder: Path) -> bool:
+    """Says whether the book in a folder holds a charge, announces one, or was cut and may have held one.
+
+    Only a book of which this is false may ever be removed by a program.
+    """
+    texts = {path.name: path.read_bytes() for path in map(folder.joinpath, ("ledger.jsonl", *GUARDS)) if path.is_file()}
+    covered = max((slot[0] for slot in _slots(texts.get(_MARK, b""))), default=math.inf if _MARK in texts else 0)
+    return covered > len(texts.get("ledger.jsonl", b"")) or any(b'"kind":"charge"' in text for text in texts.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -988,11 +1143,6 @@ class _Intent:
     def end(self) -> int:
         """Where the ledger ends once it holds the batch."""
         return self.base + len(self.batch)
-
-    @staticmethod
-    def written(base: int, batch: bytes) -> bytes:
-        """Returns the bytes of an intent; what stands behind them in its file is of an older one."""
-        return canonical([base, len(batch), _Intent._sealed(base, batch)]) + b"\n" + batch
 
     @staticmethod
     def _sealed(base: int, batch: bytes) -> str:
@@ -1018,6 +1168,15 @@ class _Intent:
             return cls(base, batch, len(batch) == length[0] and cls._sealed(base, batch) == digest)
         except (ValueError, TypeError):
             return cls(0, b"", whole=False)
+
+
+def _pread(file: int, count: int, start: int) -> bytes:
+    """Returns ``count`` bytes from ``start``, or as many as there are; one system call reads 2 GiB at most."""
+    parts = []
+    while count > 0 and (part := os.pread(file, count, start)):
+        parts.append(part)
+        count, start = count - len(part), start + len(part)
+    return b"".join(parts)
 
 
 def _sync(path: Path) -> None:
@@ -1053,18 +1212,23 @@ def _digest(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({key: entry[key] for key in entry if key not in ("hash", "sig")})).hexdigest()
 
 
+class _Made(dict[str, Any]):
+    """An entry of this program's own, with the canonical texts of its body and of its account, encoded once."""
+
+    texts: tuple[str, str]
+
+
 def _entry(identity: str, seq: int, prev: str, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an entry with its hash, to be signed."""
-    entry = {
-        "v": _VERSION,
-        "account": identity,
-        "seq": seq,
-        "prev": prev,
-        "kind": kind,
-        "time": int(time.time()),
-        "body": body,
-    }
-    return entry | {"hash": _digest(entry)}
+    """Returns an entry with its hash, to be signed in place."""
+    entry = _Made(v=_VERSION, account=identity, seq=seq, prev=prev, kind=kind, time=int(time.time()), body=body)
+    entry.texts = account, text = encode_basestring_ascii(identity), canonical(body).decode()
+    # The canonical text of all of it, with its keys in order.
+    whole = (
+        f'{{"account":{account},"body":{text},"kind":"{kind}","prev":"{prev}","seq":{seq},"time":{entry["time"]},'
+        f'"v":{_VERSION}}}'
+    )
+    entry["hash"] = hashlib.sha256(whole.encode()).hexdigest()
+    return entry
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -1073,7 +1237,15 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     Raises:
         LedgerError: It is too long. What could not be read back must not be written: it would lock the ledger.
     """
-    line = canonical(entry) + b"\n"
+    if type(entry) is _Made:
+        account, text = entry.texts
+        line = (
+            f'{{"account":{account},"body":{text},"hash":"{entry["hash"]}","kind":"{entry["kind"]}",'
+            f'"prev":"{entry["prev"]}","seq":{entry["seq"]},"sig":"{entry["sig"]}","time":{entry["time"]},'
+            f'"v":{entry["v"]}}}\n'
+        ).encode()
+    else:
+        line = canonical(entry) + b"\n"
     if len(line) > _LINE_BYTES:
         raise LedgerError(f"expected an entry of at most {_LINE_BYTES} bytes, got {len(line)}; use shorter names")
     return line
@@ -1154,25 +1326,28 @@ def receipt_of(entry: Mapping[str, Any], *, granted: float, delta: float, public
         delta: The holder's delta.
         public_key: The holder's key for the account.
     """
+    event, *metrics = events_of(entry["body"]["event"])
+    fields = _receipt_fields(entry, granted, delta, public_key)
+    return Receipt(**fields, event=event, metrics=tuple(metrics), signature=entry.get("sig", ""))
+
+
+def _receipt_fields(entry: Mapping[str, Any], granted: float, delta: float, public_key: str) -> dict[str, Any]:
+    """Returns a receipt's fields but for what is released under it and its signature."""
     body = entry["body"]
-    event, *metrics = events_of(body["event"])
-    return Receipt(
-        account=entry["account"],
-        seq=entry["seq"],
-        head=entry["hash"],
-        job=body["job"],
-        round=body["round"],
-        request=body["request"],
-        event=event,
-        metrics=tuple(metrics),
-        spent=body["spent"],
-        granted=granted,
-        delta=delta,
-        charges=body["charges"],
-        test=body["test"],
-        public_key=public_key,
-        signature=entry.get("sig", ""),
-    )
+    return {
+        "account": entry["account"],
+        "seq": entry["seq"],
+        "head": entry["hash"],
+        "job": body["job"],
+        "round": body["round"],
+        "request": body["request"],
+        "spent": body["spent"],
+        "granted": granted,
+        "delta": delta,
+        "charges": body["charges"],
+        "test": body["test"],
+        "public_key": public_key,
+    }
 
 
 def events_of(value: Any) -> tuple[Event, ...]:
@@ -1217,8 +1392,12 @@ def _gate(account: Account, request: ChargeRequest) -> Word | None:
 
 def _may_turn(job: _JobState | None, request: ChargeRequest) -> bool:
     """Whether a request keeps to the matrix that its job committed, or to none where that has none."""
+    banded = request.plan.banded
     if request.matrix is None:
-        return job is None or job.turns is None
+        # A plan of banded noise without its drawing has no turns that a ledger could hold anybody to.
+        return (job is None or job.turns is None) and banded is None
+    if banded is not None and request.matrix.matrix != matrix_of(request.plan):
+        return False
     turns, joined = request.matrix.turns, () if job is None else tuple(job.rounds)
     alone = Event.of_round(request.plan)
     return (

@@ -40,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import threading
 import weakref
@@ -55,7 +56,7 @@ from privacy.accounting import Event, Kind
 from privacy.errors import LedgerError, PlanError, RunError
 from privacy.files import Buffer, write_whole
 from privacy.noise import SECURE_SOURCE, Keystream, RandomSource
-from privacy.plan import Adjacency, Unit, canonical, is_number, require
+from privacy.plan import Adjacency, Plan, Unit, canonical, is_number, require
 from privacy.vault import Safe
 
 Series: TypeAlias = NDArray[np.float64]
@@ -260,6 +261,12 @@ class Matrix:
         response = _divided(_workload(self.rounds, self.momentum), np.asarray(self.coefficients, dtype=np.float64))
         return self.sensitivity * math.sqrt(float(_weights(self.rounds, objective) @ np.square(response)))
 
+    @functools.cached_property
+    def growth(self) -> float:
+        """How much more noise the noisiest round has than a fresh row, >= 1: the norm of the last row of C^-1."""
+        one = np.eye(1, self.rounds)[0]
+        return float(np.linalg.norm(_divided(one, np.asarray(self.coefficients, dtype=np.float64))))
+
     def dense(self) -> NDArray[np.float64]:
         """Returns C itself, float64 of shape ``(n, n)``: to look at, and for small n only."""
         require(self.rounds <= 4096, f"expected at most 4096 rounds to write a matrix out, got {self.rounds}")
@@ -321,6 +328,51 @@ class Drawing:
             separation=self.matrix.separation,
             participations=self.matrix.participations,
         )
+
+
+def matrix_of(plan: Plan) -> Matrix:
+    """Returns the matrix that a plan of banded noise names; the plan's digest fixes all of it.
+
+    Raises:
+        PlanError: The plan has fresh noise in every round, or its law is no matrix.
+    """
+    if plan.banded is None:
+        raise PlanError("expected a plan of banded noise, got one of fresh noise in every round")
+    return Matrix(
+        rounds=plan.rounds,
+        separation=plan.banded.separation,
+        participations=plan.turns,
+        coefficients=plan.banded.coefficients,
+    )
+
+
+def deal(clients: Sequence[int], seed: int) -> list[int]:
+    """Deals clients like cards, once for a whole job: the order in which their classes are cut from.
+
+    Args:
+        clients: All clients of the job, in a stable order.
+        seed: Of the shuffle. Scheduling, not secrecy: whose turn it is protects nobody here.
+    """
+    return random.Random(f"{seed}/classes").sample(list(clients), len(clients))  # noqa: S311
+
+
+def class_of_round(dealt: Sequence[int], turns: Turns, round: int) -> list[int]:
+    """Returns the clients whose turn it is in a round: one of ``turns.separation`` classes, one after the other.
+
+    Guarantees:
+        Public: it depends on the deal and the round alone, never on who replied; a thin class is never dealt again.
+        Apart: any two rounds of one client are exactly ``turns.separation`` apart, as the price assumes.
+
+    Args:
+        dealt: From `deal`.
+        turns: What the job's drawing admits.
+        round: Round, from 1.
+    """
+    turn = (round - 1) % turns.separation
+    # The classes' rule is one of those that ledgers admit; where it were not, nobody's turn would be the safe answer.
+    if not turns.admits(range(turn + 1, round, turns.separation), round):
+        return []
+    return sorted(dealt[turn :: turns.separation])
 
 
 def matrix_event(

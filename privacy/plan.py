@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -61,6 +62,8 @@ class Metric(StrEnum):
 
 # More steps, rounds or records than any job has; beyond it, products with a float would overflow or lose digits.
 MOST: Final = 10**12
+# A plan travels with every request, and each band is one more row of noise in the server's memory.
+MOST_BANDS: Final = 64
 # Beyond it the rounding of a sum of updates would no longer stay within the margin of `privacy.central`.
 _MOST_IN_A_SUM: Final = 50_000
 
@@ -168,6 +171,67 @@ class Metrics:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Banded:
+    """Noise that is correlated over the rounds of a job by one banded matrix: the law of `privacy.matrix`, in a plan.
+
+    Clients are dealt into as many classes as rounds lie between two turns of one client. Whose turn it is is public,
+    so no discount for chance is claimed; what is saved is noise in the sum of all rounds, which is the model.
+
+    Attributes:
+        separation: Any two rounds that one client joins are at least this far apart, s >= 1; s classes.
+        coefficients: First column of the matrix from the diagonal down: 1 = c_0 >= c_1 >= ... >= 0, at most s of them.
+
+    Raises:
+        PlanError: A field is out of range.
+    """
+
+    separation: int
+    coefficients: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _count("separation", self.separation)
+        values = self.coefficients
+        require(
+            type(values) is tuple and 1 <= len(values) <= MOST_BANDS and all(map(is_number, values)),
+            f"expected 1 to {MOST_BANDS} finite coefficients, got {values!r:.60}",
+        )
+        require(
+            len(values) <= self.separation,
+            f"expected at most {self.separation} bands, so that a client's rounds share no row, got {len(values)}; use "
+            "fewer bands or a larger separation",
+        )
+        require(
+            values[0] == 1 and values[-1] >= 0 and all(a >= b for a, b in itertools.pairwise(values)),
+            "expected coefficients that start at 1 and never grow nor fall below 0, got others",
+        )
+        # One text for each plan: 1 and 1.0 are equal.
+        object.__setattr__(self, "coefficients", tuple(map(float, values)))
+
+    @property
+    def bands(self) -> int:
+        """Number of coefficients b; b - 1 rows of noise are kept."""
+        return len(self.coefficients)
+
+    def turns_of(self, rounds: int) -> int:
+        """Returns the most rounds of a job that one client joins."""
+        return -(-rounds // self.separation)
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> Self:
+        """Reads the noise law of a plan from parsed JSON.
+
+        Raises:
+            PlanError: It is not exactly such a law.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        require(
+            isinstance(fields, dict) and set(fields) == names and isinstance(fields["coefficients"], list),
+            f"expected banded noise with the fields {sorted(names)}, got {fields!r:.80}",
+        )
+        return cls(**fields | {"coefficients": tuple(fields["coefficients"])})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What one job may release, as every client must run it.
 
@@ -187,11 +251,12 @@ class Plan:
         sample_rate: Poisson rate q of each step, in (0, 1]; at unit client that of the local batches, which carry no
             guarantee.
         expected_batch: Public divisor B: in records, ``sample_rate`` times the declared number of records; at unit
-            client in clients, ``client_rate`` times their number.
+            client in clients, ``client_rate`` times their number, or their number over ``banded.separation``.
         l2_clip: Bound C on the L2 norm of one record's gradient, in units of the gradient; at unit client on that of
             one client's update, in units of the parameters, and only the first where ``quantile`` is given.
         noise_multiplier: Standard deviation of the noise on the clipped sum, divided by ``l2_clip``. With a
-            ``quantile``, that of the update and the bit together.
+            ``quantile``, that of the update and the bit together; with ``banded``, that of the whole matrix: divided
+            by the matrix' sensitivity too.
         steps: Local steps in each round that a client joins; at unit client without a bearing on the price.
         rounds: Rounds of the job.
         joins: The most charges one client may make, retries after a crash included; at least 1.
@@ -204,11 +269,13 @@ class Plan:
         metrics: What clients are asked about their own records in every round; None, the default, is nothing.
         client_rate: Unit client: probability with which a client takes part in a round, by a secret coin of its own.
         turns: Unit client: most rounds in which one client's coin counts, whatever falls; at most ``joins``, which
-            also pays for retries. 0 at unit record.
+            also pays for retries. 0 at unit record. With ``banded`` how often a class comes round, and no retries.
         quantile: Unit client: share of the updates that the clip should leave whole, in (0, 1); 0 = a fixed clip.
         clip_lr: With a quantile: how fast the clip follows it, > 0.
         bit_noise: With a quantile: standard deviation of the noise on the sum of bits, in clients, more than half of
             ``noise_multiplier``.
+        banded: Unit client: noise that is correlated over the rounds, and turns instead of coins; None, the default, is
+            fresh noise in every round.
 
     Raises:
         PlanError: A field is out of range, or two fields contradict each other.
@@ -235,6 +302,7 @@ class Plan:
     quantile: float = 0.0
     clip_lr: float = 0.0
     bit_noise: float = 0.0
+    banded: Banded | None = None
 
     def __post_init__(self) -> None:
         require(type(self.unit) is Unit, f"expected unit 'record' or 'client', got {self.unit!r:.40}")
@@ -281,10 +349,12 @@ class Plan:
             f"expected a cohort of {_MOST_IN_A_SUM:,} clients at most, got {self.expected_batch:g}; lower client_rate",
         )
         # What is protected here is one of so many clients.
-        check_delta(self.delta, max(1, round(self.expected_batch / self.client_rate)), "clients")
+        check_delta(self.delta, max(1, round(self.expected_batch * self._classes / self.client_rate)), "clients")
         for name in ("quantile", "clip_lr", "bit_noise"):
             value = getattr(self, name)
             require(is_number(value) and value >= 0, f"expected a finite {name} >= 0, got {value!r:.40}")
+        if self.banded is not None:
+            self._check_banded(self.banded)
         require(self.quantile < 1, f"expected 0 <= quantile < 1, got {self.quantile}; 0.5 is the median")
         if self.quantile == 0:
             require(self.clip_lr == self.bit_noise == 0, "expected clip_lr and bit_noise only with a quantile")
@@ -294,6 +364,38 @@ class Plan:
             2 * self.bit_noise > self.noise_multiplier,
             f"expected bit_noise > {self.noise_multiplier / 2:g}, half the noise multiplier, got {self.bit_noise:g}: "
             "the bit alone would cost more than the plan says; raise it",
+        )
+
+    @property
+    def _classes(self) -> int:
+        return 1 if self.banded is None else self.banded.separation
+
+    @property
+    def charges(self) -> int:
+        """The most charges of one client: one for each join, or a single one where a whole matrix is one release."""
+        return self.joins if self.banded is None else 1
+
+    def _check_banded(self, law: Banded) -> None:
+        require(type(law) is Banded, f"expected the law of banded noise, got {law!r:.40}")
+        require(
+            self.quantile == 0,
+            f"expected a fixed clip with banded noise, got a quantile of {self.quantile:g}: one matrix is one release, "
+            "whose bound cannot move; drop the quantile",
+        )
+        require(
+            self.client_rate == 1,
+            f"expected no coins with banded noise, got client_rate {self.client_rate:g}: whose turn it is is public; "
+            "drop it",
+        )
+        require(
+            law.bands <= self.rounds,
+            f"expected at most {self.rounds} bands in {self.rounds} rounds, got {law.bands}; use fewer",
+        )
+        turns = law.turns_of(self.rounds)
+        require(
+            self.turns == self.joins == turns,
+            f"expected {turns} turns and joins in {self.rounds} rounds, {law.separation} apart, got {self.turns} and "
+            f"{self.joins}; a row of the matrix is joined once, so there is nothing to retry",
         )
 
     def to_json(self) -> str:
@@ -321,6 +423,8 @@ class Plan:
             if "metrics" in fields:
                 # One text for each plan: no metrics are no field, never null.
                 fields["metrics"] = Metrics.from_fields(fields["metrics"])
+            if "banded" in fields:
+                fields["banded"] = Banded.from_fields(fields["banded"])
             return cls(
                 **fields
                 | {
@@ -345,6 +449,7 @@ _AT_UNIT_CLIENT: Final[Mapping[str, Any]] = {
     "quantile": 0.0,
     "clip_lr": 0.0,
     "bit_noise": 0.0,
+    "banded": None,
 }
 # Fields that came after the first plans were committed to ledgers, and what their absence means.
 _LATER: Final[Mapping[str, Any]] = {**_AT_UNIT_CLIENT, "metrics": None}

@@ -44,6 +44,27 @@ from privacy.plan import Local, Plan, Unit, canonical, require
 from privacy.report_clients import for_clients
 from privacy.report_page import INFINITY, SCHEMA, UNKNOWN, figure_words, partition_picture, render
 
+TOLD: Final = (
+    "epsilon_lower",
+    "epsilon_lower_binomial",
+    "epsilon_lower_fdp",
+    "epsilon_lower_gaussian",
+    "epsilon_upper",
+    "delta",
+    "canaries",
+    "guesses",
+    "correct",
+    "confidence",
+    "tried",
+    "ceiling",
+    "attack",
+    "threat_model",
+    "schedule",
+    "rounds",
+)
+"""Figures of a canary bound that may enter a report; whatever else an audit found stays with the holder (G18)."""
+_TOLD_OF_AUDIT: Final = ("schema", "date", "code_hash", "records", "holds", "limits", "audits", "contradicted")
+
 __all__ = [
     "INFINITY",
     "SCHEMA",
@@ -159,7 +180,8 @@ class Prices:
 
     Attributes:
         schedule: In words, such as "Poisson q=0.1, sigma=1.2, 600 steps".
-        steps: Steps of the whole schedule, ``plan.steps * plan.joins``.
+        steps: Steps of the whole schedule, ``plan.steps * plan.joins``; at unit client one for each join, and a single
+            one for a whole matrix.
         gate: Epsilon at the plan's delta by the RDP filter that guards the ledgers.
         gate_order: The filter's order that gives ``gate``.
         pld: Epsilon by privacy loss distributions, add/remove; None where it could not be computed.
@@ -493,7 +515,7 @@ def _reasons(facts: RunFacts) -> list[str]:
         elif _overspent(client):
             reasons.append(f"{client.name}: more was spent than granted, so its ledger's gate did not hold.")
     if overrun := _overrun(facts):
-        reasons.append(f"{_some(overrun)}: more charges than the {facts.plan.joins} that the plan allows.")
+        reasons.append(f"{_some(overrun)}: more charges than the {facts.plan.charges} that the plan allows.")
     if len(reasons) > _REASONS:
         reasons = [*reasons[: _REASONS - 1], f"And {len(reasons) - _REASONS + 1:,} more reasons like these."]
     if facts.multiplicity > 1 and (fault := _multiplicity_fault(facts)):
@@ -510,7 +532,7 @@ def _overspent(client: ClientSpend) -> bool:
 
 def _overrun(facts: RunFacts) -> list[str]:
     """Returns the clients whose only run made more charges than the committed schedule has."""
-    return [client.name for client in facts.clients if not client.other_runs and client.charges > facts.plan.joins]
+    return [client.name for client in facts.clients if not client.other_runs and client.charges > facts.plan.charges]
 
 
 def _multiplicity_fault(facts: RunFacts) -> str:
@@ -1083,10 +1105,56 @@ def _sampling(facts: RunFacts) -> list[dict[str, str]]:
     return [{"what": what, "assumed": assumed, "actual": actual} for what, assumed, actual in rows]
 
 
+def _ran(facts: RunFacts) -> list[str]:
+    """Returns the hashes of all code that ran: a resumed run may have been begun by another version."""
+    return facts.code_hash.split(", then ")
+
+
 def _contradicted(facts: RunFacts) -> bool:
-    """Whether an audit of the code that ran proved more from below than it promised; then no figure is believed."""
-    audit = facts.audit
-    return audit is not None and str(audit.get("code_hash", "")) == facts.code_hash and audit.get("holds") is not True
+    """Whether an audit of code that ran, were it for a part of the run, contradicts a promise; then no figure holds."""
+    if facts.audit is None or str(facts.audit.get("code_hash", "")) not in _ran(facts):
+        return False
+    return not audit_holds(facts.audit)
+
+
+def audit_holds(audit: Mapping[str, Any]) -> bool:
+    """Says whether an audit found nothing against the code, by its own word and by each of its bounds.
+
+    An audit that cannot be read in full has not held.
+
+    Args:
+        audit: As `privacy.audit.report_evidence` made it, and as a run's folder may hold it since.
+    """
+    bounds = audit.get("bounds", [])
+    return (
+        audit.get("holds") is True
+        and audit.get("contradicted", 0) == 0
+        and isinstance(bounds, Sequence)
+        and all(isinstance(row, Mapping) and _bound_holds(row) for row in bounds)
+    )
+
+
+def _bound_holds(row: Mapping[str, Any]) -> bool:
+    lower, upper = row.get("epsilon_lower", 0.0), row.get("epsilon_upper", math.inf)
+    numeric = all(isinstance(figure, numbers.Real) for figure in (lower, upper))
+    # Worked out again: a verdict beside figures that say otherwise is no verdict. NaN compares as false.
+    return row.get("holds") is True and numeric and bool(lower <= upper)
+
+
+def _told(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns of an audit's file what may enter a report, name by name: bounds of canaries and nothing else (G18).
+
+    The file lies in the run's folder, where anything may have been written into it.
+    """
+    bounds = audit.get("bounds", [])
+    rows = bounds if isinstance(bounds, list | tuple) else []
+    return {name: audit[name] for name in _TOLD_OF_AUDIT if name in audit} | {
+        "bounds": [
+            {name: row[name] for name in ("audit", "holds", "verdict", *TOLD) if name in row}
+            for row in rows
+            if isinstance(row, Mapping) and "epsilon_lower" in row
+        ]
+    }
 
 
 def _empirical(facts: RunFacts) -> dict[str, Any]:
@@ -1096,13 +1164,20 @@ def _empirical(facts: RunFacts) -> dict[str, Any]:
             "status": "not audited",
             "words": "No empirical audit of this run was made; the figures are proofs alone.",
         }
-    same = str(facts.audit.get("code_hash", "")) == facts.code_hash
+    ran = _ran(facts)
+    same = str(facts.audit.get("code_hash", "")) in ran
     words = (
         "An audit gives a lower bound on epsilon by attacking; it can show a claim to be wrong, never to be right."
         if same
         else "An audit is here, of other code than ran: it says nothing about this run."
     )
-    return {"status": "audited" if same else "audit of other code", "words": words, "audit": facts.audit}
+    status = "audited" if same else "audit of other code"
+    if same and len(set(ran)) > 1:
+        status = "audited in part"
+        words += " Several versions of the code made this run, and only one of them was audited."
+    if same and not audit_holds(facts.audit):
+        words += " It did: a promise of this code is contradicted, so no figure of this report holds."
+    return {"status": status, "words": words, "audit": _told(facts.audit)}
 
 
 def _accesses(facts: RunFacts) -> list[dict[str, str]]:

@@ -5,6 +5,9 @@ for whoever sees who took part, which is the headline, because a reader of the r
 figure for somebody who sees the models alone, which is never printed without these words beside it. A relay belongs to
 the second only where it cannot read what it carries; nothing is sealed end to end in this version, so a deployment's
 relay gets infinity too.
+
+With banded noise turns are public: nobody is in doubt about who took part, so somebody who sees the models alone gets
+the headline figure like everybody else, and no amplified figure exists.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from privacy.report_page import INFINITY, UNKNOWN, figure_words
 
 if TYPE_CHECKING:
+    from privacy.plan import Plan
     from privacy.report import RunFacts
 
 PROTECTS: Final = "one client with all its records"
@@ -40,19 +44,21 @@ def for_clients(report: Mapping[str, Any], facts: RunFacts, *, whole: bool) -> d
         "protects": PROTECTS,
         "against": AGAINST,
         "adversaries": [{"who": who, "epsilon": figure} for who, figure in figures],
-        "person": _person(epsilon, models),
+        "person": _person(epsilon, models, facts),
         "federation": headline["federation"]
         | {"rule": "largest over clients; a person with records at several clients is not covered by it"},
     }
     if not isinstance(epsilon, str):
         headline["sentence"] = sentence_of_clients(epsilon, headline["delta"])
-        headline["basis"] += f"; against {AGAINST}, with no discount for the coins"
+        chance = "the coins" if facts.plan.banded is None else "chance, because turns are public"
+        headline["basis"] += f"; against {AGAINST}, with no discount for {chance}"
     changed: dict[str, Any] = {
         "headline": headline,
         "run": report["run"] | {"setting": _setting(facts)},
         "warnings": [
             "The server is trusted: it sees each client's update in the clear, and against it epsilon is infinity.",
             f"Every other epsilon here, spent or granted, is the one against {AGAINST}, unless it says otherwise.",
+            *(["Turns are public: no figure here has a discount for chance."] if facts.plan.banded is not None else []),
             *report["warnings"],
         ],
         "prices": report["prices"] | {"models_alone": {"epsilon": models, "against": _MODELS}},
@@ -74,7 +80,7 @@ def for_clients(report: Mapping[str, Any], facts: RunFacts, *, whole: bool) -> d
             "mechanism": "plain training at each client; the server clips updates, sums, adds Gaussian noise, divides "
             "by a constant",
             "clipping": _clipping(facts),
-            "noise": f"standard deviation {_noise(facts):g} x clip on the sum, once each round, however many replied",
+            "noise": _noise_words(facts),
             "augmentation": "each record by itself, at random" if facts.augmented else "none",
             "setting": _setting(facts),
         },
@@ -86,7 +92,8 @@ def for_clients(report: Mapping[str, Any], facts: RunFacts, *, whole: bool) -> d
 def _models_alone(facts: RunFacts, headline: float | str, *, whole: bool) -> float | str:
     """Returns the amplified figure, which is no better known than the headline."""
     figure = facts.prices.models_alone
-    if isinstance(headline, str):
+    # Without secret coins there is no discount for anybody (guarantee G16).
+    if isinstance(headline, str) or facts.plan.banded is not None:
         return headline
     # Of another run in the same ledgers nobody here knows the coins.
     if not whole or figure is None or math.isnan(figure):
@@ -108,14 +115,17 @@ def sentence_of_clients(epsilon: float, delta: float) -> str:
     )
 
 
-def _person(epsilon: float | str, models: float | str) -> list[dict[str, Any]]:
+def _person(epsilon: float | str, models: float | str, facts: RunFacts) -> list[dict[str, Any]]:
+    note = "secret coins decided who took part; it does not hold for anybody who learns how they fell"
+    if facts.plan.banded is not None:
+        note = "the same figure: whose turn it is is public, so seeing less is no discount"
     return [
         {"who": f"A person whose records are all at one client, against {AGAINST}", "epsilon": epsilon},
         {"who": f"The same person against {_SERVER}", "epsilon": INFINITY},
         {
             "who": f"The same person against {_MODELS}",
             "epsilon": models,
-            "note": "secret coins decided who took part; it does not hold for anybody who learns how they fell",
+            "note": note,
         },
         {
             "who": "A person with records at several clients",
@@ -142,6 +152,25 @@ def _noise(facts: RunFacts) -> float:
     return update_noise(facts.plan)
 
 
+def _noise_words(facts: RunFacts) -> str:
+    plan = facts.plan
+    if plan.banded is None:
+        return f"standard deviation {_noise(facts):g} x clip on the sum, once each round, however many replied"
+    return (
+        f"one matrix over all {plan.rounds:,} rounds, {plan.banded.bands} bands: rows of standard deviation "
+        f"{_row_noise(facts):g} x clip (noise multiplier {plan.noise_multiplier:g} times the matrix' sensitivity); "
+        "each round's noise is a fresh row less a share of those before; it is drawn once, however many replied"
+    )
+
+
+def _row_noise(facts: RunFacts) -> float:
+    """Returns the standard deviation of the matrix' fresh rows, divided by the clip."""
+    # Imported here, because only plans of banded noise need it.
+    from privacy.matrix import matrix_of
+
+    return matrix_of(facts.plan).stddev(facts.plan.noise_multiplier, 1.0)
+
+
 def _clipping(facts: RunFacts) -> str:
     plan = facts.plan
     if not plan.quantile:
@@ -158,18 +187,26 @@ def _assumptions(rows: list[dict[str, Any]], facts: RunFacts) -> list[dict[str, 
     plan = facts.plan
     first = " at first" if plan.quantile else ""
     by_server = {
-        "sample": f"Each client takes part in each round by its own secret coin, at the public rate "
+        "sample": _cohort_words(plan)
+        if plan.banded is not None
+        else f"Each client takes part in each round by its own secret coin, at the public rate "
         f"{plan.client_rate:g}, in {plan.turns} rounds at most; coins are stored before the first message and never "
         "drawn again.",
         "clip": f"Each client moves a round's sum by at most the clip ({plan.l2_clip:g}{first}, L2), whatever came.",
         "add noise": f"By the server: Gaussian, {_noise(facts):g} times the clip, however many replied. Source: "
+        f"{facts.noise_source}."
+        if plan.banded is None
+        else f"By the server: {_noise_words(facts)}. Lost or older state of the noise ends the job. Source: "
         f"{facts.noise_source}.",
         "divide": f"By the public constant {plan.expected_batch:g} clients, never by how many replied.",
         "keep": "The noised model is stored before anything reads it; of one round, one is ever used.",
         "send": "The clipped update goes to the server, and nothing else does; only noised models go to anybody else.",
         "examples alone": "Not needed: nothing here bounds a single record, only a client.",
         "schedule": f"At most {plan.joins} charges per client ({plan.turns} turns, the rest for retries), fixed before "
-        "the first round.",
+        "the first round."
+        if plan.banded is None
+        else f"One charge per client for the whole matrix, before its first round; its ledger admits {plan.turns} "
+        f"rounds at most, any two {plan.banded.separation} or more apart, of this one drawing.",
     }
     trusted = {"sample", "clip", "add noise", "divide", "keep"}
     changed = []
@@ -202,7 +239,10 @@ def _adversaries(
     kept = [row for row in rows if row["who"] not in ("the server", "the relay and its operator", "other clients")]
     words = {
         "the network": "the headline figure for models; no sealing of messages in this version, so nothing for updates",
-        "a thief of a disk": "nothing for kept updates, coins and records: they are not encrypted in a simulation",
+        "a thief of a disk": "nothing for kept updates, coins and records: they are not encrypted in a simulation"
+        if facts.plan.banded is None
+        else "nothing for kept updates and records, nor, until the last round erases it, for the state of the noise, "
+        "which takes it off the last models: they are not encrypted in a simulation",
     }
     kept = [row | {"protected_by": words.get(row["who"], row["protected_by"])} for row in kept]
     changed: list[dict[str, Any]] = [
@@ -216,27 +256,46 @@ def _words(figure: float | str) -> str:
     return figure if isinstance(figure, str) else figure_words(figure)
 
 
+def _cohort_words(plan: Plan) -> str:
+    """Returns whose turn it is with banded noise, in words."""
+    classes = 0 if plan.banded is None else plan.banded.separation
+    return (
+        f"Clients are dealt once into {classes:,} classes, in public, and take turns: each in {plan.turns:,} rounds at "
+        "most; a thin class is never dealt again."
+    )
+
+
 def _sampling(facts: RunFacts) -> list[dict[str, str]]:
     plan = facts.plan
-    rows = [
+    cohorts = [
         (
             "cohorts",
             f"for the headline: none. For models alone: Poisson, each client with probability {plan.client_rate:g} per "
             "round",
             "a coin per client and round from the noise source; a thin or an empty cohort is never drawn again",
-        ),
+        )
+    ]
+    turns = (
+        f"{facts.prices.steps:,} per client at most",
+        f"{plan.turns} by its coins, the rest for retries, counted by the ledger; a client is held back by its own "
+        "earlier coins alone",
+    )
+    if plan.banded is not None:
+        cohorts = [("cohorts", "none: turns are public", _cohort_words(plan))]
+        turns = (
+            f"{plan.turns:,} per client at most, any two {plan.banded.separation} or more rounds apart",
+            "counted and spaced by each client's ledger, which commits to this one drawing; a round is joined once",
+        )
+    size = "rate times their public number" if plan.banded is None else "their public number over that of classes"
+    rows = [
+        *cohorts,
         ("missing replies", "add nothing", "noise and divisor stay what they are"),
         (
             "expected cohort",
             "a public constant",
-            f"{plan.expected_batch:g} clients, rate times their public number",
+            f"{plan.expected_batch:g} clients, {size}",
         ),
-        (
-            "turns",
-            f"{facts.prices.steps:,} per client at most",
-            f"{plan.turns} by its coins, the rest for retries, counted by the ledger; a client is held back by its own "
-            "earlier coins alone",
-        ),
+        ("turns", *turns),
         ("local batches", "no assumption", "plain training; nothing rests on how a client samples its records"),
     ]
     return [{"what": what, "assumed": assumed, "actual": actual} for what, assumed, actual in rows]

@@ -266,7 +266,7 @@ def read_ledger(place: Path, population: str | None = None) -> Transcript:
         population: Whose accounts are meant, where there are several populations.
 
     Raises:
-        LedgerError: There is none, or it is damaged. A charge that a crash tore is finished when its holder opens it.
+        LedgerError: There is none, or it is damaged. What a crash tore is settled when its holder opens it.
     """
     path = place / LEDGER_FILE if place.is_dir() else place
     try:

@@ -42,12 +42,14 @@ from privacy.errors import TacitError
 from privacy.identity import COUNTERSIGN, verify
 from privacy.ledger import Account, Law, Receipt, grant_of, require_signed_entry
 from privacy.ledger_report import over_ledgers
+from privacy.matrix import Turns, matrix_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Local, Plan, Unit, canonical
 from privacy.report import (
     INFINITY,
     SCHEMA,
     UNKNOWN,
+    audit_holds,
     odds_of,
     protects_of,
     render,
@@ -481,6 +483,8 @@ def _commitments(files: _Files) -> Iterator[Check]:
             Event.all_of_round(plan),
         ):
             faults.append(f"{name}: it committed to another plan")
+        elif not _has_turns(body, plan):
+            faults.append(f"{name}: it committed to other turns than those that the price is for")
         elif commit["v"] < 3:
             old.append(name)
         elif body["code"] not in {"", *codes} or body["settings"] not in ("", settings):
@@ -502,6 +506,44 @@ def _commitments(files: _Files) -> Iterator[Check]:
         yield Check(
             "older ledgers", Result.OPEN, f"{_some(old)}: entries of an older version name no code and no settings"
         )
+
+
+def _has_turns(body: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether a commitment names the turns of the plan's matrix, or none where the plan has none."""
+    if plan.banded is None:
+        return "matrix" not in body
+    matrix, turns = matrix_of(plan), Turns(**body["matrix"])
+    wanted = (matrix.rounds, matrix.separation, matrix.participations)
+    return (turns.rounds, turns.separation, turns.participations) == wanted
+
+
+def _drawings(files: _Files) -> Iterator[Check]:
+    """One drawing of banded noise for all clients."""
+    report = files.report
+    if report is None or (law := _plan(report).banded) is None:
+        return
+    job = report["run"]["job"]
+    rounds: dict[str, set[int]] = defaultdict(set)
+    for found in files.known():
+        if found.receipt.job == job:
+            rounds[found.receipt.account].add(found.receipt.round)
+    near = [
+        account
+        for account, joined in rounds.items()
+        if any(later - earlier < law.separation for earlier, later in itertools.pairwise(sorted(joined)))
+    ]
+    if near:
+        words = f"account {near[0][:8]} gave receipts for two rounds that are less than {law.separation} apart"
+        yield Check("turns", Result.FAILS, words)
+        return
+    commits = [commit for client in files.clients if (commit := _commit_of(files, client)) is not None]
+    digests = {str(commit["body"]["matrix"]["digest"]) for commit in commits if "matrix" in commit["body"]}
+    if len(digests) > 1:
+        words = f"clients committed to {len(digests):,} drawings of the noise: a row was drawn more than once"
+        yield Check("turns", Result.FAILS, words)
+        return
+    words = f"any two rounds of a client are {law.separation} or more apart, and all committed to one drawing"
+    yield Check("turns", Result.HOLDS if digests else Result.OPEN, words)
 
 
 def _committed_otherwise(files: _Files) -> list[str]:
@@ -805,12 +847,16 @@ def _histories(files: _Files) -> tuple[dict[str, Grant], dict[str, list[tuple[in
         if client["account"] in histories or entry is None or entry["v"] == 1 or not receipts:
             continue
         receipts.sort(key=lambda receipt: receipt.seq)
-        # Later rounds of a matrix are receipts and no charges; only the ledger tells which.
-        whole = not any(event.kind is Kind.MATRIX_GAUSSIAN for each in receipts for event in each.events)
-        if whole and receipts[-1].charges == len(receipts):
+        # Later rounds of a matrix are receipts and no charges: what a receipt signs tells whether it paid.
+        paid = [
+            each
+            for before, each in itertools.pairwise([None, *receipts])
+            if each is not None and (before is None or not _is_turn(before, each))
+        ]
+        if receipts[-1].charges == len(paid):
             require_signed_entry(entry, client["public_key"])
             grants[client["account"]] = grant_of(entry["body"])
-            histories[client["account"]] = [(each.seq, each.events, each.spent) for each in receipts]
+            histories[client["account"]] = [(each.seq, each.events, each.spent) for each in paid]
     return grants, histories
 
 
@@ -947,6 +993,23 @@ def _headline(files: _Files) -> Iterator[Check]:
     yield from _multiplicity(files, times)
 
 
+def _audited(files: _Files) -> Iterator[Check]:
+    """Whether a report claims a figure beside an audit of its own code that contradicts it."""
+    report = files.report
+    audit = report["empirical"].get("audit") if report is not None else None
+    if report is None or audit is None:
+        return
+    if str(audit.get("code_hash", "")) not in report["software"]["code_hash"].split(", then "):
+        yield Check("audit", Result.OPEN, "the audit in the report is of other code than ran")
+        return
+    claimed = not isinstance(report["headline"]["epsilon"], str)
+    yield (
+        Check("audit", Result.FAILS, "a figure is claimed beside an audit of the same code that contradicts it")
+        if claimed and not audit_holds(audit)
+        else Check("audit", Result.OPEN, "an audit can show a claim to be wrong, never to be right; nobody signed it")
+    )
+
+
 def _rows(files: _Files) -> Iterator[Check]:
     """Sums, remainders and rows that follow from figures which are checked elsewhere."""
     report = files.report
@@ -1020,7 +1083,7 @@ def _told(files: _Files) -> list[str]:
         if account is not None and account.heads[-1] == row["ledger_head"]:
             if account.backwards != row["clock_set_back"]:
                 faults.append(f"{row['name']}: its clock was set back another number of times")
-            charges = account.jobs[job].charges if job in account.jobs else 0
+            charges = len(account.jobs[job].entries) if job in account.jobs else 0
             kept = len({receipt.seq for receipt in mine if receipt.account == row["account"]})
             if files.digests and row["undelivered"] + row["receipts_missing"] != max(0, charges - kept):
                 faults.append(f"{row['name']}: another number of its updates never arrived")
@@ -1047,12 +1110,22 @@ def _adversaries(report: Mapping[str, Any]) -> Check:
         headline["against"] == AGAINST
         and list(rows.values()) == [headline["epsilon"], INFINITY, models]
         and [line["epsilon"] for line in headline["person"][:3]] == list(rows.values())
-        and (models == UNKNOWN or (_near(models, alone, 1e-4) and models <= loose * (1 + _SAME)))
-        and (models == UNKNOWN or not any(client["undelivered"] for client in report["clients"]))
+        and (models == UNKNOWN or plan.banded is not None or _is_of_models(report, models, alone, loose))
         and _who_sees(report, models)
     )
+    if plan.banded is not None:
+        # Turns are public: whoever sees less gets no discount, also where the headline is the filter's figure.
+        sound = sound and models == headline["epsilon"]
+        words = "infinity against the server, and no discount for anybody: turns are public"
+        return _checked("adversaries", sound, words)
     words = f"infinity against the server, {alone:.4g} for somebody who sees the models alone, by PLD anew"
     return _checked("adversaries", sound, words)
+
+
+def _is_of_models(report: Mapping[str, Any], models: Any, alone: float, loose: float) -> bool:
+    """Whether the amplified figure is that of the coins, in a run where no round can have been drawn again."""
+    undelivered = any(client["undelivered"] for client in report["clients"])
+    return _near(models, alone, 1e-4) and models <= loose * (1 + _SAME) and not undelivered
 
 
 def _who_sees(report: Mapping[str, Any], models: float | str) -> bool:
@@ -1077,10 +1150,10 @@ def _is_alone(files: _Files, client: Mapping[str, Any], plan: Plan) -> bool:
     filter_, cost = grant_of(grant["body"]), rdp(Event.all_of_round(plan), grant["body"]["order"])
     receipts = [found.receipt for found in files.known() if found.receipt.account == client["account"]]
     for receipt in receipts:
-        fits = receipt.job == report["run"]["job"] and receipt.charges <= plan.joins
+        fits = receipt.job == report["run"]["job"] and receipt.charges <= plan.charges
         if not fits or not _near(receipt.spent, filter_.epsilon_of(receipt.charges * cost)):
             return False
-    whole = filter_.epsilon_of(plan.joins * cost)
+    whole = filter_.epsilon_of(plan.charges * cost)
     return bool(client["spent_epsilon"] <= whole * (1 + _SAME))
 
 
@@ -1097,7 +1170,7 @@ def _record_level(files: _Files) -> tuple[float, float]:
         raise ValueError("a figure is printed although a client's spend is unknown")
     if any(client["verdict"] not in ("verified", "ledger only") or client["receipts_missing"] for client in clients):
         raise ValueError("a figure is printed although a client's receipts are missing or contradict its ledger")
-    if any(client["charges"] > plan["joins"] for client in clients if client["runs"] == 1):
+    if any(client["charges"] > _plan(report).charges for client in clients if client["runs"] == 1):
         raise ValueError("a client was charged more often than the schedule allows")
     if any(client["spent_epsilon"] > client["granted_epsilon"] * (1 + 1e-9) for client in clients):
         raise ValueError("a client spent more than was granted")
@@ -1170,11 +1243,13 @@ _QUESTIONS: Final[tuple[Callable[[_Files], Iterator[Check]], ...]] = (
     _page,
     _clients,
     _commitments,
+    _drawings,
     _receipts,
     _ledgers,
     _spends,
     _prices,
     _headline,
+    _audited,
     _rows,
     _beyond,
 )

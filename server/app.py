@@ -41,6 +41,7 @@ from privacy.ledger import Receipt
 from privacy.metrics import Sums, pooled, widths
 from privacy.noise import Keystream, RandomSource
 from privacy.plan import Local, Plan, Unit, require
+from privacy.vault import Safe
 from privacy.wire import model_digest, read_float32, request_digest
 from server.aggregate import Aggregator, Arrays
 from server.checkpoint import State, load, save
@@ -106,6 +107,8 @@ class Job:
         device: Where evaluation runs.
         sources: Where the server's own coins and noise come from, where the plan protects clients: a fresh source for
             each use and round.
+        safe: Seals the state of banded noise, which is as secret as a key; needed where the job is no simulation.
+        simulated: Whether one machine plays every part, so that nothing on it is hidden from anybody anyway.
         on_round: Called with each finished round's line.
         stopping: Asked after each round; true ends the job there, to be resumed.
     """
@@ -130,6 +133,8 @@ class Job:
     folder: Path
     device: str = "cpu"
     sources: Callable[[str, int], RandomSource] = lambda use, round: Keystream()
+    safe: Safe | None = None
+    simulated: bool = False
     on_round: Callable[[Mapping[str, Any]], None] = lambda line: None
     stopping: Callable[[], bool] = lambda: False
 
@@ -233,14 +238,18 @@ def run(job: Job, grid: Grid) -> Ending:
         state = State(job=job.id, round=0, model=first)
         _require_newest(job, state, stored=False)
         save(state, path)
-    while state.round < job.plan.rounds or central.is_pending(state):
-        line = (central.one_round if protects_clients else one_round)(job, grid, state, model)
-        save(state, path)
-        job.on_round(line)
-        if not protects_clients and line["left"] < job.min_replies and state.round < job.plan.rounds:
-            return Ending.TOO_FEW
-        if job.stopping() and state.round < job.plan.rounds:
-            return Ending.INTERRUPTED
+    with central.noise_of(job, grid, state) as noise:
+        while state.round < job.plan.rounds or central.is_pending(state):
+            if protects_clients:
+                line = central.one_round(job, grid, state, model, noise)
+            else:
+                line = one_round(job, grid, state, model)
+            save(state, path)
+            job.on_round(line)
+            if not protects_clients and line["left"] < job.min_replies and state.round < job.plan.rounds:
+                return Ending.TOO_FEW
+            if job.stopping() and state.round < job.plan.rounds:
+                return Ending.INTERRUPTED
     return Ending.FINISHED
 
 
@@ -341,6 +350,8 @@ def ask(job: Job, state: State, number: int, cohort: Sequence[int]) -> Iterator[
     }
     if state.central is not None:
         common["clip"] = state.central.clip
+        if state.central.rows is not None:
+            common["drawing"] = state.central.rows.identity
     shared = ConfigRecord()
     for key, value in common.items():
         shared[key] = value

@@ -23,6 +23,23 @@ _MAGIC: Final = b"tacit/checkpoint/1\n"
 
 
 @dataclasses.dataclass
+class Rows:
+    """Which drawing of banded noise a job's rounds belong to, and how far it is; the noise itself lies elsewhere.
+
+    Attributes:
+        identity: Of the drawing, 32 hex digits.
+        dealt: All nodes, in the order in which they were dealt into classes; once for the whole job.
+        row: Rows released when this was written.
+        digest: SHA-256 of the noise state after them.
+    """
+
+    identity: str
+    dealt: list[int]
+    row: int
+    digest: str
+
+
+@dataclasses.dataclass
 class Central:
     """What the server remembers where a plan protects clients: its coins, and a round that is noised but not told yet.
 
@@ -33,6 +50,7 @@ class Central:
         counted: Per node, in how many rounds its coin counted.
         pending: The line and the receipts of a round whose noised model is in the state already, until they are
             written; None between rounds.
+        rows: Only with banded noise.
     """
 
     clip: float
@@ -40,6 +58,7 @@ class Central:
     cohort: list[int] = dataclasses.field(default_factory=list)
     counted: dict[int, int] = dataclasses.field(default_factory=dict)
     pending: dict[str, Any] | None = None
+    rows: Rows | None = None
 
 
 @dataclasses.dataclass
@@ -97,9 +116,11 @@ def save(state: State, path: Path) -> None:
         "sha256": hashlib.sha256(body).hexdigest(),
     }
     if state.central is not None:
-        header["central"] = dataclasses.asdict(state.central) | {
+        central = dataclasses.asdict(state.central) | {
             "counted": {str(node): count for node, count in state.central.counted.items()}
         }
+        # Without rows it is as it always was: a program that knows of none goes on with it.
+        header["central"] = {name: value for name, value in central.items() if name != "rows" or value is not None}
     write_whole(path, _MAGIC, canonical(header), b"\n", body)
 
 
@@ -145,8 +166,14 @@ def load(path: Path) -> State:
 
 
 def _central(fields: dict[str, Any]) -> Central:
-    memory = Central(**fields | {"counted": {int(node): count for node, count in fields["counted"].items()}})
+    rows = Rows(**fields["rows"]) if "rows" in fields else None
+    counted = {int(node): count for node, count in fields["counted"].items()}
+    memory = Central(**fields | {"counted": counted, "rows": rows})
     counts = [memory.round, *memory.cohort, *memory.counted.values()]
+    if rows is not None:
+        counts += [rows.row, *rows.dealt]
+        if type(rows.identity) is not str or type(rows.digest) is not str:
+            raise TypeError("rows of another type")
     if type(memory.clip) is not float or any(type(count) is not int for count in counts):
         raise TypeError("coins of another type")
     return memory

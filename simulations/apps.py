@@ -106,6 +106,7 @@ def job_of(world: World, session: Session) -> Job:
         device=settled.device,
         # A test source of the clients is one of the server too: every ledger then says so.
         sources=lambda use, round: world.sources(holder=f"server/{use}", job=settled.id, round=round),
+        simulated=True,
         on_round=session.on_round,
         stopping=session.stopping,
     )

@@ -33,6 +33,7 @@ from privacy.accounting import (
 from privacy.errors import LedgerError, RunError
 from privacy.identity import COUNTERSIGN, Identity, Secret, verify
 from privacy.ledger import Account, Receipt
+from privacy.matrix import Turns, matrix_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit
 from privacy.report import ClientSpend, Prices, RunFacts, Verdict, write
@@ -243,7 +244,7 @@ def _papers(world: World) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for line in world.book.content().split(b"\n"):
         # Charges are by far the most lines, and their receipts say what they say.
-        if line and b'"kind":"charge"' not in line:
+        if line and b'"kind":"charge"' not in line and b'"kind":"participation"' not in line:
             entry = json.loads(line)
             if entry["kind"] in ("grant", "commit"):
                 found[entry["account"], entry["body"].get("job", "")] = entry
@@ -302,8 +303,22 @@ def _as_committed(account: Account, job: str, plan: Plan) -> bool:
     priced = sum(other.charges * rdp(other.events, account.grant.order) for other in account.jobs.values())
     return (
         (state.plan, state.joins, state.events) == (plan.digest(), plan.joins, Event.all_of_round(plan))
-        and state.charges <= plan.joins
+        and state.charges <= plan.charges
+        # A matrix is only worth its price in the turns that it was computed for: nobody's word for them is taken.
+        and ((state.turns is not None) == (plan.banded is not None))
+        and (state.turns is None or _turns_of(plan) == dataclasses.replace(state.turns, digest="0" * 64))
         and math.isclose(account.spent_rdp, priced, rel_tol=1e-9)
+    )
+
+
+def _turns_of(plan: Plan) -> Turns:
+    """Returns the turns that a plan of banded noise pays for, without the name of their drawing."""
+    matrix = matrix_of(plan)
+    return Turns(
+        digest="0" * 64,
+        rounds=matrix.rounds,
+        separation=matrix.separation,
+        participations=matrix.participations,
     )
 
 
@@ -356,7 +371,8 @@ def _spend(
         runs=len(account.jobs),
         other_runs=len(account.jobs.keys() - {world.settled.id}),
         receipts_missing=missing,
-        undelivered=max(0, job.charges - len(received) - missing) if job is not None else 0,
+        # Every round that was paid for, the later ones of a matrix too.
+        undelivered=max(0, len(job.entries) - len(received) - missing) if job is not None else 0,
         test_noise=account.test,
         history=tuple((receipt.round, receipt.spent) for _, receipt in sorted(received.items())),
         public_key=world.book.secret.identity(account.identity).public_key,
@@ -420,6 +436,9 @@ def prices_of(world: World, persons: Sequence[int] = ()) -> Prices:
             + _metrics_words(plan)
             if plan.unit is Unit.RECORD
             else f"Gaussian, no sampling, sigma={plan.noise_multiplier:.4g}, {update.steps} rounds of one client"
+            if plan.banded is None
+            else f"one Gaussian release, no sampling, sigma={plan.noise_multiplier:.4g} times the sensitivity of the "
+            f"matrix over {plan.turns} rounds of one client"
         ),
         steps=update.steps,
         gate=gate,

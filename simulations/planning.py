@@ -36,7 +36,8 @@ from privacy.accounting import (
     zcdp_rho,
 )
 from privacy.errors import LedgerError, PlanError
-from privacy.ledger import INTENTS, Account, Book
+from privacy.ledger import GUARDS, Account, Book
+from privacy.matrix import matrix_of
 from privacy.plan import Adjacency, Plan, Unit
 from server.app import joins_of
 from simulations.scenario import Scenario
@@ -75,19 +76,20 @@ def plan(scenario: Scenario, *, ledgers: Path | None = None) -> dict[str, Any]:
     settled, order = calibrate(resolved)
     history = Event.all_of_schedule(settled)
     parameters = None if shape is None else _trainable(task, shape, resolved.seed)
-    turns = joins_of(resolved.rounds, resolved.clients, resolved.cohort)
+    # Where clients are protected the plan says how many turns one of them has: no cohort is asked for.
+    turns = settled.turns or joins_of(resolved.rounds, resolved.clients, resolved.cohort)
     facts: dict[str, Any] = {
         "schema": SCHEMA,
         "task": task.name,
         "record": task.record,
         "clients": resolved.clients,
-        "cohort": resolved.cohort,
+        "cohort": resolved.cohort or resolved.clients,
         "solved": "epsilon" if resolved.noise_multiplier else "noise",
         "plan": json.loads(settled.to_json()),
         "schedule": {
             "joins": turns,
-            "spare": resolved.retries,
-            "charges": settled.joins,
+            "spare": settled.joins - turns,
+            "charges": settled.charges,
             "steps": history[0].steps,
             "records_per_client": resolved.records_per_client,
         },
@@ -210,6 +212,8 @@ def signal(settled: Plan, scenario: Scenario, parameters: int | None) -> dict[st
     # A client's update is clipped whole; of a record's gradients each step of a round adds one.
     steps = 1 if settled.unit is Unit.CLIENT else settled.steps
     per_parameter = settled.noise_multiplier * settled.l2_clip / settled.expected_batch / math.sqrt(clients)
+    if settled.banded is not None:
+        return _signal_of_matrix(settled, parameters, per_parameter)
     norm = None if parameters is None else per_parameter * math.sqrt(parameters)
     return {
         "parameters": parameters,
@@ -225,6 +229,35 @@ def signal(settled: Plan, scenario: Scenario, parameters: int | None) -> dict[st
         if settled.unit is Unit.CLIENT
         else "plain SGD steps; every record's gradient at the bound and all pulling alike, so a real signal is "
         "smaller; noise independent between clients and steps; all of the cohort replies",
+    }
+
+
+def _signal_of_matrix(settled: Plan, parameters: int | None, unit: float) -> dict[str, Any]:
+    """Returns the noise of a round, and that of the sum of all rounds, which is the model and what a matrix is for.
+
+    Args:
+        settled: A plan of banded noise.
+        parameters: As in `signal`.
+        unit: Noise multiplier times clip over the divisor: what errors of a matrix are in units of.
+    """
+    matrix = matrix_of(settled)
+    fresh = dataclasses.replace(matrix, coefficients=(1.0,))
+    per_parameter = unit * matrix.sensitivity * matrix.growth
+    norm = None if parameters is None else per_parameter * math.sqrt(parameters)
+    return {
+        "parameters": parameters,
+        "averaged_over": 1.0,
+        "clip": settled.l2_clip,
+        "noise_per_parameter": per_parameter,
+        "noise_norm": norm,
+        "ratio_of_a_step": None if norm is None else settled.l2_clip / norm,
+        "ratio_of_a_round": None if norm is None else settled.l2_clip / norm,
+        "noise_of_the_sum": unit * matrix.error(),
+        "noise_of_the_sum_if_fresh": unit * fresh.error(),
+        "formula": "noise norm = sigma * C * sqrt(P) * sensitivity * norm of the inverse matrix' last row / B; signal "
+        "at most C",
+        "assumes": "every client's update at the clip and all pulling alike, so a real signal is smaller; the whole "
+        "class replies",
     }
 
 
@@ -255,7 +288,8 @@ def _over_epsilon(
 
 def _variant(scenario: Scenario, **changes: Any) -> Scenario:
     rounds = changes.get("rounds", scenario.rounds)
-    return dataclasses.replace(scenario, **changes, warmup_rounds=min(scenario.warmup_rounds, rounds))
+    fitting = {"warmup_rounds": min(scenario.warmup_rounds, rounds), "bands": min(scenario.bands, rounds)}
+    return dataclasses.replace(scenario, **fitting, **changes)
 
 
 def _row(scenario: Scenario, records: int | None, parameters: int | None) -> dict[str, float | int | None]:
@@ -304,7 +338,7 @@ def read_only(folder: Path) -> Iterator[tuple[Account, ...]]:
             with open(descriptor, "rb") as file:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 (copy / "ledger.jsonl").write_bytes(file.read())
-                for name in INTENTS:
+                for name in GUARDS:
                     if (home / name).is_file():
                         (copy / name).write_bytes((home / name).read_bytes())
             (copy / "ledger.key").symlink_to(key.resolve())
@@ -350,8 +384,9 @@ def left_in(folder: Path, settled: Plan, turns: int) -> list[dict[str, Any]]:
                     "delta": grant.delta,
                     "spent": spent,
                     "remaining": max(0.0, grant.epsilon - spent),
-                    "runs": 0 if account.test else rounds // settled.joins,
-                    "runs_without_retries": 0 if account.test else rounds // turns,
+                    # A matrix is charged once, for all its rounds.
+                    "runs": 0 if account.test else rounds // settled.charges,
+                    "runs_without_retries": 0 if account.test else rounds // min(turns, settled.charges),
                     "rounds": 0 if account.test else rounds,
                     "charges": account.charges,
                     "test": account.test,

@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 
 from privacy.errors import PlanError, RunError
 from privacy.files import write_whole
-from privacy.plan import Metric, Metrics, Mode, Optimizer, Unit, check_delta, require
+from privacy.plan import MOST_BANDS, Metric, Metrics, Mode, Optimizer, Unit, check_delta, require
 
 Value = str | int | float
 
@@ -274,6 +274,29 @@ class Scenario:
         CENTRAL,
         "most rounds one client may take part in, which the noise is solved for; 0 = so many that one client in a "
         "thousand is held back",
+        unit="rounds",
+        least=0,
+    )
+    noise: str = _key(
+        "independent",
+        CENTRAL,
+        "independent = fresh noise in every round, coins decide who takes part; banded = noise that largely cancels "
+        "over the rounds, classes of clients take turns in public",
+        choices=("independent", "banded"),
+    )
+    bands: int = _key(
+        0,
+        CENTRAL,
+        "rounds over which the noise cancels, at most separation; needs noise banded; 0 = as many as may be",
+        unit="rounds",
+        least=0,
+        most=MOST_BANDS,
+    )
+    separation: int = _key(
+        0,
+        CENTRAL,
+        "rounds from one turn of a client to its next, and number of classes; needs noise banded; 0 = bands, or 5 "
+        "where there are so many rounds and clients",
         unit="rounds",
         least=0,
     )
@@ -565,12 +588,25 @@ class Scenario:
                 self.client_turns <= self.rounds,
                 f"expected client-turns <= rounds, got {self.client_turns} > {self.rounds}; 0 fits it to the rounds",
             )
+        self._validate_bands()
         for name in ("clip-lr", "bit-noise"):
             value = getattr(self, BY_NAME[name].field)
             require(
                 self.clip_quantile > 0 or value == BY_NAME[name].default,
                 f"expected {name} only with a clip-quantile, got {name}={value:g} without; drop it or add one",
             )
+
+    def _validate_bands(self) -> None:
+        require(
+            self.separation <= self.clients,
+            f"expected separation <= clients, got {self.separation} > {self.clients}; a class needs a client",
+        )
+        most = min(self.separation or self.clients, self.rounds)
+        require(
+            self.bands <= most,
+            f"expected bands <= {'separation' if most == self.separation else 'rounds and clients'} = {most}, got "
+            f"{self.bands}; a client's turns may share no row: use fewer, or a larger separation",
+        )
 
     @property
     def asked_metrics(self) -> Metrics | None:
@@ -659,6 +695,16 @@ class Scenario:
         )
 
     def _resolved_central(self, per_client: int) -> Self:
+        if self.noise == "banded":
+            separation = self.separation or self.bands or min(5, self.rounds, self.clients)
+            return dataclasses.replace(
+                self,
+                records_per_client=per_client,
+                records_bound=self.records_bound or 10 * per_client,
+                separation=separation,
+                bands=self.bands or min(separation, self.rounds, MOST_BANDS),
+                server_lr=self.server_rate if self.strategy in ("fedavgm", "fedadam") else 0.0,
+            )
         # Imported here, because it needs NumPy and a page of help does not.
         from privacy.central import turns_of
 
@@ -704,6 +750,7 @@ class _Rule:
         return f"{self.name}={values[self.name]} with {self.on}={values[self.on]}"
 
 
+_CLIPS: Final = ("clip-quantile", "clip-lr", "bit-noise")
 _RULES: Final = (
     _Rule(
         name="alpha",
@@ -728,8 +775,22 @@ _RULES: Final = (
     _Rule(name="workers", on="engine", words=("local",), remedy="drop it: Ray starts its own workers"),
     *(
         _Rule(name=name, on="unit", words=("client",), remedy="drop it or add unit client")
-        for name in ("client-rate", "client-turns", "clip-quantile", "clip-lr", "bit-noise")
+        for name in ("client-rate", "client-turns", "noise", "bands", "separation", *_CLIPS)
     ),
+    *(
+        _Rule(name=name, on="noise", words=("banded",), remedy="drop it or add noise banded")
+        for name in ("bands", "separation")
+    ),
+    *(
+        _Rule(name=name, on="noise", words=("independent",), remedy="drop it: the separation says whose turn it is")
+        for name in ("client-rate", "client-turns")
+    ),
+    *(
+        _Rule(name=name, on="noise", words=("independent",), remedy="drop it: a matrix has one clip for all its rounds")
+        for name in _CLIPS
+    ),
+    _Rule(name="metrics", on="unit", words=("record",), remedy="drop it: a record's bound is none for a client"),
+    _Rule(name="retries", on="noise", words=("independent",), remedy="drop it: a row of a matrix is joined once"),
     _Rule(name="cohort", on="unit", words=("record",), remedy="drop it: coins at the client-rate draw a cohort"),
     _Rule(name="min-replies", on="unit", words=("record",), remedy="drop it: a thin round counts like any other"),
     _Rule(name="weights", on="unit", words=("record",), remedy="drop it: one client may weigh no more than another"),

@@ -36,7 +36,7 @@ from privacy.ledger import Account, Book
 from privacy.plan import Adjacency, Unit, require
 from server.app import CHECKPOINT, METRICS, Ending
 from server.checkpoint import load
-from simulations.evidence import composed_epsilon
+from simulations.evidence import composed_epsilon, render
 from simulations.planning import read_only
 from simulations.run import _alone, simulate
 from simulations.scenario import BY_NAME, CONFIG_FILE, DATA, FOLDERS, MACHINE, Scenario, nearest
@@ -477,6 +477,12 @@ def read(out: Path) -> dict[str, Any]:
         search = json.loads(path.read_text())
         if search["schema"] != SCHEMA or not search["candidates"]:
             raise ValueError("not a search of this version")
+        if search["public"] is not None:
+            base = Scenario.from_mapping(search["scenario"])
+            why = _why_public(base, _task(base.task), "said" if search["public"]["stated"] else "")
+            # A free search has no ledgers: one that has some was charged, whatever its file says now.
+            if _ledgers(base, out).exists() or (why != search["public"]["why"] and not search["public"]["stated"]):
+                raise ValueError("it says that it is free, and it is not")
         for candidate in search["candidates"]:
             event = Event.from_dict(candidate["event"])
             planned = calibrate(Scenario.from_mapping(candidate["scenario"]))[0]
@@ -527,7 +533,13 @@ def _go_on(search: dict[str, Any], out: Path, observer: Observer) -> dict[str, A
     _save(search, out)
     for candidate in search["candidates"]:
         if candidate["result"] is None:
-            summary = _run_one(candidate, _folder(out, candidate), None if free else ledgers, observer)
+            try:
+                summary = _run_one(candidate, _folder(out, candidate), None if free else ledgers, observer)
+            except TacitError:
+                # What was told before was paid for, and is said whatever stops the rest.
+                search["status"] = "stopped"
+                _settle_up(search, base, out, None if free else ledgers, source)
+                raise
             if summary["status"] == "interrupted":
                 search["status"] = "interrupted"
                 break
@@ -536,10 +548,30 @@ def _go_on(search: dict[str, Any], out: Path, observer: Observer) -> dict[str, A
         observer.candidate(search, candidate)
     else:
         search["status"] = "finished"
-    _conclude(search, base, out, None if free else ledgers, source)
+    _settle_up(search, base, out, None if free else ledgers, source)
+    return search
+
+
+def _settle_up(search: dict[str, Any], base: Scenario, out: Path, ledgers: Path | None, source: Source) -> None:
+    """Writes down what a search found and what it cost, finished or not."""
+    _conclude(search, base, out, ledgers, source)
     _save(search, out)
     write_whole(out / TEXT_FILE, words(search).encode())
-    return search
+    if ledgers is not None:
+        _tell_the_whole(search, out)
+
+
+def _tell_the_whole(search: Mapping[str, Any], out: Path) -> None:
+    """Writes each candidate's report anew, now that the ledgers hold the whole search (guarantee G5).
+
+    A report was written when its candidate ended, before the later ones were charged: the first candidate's would say
+    what one candidate costs, and if it wins, that is the report that goes with the model.
+    """
+    for candidate in search["candidates"]:
+        folder = _folder(out, candidate)
+        # A folder that somebody removed has no report that could say too little.
+        if candidate["result"] is not None and (folder / CONFIG_FILE).exists():
+            render(folder)
 
 
 def _open_ledgers(search: Mapping[str, Any], base: Scenario, task: Task, folder: Path) -> None:
@@ -675,9 +707,10 @@ def total(search: Mapping[str, Any], accounts: Sequence[Account]) -> dict[str, A
     for account in accounts:
         for job, number in jobs.items():
             if (state := account.jobs.get(job)) is not None:
-                alone = account.grant.epsilon_of(state.charges * rdp(state.events, account.grant.order))
-                charged[str(number)] = max(charged.get(str(number), 0.0), alone)
-    spent = max((account.spent for account in accounts), default=0.0)
+                alone = state.charges * rdp(state.events, account.grant.order)
+                at = _at(account.grant, search["delta"]).epsilon_of(alone)
+                charged[str(number)] = max(charged.get(str(number), 0.0), at)
+    spent = max((_spent(account, search["delta"]) for account in accounts), default=0.0)
     if unpaid := _unpaid(search, accounts):
         # An update that nobody paid for has a cost that nobody knows (guarantee G6).
         basis = f"the ledgers hold fewer charges than updates arrived of candidate {unpaid[0]}"
@@ -704,6 +737,21 @@ def total(search: Mapping[str, Any], accounts: Sequence[Account]) -> dict[str, A
         "spent": spent,
         "charged": charged,
     }
+
+
+def _at(grant: Grant, delta: float) -> Grant:
+    """Returns a holder's filter read at the search's delta, where the holder's own is larger.
+
+    At a larger delta the same divergence is a smaller epsilon, which must not be printed beside the smaller delta. At a
+    smaller one it is a larger epsilon, which holds at the larger delta too.
+    """
+    # Only read, never charged: a budget that no order could hold at that delta must not be in the way.
+    return dataclasses.replace(grant, epsilon=1e9, delta=min(grant.delta, delta))
+
+
+def _spent(account: Account, delta: float) -> float:
+    """Returns what an account has spent, as epsilon that holds at the search's delta."""
+    return _at(account.grant, delta).epsilon_of(account.spent_rdp)
 
 
 def _unpaid(search: Mapping[str, Any], accounts: Sequence[Account]) -> list[int]:

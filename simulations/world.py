@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -30,8 +31,9 @@ from privacy.accounting import Event, Grant, best_order, solve_noise
 from privacy.dpsgd import PrivateTrainer, check_model, choose_mode, probe, supported_modes
 from privacy.errors import BudgetExceeded, DataError, PlanError, RunError, TacitError
 from privacy.files import write_whole
-from privacy.ledger import INTENTS, Book, ChargeRequest, Receipt, Word
-from privacy.plan import Local, Mode, Optimizer, Plan, Unit
+from privacy.ledger import Book, ChargeRequest, Receipt, Word, may_hold_charges
+from privacy.matrix import Matrix, matrix_event
+from privacy.plan import Banded, Local, Mode, Optimizer, Plan, Unit
 from server.app import CHECKPOINT, joins_of
 from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
 from simulations.scenario import CONFIG_FILE, Scenario
@@ -389,9 +391,8 @@ def _unsettled(folder: Path) -> bool:
 
 
 def _charged(folder: Path) -> bool:
-    """Says whether a run folder's own ledgers hold a charge, or announce one; such ledgers are never removed."""
-    files = (folder / "ledgers" / name for name in ("ledger.jsonl", *INTENTS))
-    return any(path.is_file() and b'"kind":"charge"' in path.read_bytes() for path in files)
+    """Says whether a run folder's own ledgers hold a charge, or may have held one; such ledgers are never removed."""
+    return may_hold_charges(folder / "ledgers")
 
 
 def _is_draft(path: Path) -> bool:
@@ -573,6 +574,8 @@ def central_plan(scenario: Scenario) -> tuple[Plan, float]:
     Raises:
         PlanError: No noise is enough, or values contradict each other.
     """
+    if scenario.noise == "banded":
+        return _banded_plan(scenario)
     joins = scenario.client_turns + scenario.retries
     if scenario.noise_multiplier:
         noise = scenario.noise_multiplier
@@ -603,6 +606,52 @@ def central_plan(scenario: Scenario) -> tuple[Plan, float]:
         bit_noise=bit_noise if scenario.clip_quantile else 0.0,
     )
     return plan, order
+
+
+def _banded_plan(scenario: Scenario) -> tuple[Plan, float]:
+    """Solves the plan of banded noise: the whole matrix is one release without sampling, however many rounds it has.
+
+    Raises:
+        PlanError: No noise is enough, or the bands do not fit the rounds.
+    """
+    momentum = scenario.server_momentum if scenario.strategy == "fedavgm" else 0.0
+    law = Banded(
+        separation=scenario.separation,
+        coefficients=_coefficients(scenario.rounds, scenario.separation, scenario.bands, momentum),
+    )
+    if scenario.noise_multiplier:
+        noise = scenario.noise_multiplier
+        order, epsilon = best_order(matrix_event(noise), scenario.delta)
+        if not math.isfinite(epsilon):
+            raise PlanError(f"expected noise that protects at all, got noise-multiplier={noise:g}; 0.5 is little")
+    else:
+        epsilon = scenario.epsilon
+        noise, order = solve_noise(epsilon=epsilon, delta=scenario.delta, sample_rate=1.0, steps=1)
+    turns = law.turns_of(scenario.rounds)
+    plan = Plan(
+        unit=Unit.CLIENT,
+        sample_rate=scenario.sample_rate,
+        expected_batch=scenario.clients / law.separation,
+        l2_clip=scenario.l2_clip,
+        noise_multiplier=noise,
+        steps=scenario.steps_per_round,
+        rounds=scenario.rounds,
+        joins=turns,
+        epsilon=epsilon,
+        delta=scenario.delta,
+        records_bound=scenario.records_bound,
+        physical_batch=scenario.physical_batch,
+        turns=turns,
+        banded=law,
+    )
+    return plan, order
+
+
+# A sweep plans the same rounds several times, and the search takes a second where there are many.
+@functools.lru_cache(maxsize=64)
+def _coefficients(rounds: int, separation: int, bands: int, momentum: float) -> tuple[float, ...]:
+    """Returns the matrix whose noise disturbs the model least; whichever it is, the price is the same."""
+    return Matrix.optimal(rounds=rounds, separation=separation, bands=bands, momentum=momentum).coefficients
 
 
 def _settle_central(scenario: Scenario, task: Task, shape: Shape, device: str) -> Settled:

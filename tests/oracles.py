@@ -164,6 +164,20 @@ def _signed_bytes(entry: dict[str, Any], grant: dict[str, Any]) -> bytes:
     return b"tacit/receipt/1\n" + _text(fields)
 
 
+def remark(folder: Path) -> None:
+    """Writes the mark that fits a book's ledger as it is now, as a forger with write access would."""
+    data = (folder / "ledger.jsonl").read_bytes()
+    (folder / "ledger.mark").write_bytes(mark_of(data).ljust(4096, b"\0") * 2)
+    for intent in folder.glob("ledger.intent*"):
+        intent.unlink()
+
+
+def mark_of(data: bytes) -> bytes:
+    """Returns the slot of a mark that covers these bytes of a ledger."""
+    text = b"tacit/mark/1 %020d %s " % (len(data), hashlib.sha256(data).hexdigest().encode())
+    return text + hashlib.sha256(text).hexdigest().encode() + b"\n"
+
+
 def charge_until_refused(folder: Path, job: str, attempts: int) -> int:
     """Charges one account again and again through a book of its own; returns how often it was admitted."""
     with Book(folder) as book:

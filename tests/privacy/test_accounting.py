@@ -153,6 +153,43 @@ def test_the_bound_for_much_noise_lies_above_the_integral(q: float, sigma: float
     assert exact <= rdp(event(q, sigma, 1), order) <= 3 * exact + 2e-12 / (order - 1)
 
 
+# A holder may fix any order above 1 with --order, so each must have a price that holds.
+FAR_ORDERS = [(0.43757, 16.25, 154.04), (0.2561, 13.0, 188.25), (0.5, 17.4, 60.25), (0.5, 10.0, 44.5), (0.3, 5.0, 30.5)]
+
+
+@pytest.mark.parametrize(("q", "sigma", "order"), FAR_ORDERS)
+def test_g3_a_high_order_between_whole_ones_has_a_price_that_holds(q: float, sigma: float, order: float) -> None:
+    exact = sampled_gaussian_rdp(q, sigma, order)
+    assert exact <= rdp(event(q, sigma, 1), order) <= 1.01 * exact
+    grant = make_grant(epsilon=3.0, order=order)
+    assert not grant.affords(0.0, event(q, sigma, math.ceil(grant.budget_rdp / exact)))
+
+
+def test_planted_raw_series_at_a_high_order_is_cut_before_it_begins() -> None:
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    q, sigma, order = FAR_ORDERS[0]
+    raw = float(compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=order))
+    assert raw < 1e-6 * sampled_gaussian_rdp(q, sigma, order)
+
+
+def test_g3_an_order_of_astronomic_size_is_priced_at_once_and_from_above() -> None:
+    start = time.perf_counter()
+    for order in (1025.0, 1e6, 1e18, 1e300):
+        price = rdp(event(0.01, 2.0, 3), order)
+        assert price == pytest.approx(3 * order / 8)
+        assert price >= rdp(event(0.01, 2.0, 3), 1024.0)
+    assert time.perf_counter() - start < 1
+
+
+def test_an_epsilon_is_never_below_zero() -> None:
+    """At a large delta the conversion subtracts more than the releases cost; (0, delta) is what holds then."""
+    for delta in (0.5, 0.999, 1 - 1e-12):
+        assert gaussian_delta(math.sqrt(10) / 5, 0.0) < delta
+        assert best_order(event(1.0, 5.0, 10), delta)[1] == 0.0
+    assert best_order(event(1.0, 5.0, 10), 1e-300)[1] > 0
+
+
 def test_more_noise_fewer_steps_and_rarer_sampling_never_cost_more() -> None:
     for order in (1.5, 4.0, 20.0):
         prices = [rdp(event(0.1, sigma, 10), order) for sigma in (0.3, 0.7, 1, 3, 10, 29.9, 30.1, 100, 1e4, 1e7)]
@@ -256,6 +293,17 @@ def test_g3_an_infinite_or_unknown_price_is_never_affordable() -> None:
     assert not grant.affords(math.nan, event(0.5, 5.0, 1))
     assert not grant.affords(math.inf, event(0.5, 5.0, 1))
     assert not grant.affords(0.0, event(0.5, 5.0, 10**12))
+
+
+def test_g3_the_filter_forgives_rounding_and_nothing_more() -> None:
+    grant = make_grant(epsilon=3.0, order=8.0)
+
+    def costing(share: float) -> Event:
+        return event(1.0, math.sqrt(grant.order / (2 * grant.budget_rdp * share)), 1)
+
+    assert grant.affords(0.0, costing(1 + 1e-12))
+    assert not grant.affords(0.0, costing(1 + 1e-8))
+    assert not grant.affords(grant.budget_rdp, costing(1e-8))
 
 
 @pytest.mark.parametrize(
@@ -377,6 +425,9 @@ def test_attacker_power_at_the_ends() -> None:
     assert attacker_power([(1e-5, math.inf)], 0.1) == pytest.approx(1.0)
     assert attacker_power([(1e-5, 3.0)], 1.0) == 1.0
     assert attacker_power([(1e-5, 3.0)], 0.0) == pytest.approx(1e-5)
+    # What has no bound stops nobody, not even at no false alarm at all.
+    assert attacker_power([(1e-5, math.inf)], 0.0) == 1.0
+    assert attacker_power([(1e-5, 2000.0)], 1e-305) == 1.0
 
 
 def test_prv_is_not_asked_where_it_fails() -> None:

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from privacy import audit, dpsgd, ledger
+from privacy import audit, central, dpsgd, ledger
 from privacy.audit import Finding, Subject
 from privacy.errors import TacitError
 from privacy.noise import Keystream, RandomSource
-from privacy.plan import Mode, Plan
+from privacy.plan import Mode, Plan, Unit
 from tests.privacy import planted_dpsgd as planted
 
 Patch = Callable[[object, str, object], None]
@@ -277,6 +278,23 @@ def test_no_planted_bug_hides_another_audits_verdict(
     assert found >= MATRIX[bug]
 
 
+def test_g18_the_bounds_of_many_trainings_share_the_stated_significance(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: dict[str, set[float]] = {}
+    for name in ("clopper_pearson_mu", "clopper_pearson_epsilon"):
+        right = getattr(audit, name)
+
+        def noted(*cells: int, right: Any = right, name: str = name, **more: float) -> float:
+            used.setdefault(name, set()).add(more["significance"])
+            return right(*cells, **more)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(audit, name, noted)
+    finding = audit.many_runs(subject(), trainings=40, significance=0.04)
+    assert used.keys() == {"clopper_pearson_mu", "clopper_pearson_epsilon"}
+    assert sum(max(each) for each in used.values()) <= 0.04 + 1e-12
+    assert finding.figures["confidence"] == 0.96
+    assert finding.figures["epsilon_lower"] <= finding.figures["ceiling"]
+
+
 @pytest.mark.parametrize("mode", [Mode.HOOKS, Mode.FUNCTORCH])
 def test_the_canaries_run_in_every_mode(mode: Mode) -> None:
     one = subject(dataclasses.replace(PLAN, mode=mode))
@@ -359,13 +377,101 @@ def test_canary_clients_estimate_what_a_central_sum_costs() -> None:
         assert torch.linalg.vector_norm(updates, dim=1).allclose(torch.tensor(clip), rtol=1e-4)
         return updates.double().sum(0) + noise * clip * Keystream().gaussian(size)
 
-    found = audit.canary_clients(run, dimension=size, l2_clip=clip, delta=1e-5, canaries=100)
-    none = audit.canary_clients(lambda u: run(u, 0.01), dimension=size, l2_clip=clip, delta=1e-5, canaries=100)
-    assert "estimate" in found.line
+    where = {"dimension": size, "l2_clip": clip, "delta": 1e-5, "canaries": 100}
+    found = audit.canary_clients(run, **where, claim=30.0)  # type: ignore[arg-type]
+    none = audit.canary_clients(lambda u: run(u, 0.01), **where, claim=30.0)  # type: ignore[arg-type]
+    # Never a pass, whatever it says; and what speaks against the claim says so.
+    assert (found.word, none.word) == ("estimate", "estimate")
+    assert "it proves nothing" in found.line
+    assert "speaks against the claim" in none.line
+    assert (found.figures["above_claim"], none.figures["above_claim"]) == (False, True)
     assert found.figures["kind"] == "estimate"
     # The exact figure for separation 1/2 is 2.2 at this delta. 150 drawings gave 0.95 to 8.2; 40 without noise, where
     # only the canaries hide each other, gave 156 and more.
     assert 0.3 < found.figures["epsilon"] < 25 < 100 < none.figures["epsilon"]
+
+
+CLIENTS = Plan(
+    unit=Unit.CLIENT,
+    sample_rate=0.5,
+    expected_batch=500.0,
+    l2_clip=0.7,
+    noise_multiplier=2.0,
+    steps=1,
+    rounds=4,
+    joins=4,
+    epsilon=2.0,
+    delta=1e-5,
+    records_bound=1000,
+    client_rate=0.25,
+    turns=4,
+)
+SERVER: dict[str, Callable[[Subject], Finding]] = {
+    "server's clip": audit.server_clip_probe,
+    "server's noise": lambda one: audit.server_noise_probe(one, numbers=60_000),
+    "client canaries": lambda one: audit.one_run_clients(one, canaries=600),
+}
+
+
+def server_without_noise(patch: Patch) -> None:
+    right = central.aggregate
+    patch(central, "aggregate", lambda sent, size, plan, clip, source: right(sent, size, plan, clip, Silent(source)))
+
+
+def server_with_half_the_noise(patch: Patch) -> None:
+    patch(central, "update_noise", lambda plan: plan.noise_multiplier / 2)
+
+
+def server_that_uses_its_noise_again(patch: Patch) -> None:
+    right, kept = central.aggregate, Keystream().gaussian(5000)
+
+    class Again(Through):
+        def gaussian(self, n: int) -> Tensor:
+            return kept[:n]
+
+    patch(central, "aggregate", lambda sent, size, plan, clip, source: right(sent, size, plan, clip, Again(source)))
+
+
+def server_that_does_not_clip(patch: Patch) -> None:
+    patch(central, "clip_update", lambda update, clip: (np.asarray(update, dtype=np.float64), True))
+
+
+def server_that_divides_by_who_came(patch: Patch) -> None:
+    right = central.aggregate
+
+    def aggregate(sent: Any, size: int, plan: Plan, clip: float, source: RandomSource) -> central.Aggregate:
+        found = right(sent, size, plan, clip, source)
+        return dataclasses.replace(found, mean=found.mean * np.float32(plan.expected_batch / max(1, len(sent))))
+
+    patch(central, "aggregate", aggregate)
+
+
+SERVER_MATRIX: dict[Callable[[Patch], None], set[str]] = {
+    server_without_noise: {"server's noise", "client canaries"},
+    server_with_half_the_noise: {"server's noise"},
+    server_that_uses_its_noise_again: {"server's noise", "client canaries"},
+    server_that_does_not_clip: {"server's clip", "client canaries"},
+    server_that_divides_by_who_came: {"server's clip"},
+}
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.5])
+def test_g16_a_sound_server_passes_every_audit_of_its_sum(quantile: float) -> None:
+    more = {"quantile": quantile, "clip_lr": 0.2, "bit_noise": 5.0} if quantile else {}
+    one = subject(dataclasses.replace(CLIENTS, **more))
+    found = [run(one) for run in SERVER.values()]
+    assert [finding.audit for finding in found] == list(SERVER)
+    assert [finding.line for finding in found if not finding.holds] == []
+    figures = found[-1].figures
+    assert figures["epsilon_lower"] <= figures["epsilon_upper"] <= 2.0 < figures["ceiling"]
+
+
+@pytest.mark.parametrize("bug", SERVER_MATRIX, ids=lambda bug: bug.__name__)
+def test_g16_each_planted_bug_of_a_server_is_contradicted(
+    bug: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bug(monkeypatch.setattr)
+    assert {name for name, run in SERVER.items() if not run(subject(CLIENTS)).holds} >= SERVER_MATRIX[bug]
 
 
 def test_membership_inference_finds_members_of_a_model_without_noise_and_few_of_a_private_one() -> None:
@@ -420,6 +526,26 @@ def test_g18_a_finding_that_stays_is_left_out_whatever_it_says_and_so_are_unknow
     assert told["holds"] is False
     # The default of a finding is to stay: a new audit has to say that it may be told.
     assert [field.default for field in dataclasses.fields(Finding) if field.name == "stays"] == [True]
+
+
+def test_g6_no_evidence_holds_where_an_audit_that_stays_failed() -> None:
+    bound = Finding(audit="gradient canaries", holds=True, line="", figures={"correct": 1}, stays=False)
+    probe = Finding(audit="noise", holds=False, line="half the noise", figures={"deviation": 0.5})
+    told = evidence([probe, bound])
+    # That something failed is told; what it was stays.
+    assert told["holds"] is False
+    assert [row["audit"] for row in told["bounds"]] == ["gradient canaries"]
+    assert not any(secret in json.dumps(told) for secret in ("noise", "half", "deviation"))
+    assert evidence([bound])["holds"] is True
+
+
+def test_g18_an_estimate_is_no_evidence_even_where_it_may_be_told() -> None:
+    estimate = Finding(
+        audit="canary clients", holds=True, estimate=True, line="", figures={"epsilon": 1.0}, stays=False
+    )
+    assert estimate.word == "estimate"
+    assert evidence([estimate])["bounds"] == []
+    assert dataclasses.replace(estimate, holds=False).word == "FAILS"
 
 
 def test_g6_a_figure_that_is_not_finite_is_not_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mpmath
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import stats
 
 from privacy.accounting import Event, pld_epsilon
 from privacy.bounds import (
+    GRID,
     ceiling,
     clopper_pearson_epsilon,
     clopper_pearson_mu,
@@ -85,6 +87,38 @@ def test_without_delta_the_two_one_run_bounds_are_close_and_delta_costs_both() -
     assert one_run_epsilon_fdp(1000, 200, 170, delta=1e-3, significance=0.05) < curve
 
 
+def refuted_as_printed(epsilon: float, delta: float, m: int, r: int, v: int, significance: float) -> bool:
+    """Algorithm 3 of Mahloujifar, Melis & Chaudhuri (2024) for two hypotheses, array by array and to the end."""
+    odds = math.exp(epsilon)
+    wrong, right = [0.0] * (r + 1), [0.0] * (r + 1)
+    right[v], wrong[v] = significance * v / m, significance * (r - v) / m
+    for i in range(v - 1, -1, -1):
+        blown = [0.0, (right[i + 1] - delta) / odds, 1 - delta - odds * (1 - right[i + 1])]
+        wrong[i] = max(wrong[i + 1], *blown)
+        right[i] = min(1.0, right[i + 1] + i / (r - i) * (wrong[i] - wrong[i + 1]))
+    return right[0] + wrong[0] > r / m
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 60), st.data(), st.sampled_from([0.0, 1e-5, 1e-2]), st.sampled_from([0.01, 0.05, 0.3]))
+def test_the_f_dp_bound_is_the_printed_algorithm(guesses: int, data: st.DataObject, delta: float, alpha: float) -> None:
+    correct = data.draw(st.integers(guesses // 2, guesses))
+    found = one_run_epsilon_fdp(60, guesses, correct, delta=delta, significance=alpha)
+    assert found == 0 or refuted_as_printed(found, delta, 60, guesses, correct, alpha)
+    assert not refuted_as_printed(found + 1e-5, delta, 60, guesses, correct, alpha)
+
+
+def test_g18_every_attack_every_share_and_every_bound_is_paid_for() -> None:
+    coins, scores = np.arange(100) % 2 == 0, np.random.default_rng(1).random(100)
+    for attacks, gaussian, tried in ((1, False, 6), (2, False, 12), (2, True, 18), (5, True, 45)):
+        names = {str(number): scores for number in range(attacks)}
+        assert one_run_bound(names, coins, delta=1e-5, gaussian=gaussian).tried == tried
+    # What is printed is what was divided by: the same guesses prove less beside other attempts.
+    right = {"right": coins.astype(float)}
+    alone, beside = (one_run_bound(names, coins, delta=0.0) for names in (right, right | {"other": scores}))
+    assert beside.epsilon < alone.epsilon
+
+
 @pytest.mark.parametrize("mu", [0.3, 1.0, 2.5])
 def test_gaussian_epsilon_is_exact_and_agrees_with_the_accountant(mu: float) -> None:
     epsilon = gaussian_epsilon(mu, 1e-5)
@@ -121,6 +155,19 @@ def test_two_runs_use_the_mirror_image_and_say_nothing_of_a_coin() -> None:
     assert left > 2
     assert clopper_pearson_epsilon(50, 100, 50, 100, delta=0.0, significance=0.05) == 0
     assert clopper_pearson_epsilon(0, 1, 1, 1, delta=0.0, significance=0.05) == 0
+
+
+def test_g18_two_runs_grant_delta_in_both_directions() -> None:
+    # (0, 0.2)-DP exactly: a fifth of the members, or of the others, gives itself away, and the rest looks alike.
+    for counts in ((200, 1000, 0, 1000), (1000, 1000, 800, 1000)):
+        assert clopper_pearson_epsilon(*counts, delta=0.2, significance=0.05) == 0
+        assert clopper_pearson_epsilon(*counts, delta=0.0, significance=0.05) > 2
+    # Limits by inversion of the tails themselves.
+    hit, alarm = stats.beta.ppf(0.025, 90, 11), stats.beta.ppf(0.975, 11, 90)
+    assert stats.binom.sf(89, 100, hit) == pytest.approx(0.025)
+    assert stats.binom.cdf(10, 100, alarm) == pytest.approx(0.025)
+    found = clopper_pearson_epsilon(90, 100, 10, 100, delta=0.01, significance=0.05)
+    assert found == pytest.approx(math.log((hit - 0.01) / alarm))
 
 
 def test_two_runs_of_a_claimed_gaussian_are_nearly_tight() -> None:
@@ -178,6 +225,64 @@ def test_a_gaussian_is_audited_from_below_and_the_f_dp_bound_is_the_tighter() ->
     # A claim of half the noise is contradicted by the Gaussian's own bound where the general one says nothing.
     louder = coins + 0.5 * rng.standard_normal(1000)
     assert one_run_bound({"scores": louder}, coins, delta=1e-5, gaussian=True).gaussian > truth
+
+
+@pytest.mark.parametrize("delta", [1e-5, 1e-3])
+def test_g18_no_bound_is_above_the_ceiling_that_is_printed_beside_it(delta: float) -> None:
+    coins = np.arange(300) % 2 == 0
+    for gaussian in (False, True):
+        bound = one_run_bound({"all right": coins.astype(float)}, coins, delta=delta, gaussian=gaussian)
+        assert bound.correct == bound.guesses
+        assert max(bound.epsilon, bound.gaussian) <= bound.ceiling
+        # Planted: the ceiling of one bound beside the figure of another.
+        binomial = max(
+            ceiling(300, r, delta=delta, significance=0.05 / bound.tried) for r in (round(300 * g) for g in GRID)
+        )
+        assert max(bound.epsilon, bound.gaussian) > binomial
+
+
+def revealing(m: int, delta: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Exactly (0, delta)-DP for each record: in a few runs many coins are told at once, else nothing is."""
+    coins, scores = rng.random(m) < 0.5, rng.random(m) - 0.5
+    if rng.random() < 4 * delta:
+        told = rng.choice(m, m // 4, replace=False)
+        scores[told] = np.where(coins[told], 1.0, -1.0)
+    return coins, scores
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("bound", [one_run_epsilon, one_run_epsilon_fdp])
+def test_g18_delta_is_paid_for_where_it_falls_on_many_records_at_once(bound: Callable[..., float]) -> None:
+    # 400 audits at 5 %: more than 42 false alarms has p < 1e-5.
+    rng = np.random.default_rng(17)
+    drawn = [revealing(40, 0.03, rng) for _ in range(400)]
+    right = [count_correct(scores, coins, 10) for coins, scores in drawn]
+    assert sum(bound(40, 10, v, delta=0.03, significance=0.05) > 0 for v in right) <= 42
+    # Planted: the same guesses with delta left out are wrong three times as often as is said.
+    assert sum(bound(40, 10, v, delta=0.0, significance=0.05) > 0 for v in right) > 42
+
+
+@pytest.mark.statistical
+def test_g18_all_that_one_run_says_of_a_gaussian_is_wrong_as_rarely_as_stated() -> None:
+    # Two attacks, three shares and three bounds: 150 audits at 10 % in all; more than 33 has p < 1e-5.
+    rng, truth, alarms = np.random.default_rng(23), gaussian_epsilon(0.6, 1e-2), 0
+    for _ in range(150):
+        coins = rng.random(100) < 0.5
+        scores = {"sum": 0.6 * coins + rng.standard_normal(100), "nothing": rng.random(100)}
+        found = one_run_bound(scores, coins, delta=1e-2, significance=0.1, gaussian=True)
+        alarms += max(found.epsilon, found.gaussian) > truth
+    assert alarms <= 33
+
+
+@pytest.mark.statistical
+def test_g18_confidence_limits_of_two_groups_are_wrong_as_rarely_as_stated() -> None:
+    # At 20 %, so that half the significance on each side shows: 4,000 audits of a Gaussian at its best threshold.
+    rng, mu, alarms = np.random.default_rng(29), 1.0, 0
+    truth = stats.norm.cdf(mu / 2)
+    for hit, alarm in zip(rng.binomial(200, truth, 4000), rng.binomial(200, 1 - truth, 4000), strict=True):
+        alarms += clopper_pearson_mu(int(hit), 200, int(alarm), 200, significance=0.2) > mu
+    # Both sides together are wrong far less often than 20 %, at their full significance each more often than that.
+    assert 20 < alarms < 300
 
 
 def test_mu_is_monotone_in_the_right_guesses() -> None:

@@ -402,3 +402,28 @@ def test_g16_the_ledger_admits_the_plans_joins_and_no_more(tmp_path):
     assert Receipt.from_json(outcomes[0].to_json()).event.unit is Unit.CLIENT
     with pytest.raises(LedgerError):
         Receipt.from_json(outcomes[0].to_json().replace('"unit":"client"', '"unit":"record"'))
+
+
+class _Ones:
+    """Every number is 1, and each request for some is remembered: shows by what noise is scaled."""
+
+    name = "ones"
+
+    def __init__(self):
+        self.asked = []
+
+    def gaussian(self, n):
+        self.asked.append(n)
+        return torch.ones(n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("replies", [0, 3])
+def test_g16_the_bits_get_the_noise_that_the_plan_prices_them_at_from_words_of_their_own(replies):
+    source, step = _Ones(), np.full(7, 1e-3)
+    released = aggregate(contributions(*[step] * replies, bit=1.0), 7, FOLLOWING, 0.7, source)
+    share = 0.5 + (replies / 2 + FOLLOWING.bit_noise) / FOLLOWING.expected_batch
+    assert released.clip == pytest.approx(0.7 * math.exp(-FOLLOWING.clip_lr * (share - 0.5)), rel=1e-12)
+    # One bit moves their sum by 1/2: its multiplier and that of the update make up exactly the plan's.
+    scale = (released.mean[0] * FOLLOWING.expected_batch - replies * 1e-3) / 0.7
+    assert scale**-2 + (FOLLOWING.bit_noise / 0.5) ** -2 == pytest.approx(FOLLOWING.noise_multiplier**-2, rel=1e-5)
+    assert source.asked == [7, 1]

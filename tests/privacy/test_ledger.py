@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from privacy.accounting import Event, pld_epsilon, rdp
 from privacy.errors import LedgerError, PlanError, TacitError
 from privacy.identity import Identity
-from privacy.ledger import INTENTS, Book, ChargeRequest, Receipt, Word, _Intent
+from privacy.ledger import Account, Book, ChargeRequest, Receipt, Word, events_of, receipt_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Metric, Metrics, canonical
 from privacy.wire import request_digest
@@ -38,8 +39,10 @@ from tests.oracles import (
     make_grant,
     make_plan,
     make_request,
+    mark_of,
     open_book,
     rechain,
+    remark,
 )
 
 
@@ -74,7 +77,7 @@ def is_refused(folder: Path, cls: type[Book] = Book) -> bool:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A book with one account and three charges; the last charge is the whole of its intent."""
+    """A book with one account and three charges."""
     with open_book(tmp_path / "book") as book:
         for number in (1, 2, 3):
             charged(book, make_request(number))
@@ -216,7 +219,7 @@ def test_g7_only_a_signed_statement_that_no_person_is_in_both_starts_another_led
 
     key = tmp_path / "book/ledger.key"
     for forged in (rechain(lines, unsaid, key), rechain(lines, unsaid)):
-        with copied(tmp_path / "book", forged, intent=False) as copy:
+        with copied(tmp_path / "book", forged, marked=False) as copy:
             assert is_refused(copy)
 
 
@@ -433,7 +436,7 @@ def test_files_of_a_book_are_private(folder: Path) -> None:
     for path in folder.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert {path.name for path in folder.iterdir()} == {"ledger.jsonl", "ledger.key", *INTENTS}
+    assert {path.name for path in folder.iterdir()} == {"ledger.jsonl", "ledger.key", "ledger.mark"}
 
 
 # -- G8: on disk before anything else ------------------------------------------------------------------------------
@@ -485,21 +488,22 @@ def test_g8_a_charge_is_on_disk_before_it_returns_with_one_sync_per_cohort(tmp_p
                 receipts = book.charge([make_request(number, name=name) for name in names])
                 assert all(isinstance(receipt, Receipt) for receipt in receipts)
                 log.append("return")
-    append = ["write ledger.jsonl", "sync ledger.jsonl", "return"]
-    assert log == [
-        # An intent that is missing is made under another name; one that is large enough is overwritten.
-        *("sync ledger.new", "rename ledger.new ledger.intent-2", f"sync {tmp_path.name}", *append),
-        *("overwrite ledger.intent", "sync ledger.intent", *append),
-        *("overwrite ledger.intent-2", "sync ledger.intent-2", *append),
-    ]
+    assert log == ["write ledger.jsonl", "sync ledger.jsonl", "overwrite ledger.mark", "return"] * 3
+
+
+class Hasty(Book):
+    """The planted bug: nothing is synced."""
+
+    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        lines = b"".join(canonical(entry) + b"\n" for entry in entries)
+        os.write(self._file, lines)
+        for entry in entries:
+            self._add(self._accounts.get(entry["account"]), entry)
+        self._size += len(lines)
+        self._running.update(lines)
 
 
 def test_g8_planted_charge_without_a_sync_is_seen(tmp_path: Path) -> None:
-    class Hasty(Book):
-        def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
-            os.write(self._file, b"".join(canonical(entry) + b"\n" for entry in entries))
-            self._catch_up()
-
     with open_book(tmp_path, cls=Hasty) as book, pytest.MonkeyPatch.context() as patch:
         log = watched(patch)
         charged(book, make_request(1))
@@ -517,27 +521,19 @@ class Crash(BaseException):
     """The process dies here."""
 
 
-@pytest.mark.parametrize("half", [0, 1, 300, None])
-@pytest.mark.parametrize("second", [True, False])
-@pytest.mark.parametrize(
-    "where", ["fsync 1", "replace 1", "fsync 2", "pwrite 1", "fdatasync 1", "write 1", "fdatasync 2", "return"]
-)
-def test_g8_a_crash_at_any_step_never_loses_a_charge(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, second: bool, half: int | None
-) -> None:
-    """With both intents, one is overwritten in place; with one, the other is made and renamed."""
-    if not second:
-        (folder / INTENTS[0]).unlink()
-    before = reopened(folder)
-    book, calls = Book(folder), dict.fromkeys(("fsync", "fdatasync", "replace", "write", "pwrite"), 0)
-    real = {name: getattr(os, name) for name in calls}
-    died = []
+CALLS = ("fsync", "fdatasync", "replace", "write", "pwrite", "unlink", "ftruncate")
 
-    def dying(name: str) -> Callable[..., Any]:
+
+@contextlib.contextmanager
+def dying(at: int, half: int | None = None) -> Iterator[list[str]]:
+    """Lets the process die at one call that changes the disk, a write perhaps halfway; tells which calls were made."""
+    made: list[str] = []
+    real = {name: getattr(os, name) for name in CALLS}
+
+    def watch(name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            calls[name] += 1
-            if where == f"{name} {calls[name]}":
-                died.append(where)
+            made.append(name)
+            if len(made) == at:
                 if name in ("write", "pwrite") and half is not None:
                     real[name](arguments[0], arguments[1][:half], *arguments[2:])
                 raise Crash
@@ -545,88 +541,368 @@ def test_g8_a_crash_at_any_step_never_loses_a_charge(
 
         return call
 
-    with monkeypatch.context() as patch:
-        for name in calls:
-            patch.setattr(f"privacy.ledger.os.{name}", dying(name))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, watch(name))
         with contextlib.suppress(Crash):
-            book.charge([make_request(4)])
-    book.close()
-    in_place, made = ["pwrite 1", "fdatasync 1", "write 1", "fdatasync 2"], ["fsync 1", "replace 1", "fsync 2"]
-    reached = in_place if second else [*made, "write 1", "fdatasync 1"]
-    assert died == [where] * (where in reached)
+            yield made
+
+
+@pytest.mark.parametrize("half", [0, 1, 300, 10**6, None])
+@pytest.mark.parametrize("job", ["ab" * 16, "cd" * 16])
+@pytest.mark.parametrize(("at", "name"), [(1, "write"), (2, "fdatasync"), (3, "pwrite"), (4, "return")])
+def test_g8_a_crash_at_any_step_never_loses_a_charge(
+    folder: Path, at: int, name: str, job: str, half: int | None
+) -> None:
+    before, data = reopened(folder), (folder / "ledger.jsonl").read_bytes()
+    told = False
+    with Book(folder) as book, dying(at, half) as made:
+        book.charge([make_request(4, job=job)])
+        told = True
+    assert (made[-1], told) == (("pwrite", True) if name == "return" else (name, False))
     after = reopened(folder)
-    assert after["charges"] in (before["charges"], before["charges"] + 1)
-    # Once its intent is whole, the charge stands, though nobody was told.
-    if not died or where in ("write 1", "fdatasync 1", "fdatasync 2", "fsync 2"):
-        assert after["charges"] == before["charges"] + 1
+    whole = name != "write" or half == 10**6
+    assert after["charges"] == before["charges"] + whole
+    assert (folder / "ledger.jsonl").read_bytes().startswith(data)
+    assert whole or (folder / "ledger.jsonl").read_bytes() == data
     with Book(folder) as again:
-        charged(again, make_request(5))
+        charged(again, make_request(5, job=job))
+
+
+@pytest.mark.parametrize("half", [0, 1, 100, None])
+def test_g8_a_crash_at_any_step_of_making_a_book_leaves_one_that_opens(tmp_path: Path, half: int | None) -> None:
+    for at in itertools.count(1):
+        folder = tmp_path / f"book-{at}"
+        with dying(at, half) as made:
+            with open_book(folder) as book:
+                charged(book, make_request(1))
+        with open_book(folder) as book:
+            assert book.accounts[ACCOUNT].charges >= (len(made) < at)
+            charged(book, make_request(2))
+        if len(made) < at:
+            break
+    assert at > 10
+
+
+def test_g8_a_crash_at_any_step_of_settling_a_crash_loses_nothing(folder: Path) -> None:
+    """A line beyond the mark that is whole, and one that is torn: the one counts, the other is dropped."""
+    data, (older, _) = (folder / "ledger.jsonl").read_bytes(), covered(folder)
+    (folder / "ledger.mark").write_bytes(mark_of(data[:older]).ljust(4096, b"\0") * 2)
+    (folder / "ledger.jsonl").write_bytes(data + b'{"account":')
+    calls = set()
+    for at in itertools.count(1):
+        with tempfile.TemporaryDirectory() as name:
+            copy = Path(name) / "book"
+            shutil.copytree(folder, copy)
+            with dying(at, 50) as made:
+                Book(copy).close()
+            calls |= set(made)
+            assert reopened(copy)["charges"] == 3
+            assert (copy / "ledger.jsonl").read_bytes() == data
+        if len(made) < at:
+            break
+    assert calls == {"ftruncate", "fsync", "pwrite"}
+
+
+# -- power cuts ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Disk:
+    """What a power cut may leave of a book: what is synced for sure, and of the rest anything."""
+
+    ledger: bytes
+    tail: bytes
+    slots: tuple[tuple[bytes, ...], ...]
+    told: int
+
+    def ledgers(self) -> Iterator[bytes]:
+        """The unsynced end is lost in part: cut at any place, or with sectors that read as NUL bytes."""
+        first = self.tail.find(b"\n") + 1
+        for size in {0, 1, first, first + 1, len(self.tail) // 2, max(0, len(self.tail) - 1), len(self.tail)}:
+            yield self.ledger + self.tail[:size]
+        start, end = len(self.ledger), len(self.ledger) + len(self.tail)
+        edges = [start, *range(start + 512 - start % 512, end, 512), end]
+        sectors = list(itertools.pairwise(edges))
+        for lost in [sectors, sectors[:-1], *([sector] for sector in sectors)] if self.tail else []:
+            data = bytearray(self.ledger + self.tail)
+            for low, high in lost:
+                data[low:high] = bytes(high - low)
+            yield bytes(data)
+
+    def marks(self) -> Iterator[bytes]:
+        """Each slot is as some write left it; the last write of one of them may be torn."""
+        for pair in itertools.product(*self.slots):
+            yield b"".join(slot.ljust(4096, b"\0") for slot in pair)
+        for torn, versions in enumerate(self.slots):
+            if len(versions) > 1:
+                new, old = versions[-1], versions[-2]
+                for other in self.slots[1 - torn]:
+                    pair = [other, other]
+                    pair[torn] = new[:90] + old[90:]
+                    yield b"".join(slot.ljust(4096, b"\0") for slot in pair)
+
+
+def power_cuts(folder: Path, writer: type[Book] = Book, reader: type[Book] = Book) -> list[str]:
+    """Charges a book, cuts the power after every write and sync, and tells what was lost or locked in any such state.
+
+    The mark is never synced here: of all that was written to it since it was made, anything may be on disk.
+    """
+    Book(folder).close()
+    data = (folder / "ledger.jsonl").read_bytes()
+    mark = (folder / "ledger.mark").read_bytes()
+    now = Disk(data, b"", ((mark[:4096],), (mark[4096:],)), reopened(folder)["charges"])
+    disks = [now]
+    real = {name: getattr(os, name) for name in ("write", "fdatasync", "pwrite")}
+
+    def then(**changes: Any) -> None:
+        disks.append(dataclasses.replace(disks[-1], **changes))
+
+    def write(file: int, data: bytes) -> int:
+        then(tail=disks[-1].tail + data)
+        return int(real["write"](file, data))
+
+    def sync(file: int) -> None:
+        assert os.readlink(f"/proc/self/fd/{file}").endswith("ledger.jsonl")
+        then(ledger=disks[-1].ledger + disks[-1].tail, tail=b"")
+        real["fdatasync"](file)
+
+    def place(file: int, data: bytes, position: int) -> int:
+        slots = list(disks[-1].slots)
+        slots[position // 4096] += (data,)
+        then(slots=tuple(slots))
+        return int(real["pwrite"](file, data, position))
+
+    with writer(folder) as book, pytest.MonkeyPatch.context() as patch:
+        for name, call in (("write", write), ("fdatasync", sync), ("pwrite", place)):
+            patch.setattr(os, name, call)
+        for number, job in ((4, "ab" * 16), (5, "cd" * 16), (6, "cd" * 16)):
+            charged(book, make_request(number, job=job))
+            then(told=disks[-1].told + 1)
+    found = []
+    states = {(ledger, mark): disk for disk in disks for ledger in disk.ledgers() for mark in disk.marks()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(os, "fdatasync", lambda _: None)
+        for (ledger, mark), disk in states.items():
+            (folder / "ledger.jsonl").write_bytes(ledger)
+            (folder / "ledger.mark").write_bytes(mark)
+            try:
+                with reader(folder) as book:
+                    if book.accounts[ACCOUNT].charges < disk.told:
+                        found.append("lost")
+                    book.charge([make_request(7)])
+                if reopened(folder)["charges"] <= disk.told:
+                    found.append("lost")
+            except LedgerError:
+                found.append("locked")
+    assert len(states) > 30
+    return found
+
+
+def test_g8_a_power_cut_at_any_moment_loses_no_charge_and_locks_no_ledger(folder: Path) -> None:
+    assert power_cuts(folder) == []
+
+
+def test_g8_planted_mark_before_the_sync_locks_a_sound_ledger(folder: Path) -> None:
+    class Early(Book):
+        def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+            lines = b"".join(canonical(entry) + b"\n" for entry in entries)
+            running = self._running.copy()
+            running.update(lines)
+            self._mark.write(self._size + len(lines), running.hexdigest())
+            os.write(self._file, lines)
+            os.fdatasync(self._file)
+            for entry in entries:
+                self._add(self._accounts[entry["account"]], entry)
+            self._size, self._running = self._size + len(lines), running
+
+    assert set(power_cuts(folder, writer=Early)) == {"locked"}
+
+
+def test_g8_planted_missing_sync_loses_charges_in_a_power_cut(folder: Path) -> None:
+    assert "lost" in power_cuts(folder, writer=Hasty)
+
+
+def test_g8_planted_recovery_that_cuts_back_to_the_mark_loses_charges(folder: Path) -> None:
+    class Forgetful(Book):
+        def _recover(self) -> None:
+            self._mark.find()
+            os.ftruncate(self._file, max(self._mark.end, self._size))
+            super()._recover()
+
+    assert set(power_cuts(folder, reader=Forgetful)) == {"lost"}
+
+
+def test_g8_planted_recovery_that_keeps_a_torn_line_locks_the_ledger(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keeping(Book):
+        def _recover(self) -> None:
+            """Believes whatever is there."""
+            self._mark.find()
+            self._count(self._read(os.fstat(self._file).st_size - self._size, self._size))
+
+    assert set(power_cuts(folder, reader=Keeping)) == {"locked"}
 
 
 # -- torn, cut and edited files ------------------------------------------------------------------------------------
 
 
+def covered(folder: Path) -> tuple[int, int]:
+    """Returns where the two slots of a book's mark end, the older first."""
+    data = (folder / "ledger.mark").read_bytes()
+    assert len(data) == 8192
+    older, newer = sorted(int(data[at:].split()[1]) for at in (0, 4096))
+    return older, newer
+
+
 def last_batch(folder: Path) -> int:
-    """Returns where the last batch starts in the file, as the newer intent says."""
-    return newest(folder)[0]
-
-
-def newest(folder: Path) -> tuple[int, Path]:
-    """Returns where the batch of the newer intent starts, and that intent."""
-    paths = [folder / name for name in INTENTS if (folder / name).exists()]
-    return max((int(json.loads(path.read_bytes().partition(b"\n")[0])[0]), path) for path in paths)
+    """Returns where the last batch starts in the file, as the older slot of the mark says."""
+    return covered(folder)[0]
 
 
 @contextlib.contextmanager
-def copied(folder: Path, data: bytes, *, intent: bool) -> Iterator[Path]:
-    """A copy of a book with other bytes as its ledger."""
+def copied(folder: Path, data: bytes, *, marked: bool) -> Iterator[Path]:
+    """A copy of a book with other bytes as its ledger; not ``marked``, a forger made the mark fit them."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "book"
         shutil.copytree(folder, copy)
         (copy / "ledger.jsonl").write_bytes(data)
-        if not intent:
-            for path in copy.glob("ledger.intent*"):
-                path.unlink()
+        if not marked:
+            remark(copy)
         yield copy
 
 
-def test_g8_an_append_torn_at_any_byte_is_finished_and_the_spend_kept(folder: Path) -> None:
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on disk is played, so nothing need really be put there."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fdatasync", lambda _: None)
+
+
+@pytest.mark.usefixtures("unsynced")
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_g8_an_append_torn_at_any_byte_was_told_to_nobody_and_is_dropped(folder: Path, step: int) -> None:
     data, whole, base = (folder / "ledger.jsonl").read_bytes(), reopened(folder), last_batch(folder)
+    mark = (folder / "ledger.mark").read_bytes()
     assert 0 < base < len(data)
-    for size in range(base, len(data) + 1):
-        with copied(folder, data[:size], intent=True) as copy:
-            assert reopened(copy) == whole
-            assert (copy / "ledger.jsonl").read_bytes() == data
-
-
-def test_g8_a_torn_append_without_its_intent_is_refused(folder: Path) -> None:
-    data, base = (folder / "ledger.jsonl").read_bytes(), last_batch(folder)
-    for size in range(base + 1, len(data), 3):
-        with copied(folder, data[:size], intent=False) as copy:
+    # As it was before the append.
+    with copied(folder, data[:base], marked=False) as copy:
+        before, marked = reopened(copy), (copy / "ledger.mark").read_bytes()
+    assert (before["charges"], whole["charges"]) == (2, 3)
+    (folder / "ledger.mark").write_bytes(marked)
+    for size in [*range(base, len(data), step), len(data)]:
+        with copied(folder, data[:size], marked=True) as copy:
+            assert reopened(copy) == (whole if size == len(data) else before)
+            assert (copy / "ledger.jsonl").read_bytes() == data[: size if size == len(data) else base]
+    # Once it was marked, somebody may have been told: then it is a cut.
+    (folder / "ledger.mark").write_bytes(mark)
+    for size in [*range(base, len(data) - 1, step), len(data) - 1]:
+        with copied(folder, data[:size], marked=True) as copy:
             assert is_refused(copy), size
 
 
+class Lenient(Book):
+    """The planted bug: a reader that drops what is torn and does not ask the mark."""
+
+    def _recover(self) -> None:
+        data = self._path.read_bytes()
+        self._path.write_bytes(data[: data.rfind(b"\n") + 1])
+        remark(self._path.parent)
+        super()._recover()
+
+
 def test_g8_planted_reader_that_drops_a_torn_line_loses_the_spend(folder: Path) -> None:
-    class Lenient(Book):
-        def _finish_torn_append(self) -> None:
-            data = self._path.read_bytes()
-            self._path.write_bytes(data[: data.rfind(b"\n") + 1])
-
     data = (folder / "ledger.jsonl").read_bytes()
-    with copied(folder, data[:-1], intent=True) as copy, Lenient(copy) as book:
-        assert book.accounts[ACCOUNT].charges == 2
+    with copied(folder, data[:-1], marked=True) as copy:
+        assert is_refused(copy)
+        with Lenient(copy) as book:
+            assert book.accounts[ACCOUNT].charges == 2
 
 
-def test_a_ledger_cut_at_a_line_is_refused_through_its_intent(folder: Path) -> None:
-    data, base = (folder / "ledger.jsonl").read_bytes(), last_batch(folder)
-    ends = [index + 1 for index, byte in enumerate(data) if byte == 10 and index + 1 < base]
-    assert len(ends) >= 2
+def test_a_ledger_cut_at_a_line_is_refused_through_its_mark(folder: Path) -> None:
+    data = (folder / "ledger.jsonl").read_bytes()
+    ends = [index + 1 for index, byte in enumerate(data[:-1]) if byte == 10]
+    assert len(ends) >= 4
     for end in [0, *ends]:
-        with copied(folder, data[:end], intent=True) as copy:
+        with copied(folder, data[:end], marked=True) as copy:
             assert is_refused(copy), end
-        # The planted bug: without the intent, a cut at a line looks like an honest, younger ledger.
-        with copied(folder, data[:end], intent=False) as copy:
-            assert not is_refused(copy)
+        # The planted bug: to who does not ask the mark, a cut at a line looks like an honest, younger ledger.
+        with copied(folder, data[:end], marked=True) as copy:
+            assert not is_refused(copy, Lenient)
+
+
+def test_what_follows_the_mark_and_is_neither_torn_nor_sound_is_an_edit(folder: Path) -> None:
+    data = (folder / "ledger.jsonl").read_bytes()
+    last = data[data.rindex(b"\n", 0, -1) + 1 :]
+    for added in (b"{}\n", last, last + b"torn", b"\n", flipped(last, 30, 0x01), b"x\n" + last[:40]):
+        with copied(folder, data + added, marked=True) as copy:
+            assert is_refused(copy), added[:20]
+            # The planted bug: whatever is not sound passes for torn.
+            with Dropping(copy) as book:
+                assert book.accounts[ACCOUNT].charges == 3
+    for added in (b"{", b"\0", last[:-1], b"\0\n", b"\0\n" + last, flipped(last, 30, last[30]), bytes(9000)):
+        with copied(folder, data + added, marked=True) as copy:
+            assert reopened(copy)["charges"] == 3
+            assert (copy / "ledger.jsonl").read_bytes() == data
+
+
+class Dropping(Book):
+    def _recover(self) -> None:
+        self._mark.find()
+        os.ftruncate(self._file, self._mark.end)
+        super()._recover()
+
+
+def test_a_nul_byte_before_the_marks_end_is_no_torn_block(folder: Path) -> None:
+    data = (folder / "ledger.jsonl").read_bytes()
+    for low, high in ((0, 512), (512, 1024), (len(data) - 1, len(data)), (len(data) - 200, len(data))):
+        with copied(folder, data[:low] + bytes(high - low) + data[high:], marked=True) as copy:
+            assert is_refused(copy)
+
+
+def test_a_mark_is_whole_or_refused(folder: Path) -> None:
+    mark = (folder / "ledger.mark").read_bytes()
+    before, (older, newer) = reopened(folder), covered(folder)
+    at = 0 if int(mark.split()[1]) == newer else 4096
+    slot = mark[at : at + 256].rstrip(b"\0")
+    spoils = [slot[:size] + bytes(len(slot) - size) for size in range(0, len(slot), 9)]
+    spoils += [flipped(slot, position, 0x01) for position in range(0, len(slot), 5)]
+    for spoilt in spoils:
+        (folder / "ledger.mark").write_bytes(mark[:at] + spoilt + mark[at + len(slot) :])
+        with copied(folder, (folder / "ledger.jsonl").read_bytes(), marked=True) as copy:
+            # The other slot is whole: what follows it is whole too, and counts.
+            assert reopened(copy) == before
+            # The broken slot was mended, so the end is guarded again.
+            assert covered(copy) == (older, newer)
+        (folder / "ledger.mark").write_bytes((spoilt.ljust(4096, b"\0")) * 2)
+        assert is_refused(folder), spoilt
+    for content in (b"", b"nonsense", mark[:100]):
+        (folder / "ledger.mark").write_bytes(content)
+        assert is_refused(folder), content
+    (folder / "ledger.mark").unlink()
+    with pytest.raises(LedgerError, match="client import"):
+        Book(folder)
+    (folder / "ledger.mark").mkdir()
+    assert is_refused(folder)
+
+
+def test_a_book_without_entries_needs_no_mark(tmp_path: Path) -> None:
+    Book(tmp_path).close()
+    (tmp_path / "ledger.mark").unlink()
+    with open_book(tmp_path) as book:
+        charged(book, make_request(1))
+    assert reopened(tmp_path)["charges"] == 1
+
+
+def test_an_open_book_notices_that_its_mark_went_back(folder: Path) -> None:
+    with Book(folder) as one, Book(folder) as two:
+        charged(two, make_request(4))
+        (folder / "ledger.mark").write_bytes(mark_of(b"").ljust(4096, b"\0") * 2)
+        # Its own reading is a better guard than an older mark, and what follows it is whole.
+        assert charged(one, make_request(5)).charges == 5
+    assert reopened(folder)["charges"] == 5
 
 
 def flipped(data: bytes, position: int, mask: int) -> bytes:
@@ -635,10 +911,11 @@ def flipped(data: bytes, position: int, mask: int) -> bytes:
 
 def assert_flips_are_seen(folder: Path, positions: range, masks: tuple[int, ...]) -> None:
     data = (folder / "ledger.jsonl").read_bytes()
-    with copied(folder, data, intent=False) as copy:
+    with copied(folder, data, marked=False) as copy:
         for position in positions:
             for mask in masks:
                 (copy / "ledger.jsonl").write_bytes(flipped(data, position, mask))
+                remark(copy)
                 assert is_refused(copy), (position, mask, data[max(0, position - 20) : position + 20])
 
 
@@ -656,7 +933,7 @@ def test_a_line_end_of_another_kind_is_seen(folder: Path) -> None:
     data = (folder / "ledger.jsonl").read_bytes()
     first = data.index(b"\n")
     for end in (b"\r", b"\r\n", b"\n\n", b"\n\r\n", b" \n"):
-        with copied(folder, data[:first] + end + data[first + 1 :], intent=False) as copy:
+        with copied(folder, data[:first] + end + data[first + 1 :], marked=False) as copy:
             assert is_refused(copy), end
 
 
@@ -671,8 +948,9 @@ def test_planted_reader_that_trusts_the_stated_hash_misses_a_flip(folder: Path) 
             """Believes."""
 
     data = (folder / "ledger.jsonl").read_bytes()
-    dearer = data.rindex(b'"noise_multiplier":1.3') + len('"noise_multiplier":')
-    with copied(folder, flipped(data, dearer, 0x08), intent=False) as copy:
+    # The same digit in the commitment and in every charge, which must agree.
+    cheaper = data.replace(b'"noise_multiplier":1.3', b'"noise_multiplier":9.3')
+    with copied(folder, cheaper, marked=False) as copy:
         assert not is_refused(copy, Gullible)
         assert is_refused(copy)
 
@@ -701,7 +979,7 @@ def test_lines_moved_dropped_repeated_or_foreign_are_refused(
 ) -> None:
     lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
     assert len(lines) == 5
-    with copied(folder, b"\n".join(change(lines)) + b"\n", intent=False) as copy:
+    with copied(folder, b"\n".join(change(lines)) + b"\n", marked=False) as copy:
         assert is_refused(copy)
 
 
@@ -744,7 +1022,7 @@ def test_entries_that_mean_nothing_are_refused_even_with_sound_hashes(
     folder: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
     lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
-    with copied(folder, rechain(lines, change, folder / "ledger.key"), intent=False) as copy:
+    with copied(folder, rechain(lines, change, folder / "ledger.key"), marked=False) as copy:
         assert is_refused(copy)
 
 
@@ -757,13 +1035,72 @@ def test_the_forger_of_these_tests_can_write_sound_ledgers(folder: Path) -> None
 
 def noisier(entry: dict[str, Any]) -> None:
     """What somebody who wants to look cheap would write."""
-    if entry["kind"] == "charge":
+    if entry["kind"] in ("commit", "charge"):
         entry["body"]["event"]["noise_multiplier"] = 99.0
+
+
+class Trusting(Book):
+    """The planted bug: a charge may be for anything, whatever its job committed."""
+
+    def _add(self, account: Account | None, entry: Mapping[str, Any]) -> None:
+        if account is not None and entry["kind"] == "charge":
+            job = account.jobs[entry["body"]["job"]]
+            job.events, job.joins = events_of(entry["body"]["event"]), 10**9
+        super()._add(account, entry)
+
+
+def only_the_charges_noisier(entry: dict[str, Any]) -> None:
+    if entry["kind"] == "charge":
+        noisier(entry)
+
+
+def fewer_joins(entry: dict[str, Any]) -> None:
+    if entry["kind"] == "commit":
+        entry["body"]["joins"] = 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"), [(only_the_charges_noisier, "other releases"), (fewer_joins, "more charges")]
+)
+def test_g3_a_job_is_charged_for_what_it_committed_and_no_more(
+    folder: Path, change: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    """The holder itself wrote and signed it; reports price a job by its commitment, so it must bound its charges."""
+    lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
+    with copied(folder, rechain(lines, change, folder / "ledger.key"), marked=False) as copy:
+        with pytest.raises(LedgerError, match=why):
+            Book(copy)
+        assert not is_refused(copy, Trusting)
+
+
+@pytest.mark.parametrize("joins", [0, -1, True, 3.0, "3", None])
+def test_a_commitment_to_no_number_of_charges_is_refused(folder: Path, joins: Any) -> None:
+    lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
+
+    def change(entry: dict[str, Any]) -> None:
+        if entry["kind"] == "commit":
+            entry["body"]["joins"] = joins
+
+    with copied(folder, rechain(lines, change, folder / "ledger.key"), marked=False) as copy:
+        assert is_refused(copy)
+
+
+def test_entries_with_odd_words_in_them_are_written_as_they_are_read(tmp_path: Path) -> None:
+    name, job = 'a "clinic"\n\\ \u00e9 \U0001f600', '"job" \u2028 {}'
+    with open_book(tmp_path, names=(name,)) as book:
+        receipt = charged(book, make_request(1, name=name, job=job))
+        written = state(book, name)
+    assert reopened(tmp_path, name) == written
+    for line in (tmp_path / "ledger.jsonl").read_bytes()[:-1].split(b"\n"):
+        assert canonical(json.loads(line)) == line
+    # The receipt that was given is the one that the entry stands for.
+    entry = json.loads(line)
+    assert receipt == receipt_of(entry, granted=3.0, delta=1e-5, public_key=written["public_key"])
 
 
 def test_a_ledger_rewritten_without_the_holders_key_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
-    with copied(folder, rechain(lines, noisier), intent=False) as copy:
+    with copied(folder, rechain(lines, noisier), marked=False) as copy:
         assert is_refused(copy)
         # The planted bug: a reader that checks hashes alone.
         monkeypatch.setattr("privacy.ledger.verify", lambda *_: None)
@@ -779,7 +1116,7 @@ def test_each_accounts_last_signature_vouches_for_its_whole_chain(tmp_path: Path
         other = json.loads(lines[index - 1])["sig"]
         forged = json.dumps(entry | {"sig": other}, sort_keys=True, separators=(",", ":")).encode()
         with copied(
-            tmp_path / "book", b"\n".join([*lines[:index], forged, *lines[index + 1 :]]) + b"\n", intent=False
+            tmp_path / "book", b"\n".join([*lines[:index], forged, *lines[index + 1 :]]) + b"\n", marked=False
         ) as c:
             assert is_refused(c), index
 
@@ -787,7 +1124,7 @@ def test_each_accounts_last_signature_vouches_for_its_whole_chain(tmp_path: Path
 def test_a_ledger_of_version_1_goes_on_with_all_its_spend(folder: Path) -> None:
     before = reopened(folder)
     data = as_version_1((folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n"))
-    with copied(folder, data, intent=False) as copy:
+    with copied(folder, data, marked=False) as copy:
         with Book(copy) as book:
             account = book.accounts[ACCOUNT]
             assert (account.spent_rdp, account.charges, account.unsigned) == (before["spent_rdp"], 3, 5)
@@ -796,9 +1133,8 @@ def test_a_ledger_of_version_1_goes_on_with_all_its_spend(folder: Path) -> None:
         assert reopened(copy)["unsigned"] == 5
         lines = (copy / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
         # Signed once, an account never goes back: unsigned entries could be anybody's.
-        for intent in copy.glob("ledger.intent*"):
-            intent.unlink()
         (copy / "ledger.jsonl").write_bytes(b"\n".join([*lines, _unsigned_after(lines[-1])]) + b"\n")
+        remark(copy)
         assert is_refused(copy)
 
 
@@ -810,6 +1146,85 @@ def _unsigned_after(line: bytes) -> bytes:
     text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
     entry["hash"] = hashlib.sha256(text).hexdigest()
     return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
+
+
+# -- books that announced their appends in intents -------------------------------------------------------------------
+
+
+INTENTS = ("ledger.intent", "ledger.intent-2")
+
+
+def announced(base: int, batch: bytes) -> bytes:
+    """Returns an intent as the program before wrote it."""
+    seal = hashlib.sha256(b"tacit/intent/2\n%d\n%d\n" % (base, len(batch)) + batch).hexdigest()
+    return canonical([base, len(batch), seal]) + b"\n" + batch
+
+
+@pytest.fixture
+def old(folder: Path) -> Path:
+    """A book as the program before left it: two intents, those of its last two batches, and no mark."""
+    data = (folder / "ledger.jsonl").read_bytes()
+    *_, first, second, _ = [0, *(index + 1 for index, byte in enumerate(data) if byte == 10)]
+    (folder / INTENTS[0]).write_bytes(announced(second, data[second:]).ljust(16 * 1024, b"\0"))
+    (folder / INTENTS[1]).write_bytes(announced(first, data[first:second]).ljust(16 * 1024, b"\0"))
+    (folder / "ledger.mark").unlink()
+    return folder
+
+
+def base_of(intent: Path) -> int:
+    return int(json.loads(intent.read_bytes().partition(b"\n")[0])[0])
+
+
+def settled(folder: Path) -> None:
+    """Fails unless the book has a mark of its whole end, and intents no more."""
+    assert {path.name for path in folder.iterdir()} == {"ledger.jsonl", "ledger.key", "ledger.mark"}
+    assert covered(folder)[1] == (folder / "ledger.jsonl").stat().st_size
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_g8_a_book_with_intents_is_finished_by_them_and_marked(old: Path) -> None:
+    data, base = (old / "ledger.jsonl").read_bytes(), base_of(old / INTENTS[0])
+    for size in [*range(base, len(data), 29), len(data) - 1, len(data)]:
+        with copied(old, data[:size], marked=True) as copy:
+            assert reopened(copy)["charges"] == 3
+            assert (copy / "ledger.jsonl").read_bytes() == data
+            settled(copy)
+            with Book(copy) as book:
+                charged(book, make_request(4))
+            assert reopened(copy)["charges"] == 4
+    for size in (0, 1, base_of(old / INTENTS[1]), base - 1):
+        with copied(old, data[:size], marked=True) as copy:
+            assert is_refused(copy), size
+            assert (copy / INTENTS[0]).exists()
+    with copied(old, data + b"torn", marked=True) as copy:
+        assert is_refused(copy)
+    lines = data[:-1].split(b"\n")
+    with copied(old, rechain(lines, noisier, old / "ledger.key"), marked=True) as copy:
+        assert is_refused(copy)
+
+
+def test_g8_planted_reader_that_ignores_the_intents_accepts_a_cut(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, base = (old / "ledger.jsonl").read_bytes(), base_of(old / INTENTS[0])
+    monkeypatch.setattr(Book, "_finish_by_intent", lambda self: [old / INTENTS[0]])
+    (old / "ledger.jsonl").write_bytes(data[:base])
+    assert reopened(old)["charges"] == 2
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_g8_an_intent_of_the_first_format_finishes_and_guards(old: Path) -> None:
+    data, base = (old / "ledger.jsonl").read_bytes(), base_of(old / INTENTS[0])
+    (old / INTENTS[1]).unlink()
+    kept = canonical([base, hashlib.sha256(data[base:]).hexdigest()]) + b"\n" + data[base:]
+    (old / INTENTS[0]).write_bytes(kept)
+    for size in [*range(base, len(data), 29), len(data) - 1, len(data)]:
+        with copied(old, data[:size], marked=True) as copy:
+            assert reopened(copy)["charges"] == 3
+            settled(copy)
+    with copied(old, data[: base - 1], marked=True) as copy:
+        assert is_refused(copy)
+    for changed in (kept[:-1], kept + b"\n", flipped(kept, 2, 0x01), flipped(kept, len(kept) - 9, 0x01)):
+        (old / INTENTS[0]).write_bytes(changed)
+        assert is_refused(old)
 
 
 def spoilt(intent: bytes) -> list[bytes]:
@@ -837,166 +1252,111 @@ def spoilt(intent: bytes) -> list[bytes]:
     ]
 
 
-def test_the_newer_intent_changed_is_refused(folder: Path) -> None:
-    """Its append had begun, so no crash explains it: a torn intent is ignored only where its append had not."""
-    _, path = newest(folder)
-    whole = path.read_bytes()
-    for changed in spoilt(whole):
-        path.write_bytes(changed)
-        assert is_refused(folder), changed[:40]
-    path.write_bytes(whole)
-    assert not is_refused(folder)
+def test_a_changed_intent_is_ignored_only_where_its_append_had_not_begun(old: Path) -> None:
+    data = (old / "ledger.jsonl").read_bytes()
+    newer, older = old / INTENTS[0], old / INTENTS[1]
+    kept, base = newer.read_bytes(), base_of(newer)
+    for changed in spoilt(kept):
+        newer.write_bytes(changed)
+        assert is_refused(old), changed[:40]
+        # What the whole one announced is all there is: the crash came while the other was overwritten.
+        with copied(old, data[:base], marked=True) as copy:
+            assert reopened(copy)["charges"] == 2
+            settled(copy)
+        older_kept = older.read_bytes()
+        older.write_bytes(b"nonsense")
+        assert is_refused(old)
+        older.write_bytes(older_kept)
 
 
-def test_g8_an_intent_torn_at_any_byte_beside_a_whole_one_is_ignored(folder: Path) -> None:
-    """The crash came while the older intent was overwritten: nothing was promised, and nothing appended."""
-    before = reopened(folder)
-    data = (folder / "ledger.jsonl").read_bytes()
-    _, path = newest(folder)
-    older = next(folder / name for name in INTENTS if folder / name != path)
-    stale = older.read_bytes()
-    with contextlib.closing(Book(folder)) as book:
+def test_g8_a_crash_at_any_step_of_taking_the_intents_place_loses_nothing(old: Path) -> None:
+    data, base = (old / "ledger.jsonl").read_bytes(), base_of(old / INTENTS[0])
+    for content, torn in ((data, False), (data[: base + 50], False), (data[:base], True)):
+        calls: list[str] = []
+        for at in itertools.count(1):
+            with copied(old, content, marked=True) as copy:
+                if torn:
+                    (copy / INTENTS[0]).write_bytes(b"nonsense")
+                with dying(at, 40) as made:
+                    Book(copy).close()
+                calls = made
+                assert reopened(copy)["charges"] == (2 if torn else 3)
+                settled(copy)
+            if len(made) < at:
+                break
+        assert calls.count("unlink") == 2
+
+
+def test_g8_a_book_that_the_program_before_charged_again_goes_on(folder: Path) -> None:
+    """It knows no mark, and leaves an older one beside newer intents."""
+    mark = (folder / "ledger.mark").read_bytes()
+    with Book(folder) as book:
         charged(book, make_request(4))
-    fresh, grown = older.read_bytes(), (folder / "ledger.jsonl").read_bytes()
-    end = len(fresh.partition(b"\n")[0]) + 1 + int(json.loads(fresh.partition(b"\n")[0])[1])
-    torn = [fresh[:size] + stale[size:] for size in range(0, end, 7)]
-    for content in [*torn, *spoilt(stale)]:
-        older.write_bytes(content)
-        with copied(folder, data, intent=True) as copy:
-            assert reopened(copy) == before
-            # The whole one guards the end still: a line less, and a piece less, are finished from it or refused.
-            path_of_copy = copy / "ledger.jsonl"
-            path_of_copy.write_bytes(data[: last_batch_of(copy, path.name) - 1])
-            assert is_refused(copy)
-    # The append had begun: whatever it holds, a broken intent explains nothing.
-    older.write_bytes(fresh[: end - 1])
-    for size in range(len(data) + 1, len(grown) + 1, 5):
-        with copied(folder, grown[:size], intent=True) as copy:
-            assert is_refused(copy), size
-
-
-def last_batch_of(folder: Path, name: str) -> int:
-    return int(json.loads((folder / name).read_bytes().partition(b"\n")[0])[0])
-
-
-def test_two_broken_intents_are_refused(folder: Path) -> None:
-    for name in INTENTS:
-        (folder / name).write_bytes((folder / name).read_bytes()[1:])
-    assert is_refused(folder)
-    (folder / INTENTS[0]).unlink()
-    assert is_refused(folder)
-
-
-class Forgiving(Book):
-    """The planted bug: a broken intent is ignored although its append had begun, and the torn line dropped."""
-
-    def _finish_torn_append(self) -> None:
-        data = self._path.read_bytes()
-        self._path.write_bytes(data[: data.rfind(b"\n") + 1])
-
-
-def test_g8_planted_recovery_that_ignores_a_begun_append_is_found(folder: Path) -> None:
-    _, path = newest(folder)
-    path.write_bytes(flipped(path.read_bytes(), 2, 0x01))
-    data = (folder / "ledger.jsonl").read_bytes()
-    (folder / "ledger.jsonl").write_bytes(data[:-9])
-    assert is_refused(folder)
-    with Forgiving(folder) as book:
-        assert book.accounts[ACCOUNT].charges == 2
-
-
-def test_g8_planted_recovery_that_accepts_a_cut_before_the_newest_intent_is_found(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
-    (folder / "ledger.jsonl").write_bytes(b"\n".join(lines[:-2]) + b"\n")
-    assert is_refused(folder)
-    # The planted bug: only the older one counts.
-    real, (_, path) = _Intent.read, newest(folder)
-    monkeypatch.setattr("privacy.ledger._Intent.read", lambda of: None if of == path else real(of))
-    with Book(folder) as book:
-        assert book.accounts[ACCOUNT].charges == 2
-
-
-def test_an_intent_that_must_grow_is_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Overwriting a smaller one would change its size, which its sync need not put on disk with it."""
-    for name in INTENTS:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content.rstrip(b"\0"))
-    with Book(folder) as book:
-        charged(book, make_request(4, job="cd" * 16))
-        assert (folder / INTENTS[0]).stat().st_size == 16 * 1024
-    assert reopened(folder)["charges"] == 4
+    data, base = (folder / "ledger.jsonl").read_bytes(), last_batch(folder)
+    (folder / "ledger.mark").write_bytes(mark)
+    (folder / INTENTS[0]).write_bytes(announced(base, data[base:]))
+    for size in range(base, len(data) + 1, 50):
+        with copied(folder, data[:size], marked=True) as copy:
+            assert reopened(copy)["charges"] == 4
+            settled(copy)
+    with copied(folder, data[: base - 1], marked=True) as copy:
+        assert is_refused(copy)
 
 
 @pytest.mark.slow
 def test_an_append_is_near_a_plain_write_and_fsync(tmp_path: Path) -> None:
-    """The aim is 2 and is missed where a sync takes 0.14 ms (measured: 4, see bench/RESULTS.md); this guards the 4."""
-    ratios = []
-    with open_book(tmp_path, make_grant(epsilon=50.0)) as book, (tmp_path / "plain").open("ab", buffering=0) as plain:
-        plan = make_plan(joins=60)
-        for number in range(1, 61):
-            before = (tmp_path / "ledger.jsonl").stat().st_size
+    """The append at most 2, a whole charge with gate and signature 2.5; the best of five, for the disk is shared."""
+    ratios = [against_a_plain_write(tmp_path / str(attempt)) for attempt in range(5)]
+    assert min(append for append, _ in ratios) <= 2
+    assert min(charge for _, charge in ratios) <= 2.5
+
+
+def against_a_plain_write(folder: Path) -> tuple[float, float]:
+    appends, charges, plain = [], [], []
+
+    class Timed(Book):
+        def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
             began = time.perf_counter()
-            charged(book, make_request(number, plan))
-            took = time.perf_counter() - began
-            data = (tmp_path / "ledger.jsonl").read_bytes()[before:]
-            began = time.perf_counter()
-            plain.write(data)
-            os.fsync(plain.fileno())
-            ratios.append(took / (time.perf_counter() - began))
-    assert statistics.median(ratios) <= 6
+            super()._append(entries)
+            appends.append(time.perf_counter() - began)
+
+    with open_book(folder, make_grant(epsilon=50.0), cls=Timed) as book:
+        appends.clear()
+        with (folder / "plain").open("ab", buffering=0) as file:
+            plan = make_plan(joins=60)
+            for number in range(1, 61):
+                before = (folder / "ledger.jsonl").stat().st_size
+                request = make_request(number, plan)
+                began = time.perf_counter()
+                charged(book, request)
+                charges.append(time.perf_counter() - began)
+                data = (folder / "ledger.jsonl").read_bytes()[before:]
+                began = time.perf_counter()
+                file.write(data)
+                os.fsync(file.fileno())
+                plain.append(time.perf_counter() - began)
+    raw = statistics.median(plain)
+    return statistics.median(appends) / raw, statistics.median(charges) / raw
 
 
-def as_first_format(folder: Path) -> None:
-    """Leaves one intent, as the program wrote it when it had one."""
-    base = last_batch(folder)
-    batch = (folder / "ledger.jsonl").read_bytes()[base:]
-    for intent in folder.glob("ledger.intent*"):
-        intent.unlink()
-    (folder / INTENTS[0]).write_bytes(canonical([base, hashlib.sha256(batch).hexdigest()]) + b"\n" + batch)
-
-
-def test_g8_an_intent_of_the_first_format_finishes_and_guards(folder: Path) -> None:
-    data, whole, base = (folder / "ledger.jsonl").read_bytes(), reopened(folder), last_batch(folder)
-    as_first_format(folder)
-    intent = folder / INTENTS[0]
-    for size in range(base, len(data) + 1, 3):
-        with copied(folder, data[:size], intent=True) as copy:
-            assert reopened(copy) == whole
-    with copied(folder, data[: base - 1], intent=True) as copy:
-        assert is_refused(copy)
-    kept = intent.read_bytes()
-    for changed in (kept[:-1], kept + b"\n", flipped(kept, 2, 0x01), flipped(kept, len(kept) - 9, 0x01)):
-        intent.write_bytes(changed)
-        assert is_refused(folder)
-    intent.write_bytes(kept)
-    with Book(folder) as book:
-        for number in (4, 5, 6):
-            charged(book, make_request(number))
-    assert reopened(folder)["charges"] == 6
-
-
-def test_g8_two_books_take_turns_with_the_intents(folder: Path) -> None:
-    """Each must see which intent is the newest, or it overwrites the one that guards the end."""
+def test_g8_two_books_take_turns_with_the_mark(folder: Path) -> None:
+    """Each must see which slot is the newest, or it overwrites the one that guards the end."""
     with Book(folder) as first, Book(folder) as second:
         for number, book in enumerate((first, second, second, first, first), start=4):
-            guard = newest(folder)
-            kept = guard[1].read_bytes()
+            _, end = covered(folder)
             charged(book, make_request(number))
-            assert newest(folder)[0] > guard[0]
-            assert guard[1].read_bytes() == kept
+            older, newer = covered(folder)
+            assert older == end < newer == (folder / "ledger.jsonl").stat().st_size
     assert reopened(folder)["charges"] == 8
 
 
-def test_a_ledger_whose_end_differs_from_its_intent_is_refused(folder: Path) -> None:
-    """A rewritten last charge, hashes repaired: the intent still knows what was announced."""
+def test_a_ledger_that_differs_from_its_mark_is_refused(folder: Path) -> None:
+    """Rewritten charges, hashes and signatures repaired: the mark still knows what was there."""
     lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
-
-    with copied(folder, rechain(lines, noisier, folder / "ledger.key"), intent=True) as copy:
+    forged = rechain(lines, noisier, folder / "ledger.key")
+    with copied(folder, forged, marked=True) as copy:
         assert is_refused(copy)
-        for intent in copy.glob("ledger.intent*"):
-            intent.unlink()
+    with copied(folder, forged, marked=False) as copy:
         assert not is_refused(copy)
 
 
@@ -1046,22 +1406,14 @@ def failing(name: str, *, on: int = 1, half: bool = False) -> Callable[..., Any]
     return call
 
 
-IN_PLACE = [("pwrite", 1, False), ("pwrite", 1, True), ("fdatasync", 1, False), ("fdatasync", 2, False)]
-MADE = [("fsync", 1, False), ("fsync", 2, False), ("replace", 1, False), ("fdatasync", 1, False)]
-APPEND = [("write", 1, False), ("write", 1, True)]
-FAULTS = [(*fault, True) for fault in IN_PLACE + APPEND] + [(*fault, False) for fault in MADE + APPEND]
-
-
-@pytest.mark.parametrize(("name", "on", "half", "second"), FAULTS)
+@pytest.mark.parametrize(("name", "half"), [("write", False), ("write", True), ("fdatasync", False)])
 def test_g8_a_full_disk_charges_nothing_and_harms_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, on: int, half: bool, second: bool
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, half: bool
 ) -> None:
-    if not second:
-        (folder / INTENTS[0]).unlink()
     data, before = (folder / "ledger.jsonl").read_bytes(), reopened(folder)
     with Book(folder) as book:
         with monkeypatch.context() as patch:
-            patch.setattr(f"privacy.ledger.os.{name}", failing(name, on=on, half=half))
+            patch.setattr(f"privacy.ledger.os.{name}", failing(name, half=half))
             with pytest.raises(LedgerError, match="space"):
                 book.charge([make_request(4)])
         assert state(book) == before
@@ -1073,28 +1425,54 @@ def test_g8_a_full_disk_charges_nothing_and_harms_nothing(
 
 
 def test_g8_planted_half_write_left_in_place_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the failed append were not taken back, the check above would see other bytes."""
-    data = (folder / "ledger.jsonl").read_bytes()
-    with Book(folder) as book, monkeypatch.context() as patch:
-        patch.setattr("privacy.ledger.os.write", failing("write", half=True))
-        patch.setattr("privacy.ledger.os.ftruncate", lambda *_: None)
-        with pytest.raises(LedgerError):
-            book.charge([make_request(4)])
-    assert (folder / "ledger.jsonl").read_bytes() != data
-    assert is_refused(folder)
+    """If the failed append were not taken back, the check above would see other bytes; the next reader settles them."""
+    data, before = (folder / "ledger.jsonl").read_bytes(), reopened(folder)
+    with Book(folder) as book:
+        with monkeypatch.context() as patch:
+            patch.setattr("privacy.ledger.os.write", failing("write", half=True))
+            patch.setattr("privacy.ledger.os.ftruncate", lambda *_: None)
+            with pytest.raises(LedgerError):
+                book.charge([make_request(4)])
+        assert (folder / "ledger.jsonl").read_bytes() != data
+        assert reopened(folder) == before
+        assert charged(book, make_request(4)).charges == 4
+    assert reopened(folder)["charges"] == 4
 
 
-def test_a_full_disk_keeps_the_older_intent_that_guards_against_a_cut(
+@pytest.mark.parametrize("half", [True, False])
+def test_g8_a_mark_that_cannot_be_written_takes_no_charge_back_and_is_at_most_one_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    _, end = covered(folder)
+    with Book(folder) as book:
+        with monkeypatch.context() as patch:
+            patch.setattr("privacy.ledger.os.pwrite", failing("pwrite", half=half))
+            # It is synced, so it is spent and may be released for.
+            assert charged(book, make_request(4)).charges == 4
+            with pytest.raises(LedgerError, match="space"):
+                book.charge([make_request(5)])
+        with copied(folder, (folder / "ledger.jsonl").read_bytes(), marked=True) as copy:
+            assert reopened(copy)["charges"] == 4
+        # The half-written slot is broken, and the other one still guards: a cut before it is seen.
+        with copied(folder, (folder / "ledger.jsonl").read_bytes()[: end - 1], marked=True) as copy:
+            assert is_refused(copy)
+        assert charged(book, make_request(5)).charges == 5
+    assert covered(folder)[1] == (folder / "ledger.jsonl").stat().st_size
+
+
+def test_g8_a_crash_that_cannot_be_settled_for_lack_of_room_is_refused_with_its_spend(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, guard = newest(folder)
-    with Book(folder) as book, monkeypatch.context() as patch:
-        patch.setattr("privacy.ledger.os.pwrite", failing("pwrite", half=True))
-        with pytest.raises(LedgerError):
-            book.charge([make_request(4)])
-    # The half-written one is left broken, and the whole one is not touched.
-    assert last_batch_of(folder, guard.name) == base
-    assert not is_refused(folder)
+    data = (folder / "ledger.jsonl").read_bytes()
+    (folder / "ledger.mark").write_bytes(mark_of(data[: last_batch(folder)]).ljust(4096, b"\0") * 2)
+    for name in ("fsync", "pwrite"):
+        with monkeypatch.context() as patch:
+            # The first sync of an open is that of the folder.
+            patch.setattr(f"privacy.ledger.os.{name}", failing(name, on=2 if name == "fsync" else 1))
+            with pytest.raises(LedgerError, match="space"):
+                Book(folder)
+        assert (folder / "ledger.jsonl").read_bytes() == data
+    assert reopened(folder)["charges"] == 3
 
 
 # -- several processes and threads ---------------------------------------------------------------------------------
@@ -1157,8 +1535,7 @@ def test_g3_planted_missing_lock_breaks_the_chain(tmp_path: Path, monkeypatch: p
     with Slow(tmp_path) as book:
         book.charge([make_request(1)])
     other.close()
-    for intent in tmp_path.glob("ledger.intent*"):
-        intent.unlink()
+    remark(tmp_path)
     with pytest.raises(LedgerError, match="chain"):
         Book(tmp_path)
 
@@ -1216,14 +1593,28 @@ def test_a_book_sees_and_respects_what_another_one_charged(tmp_path: Path) -> No
         assert receipt.charges == 2
 
 
-def test_an_open_book_finishes_what_another_process_tore(folder: Path) -> None:
+def test_an_open_book_settles_what_another_process_tore(folder: Path) -> None:
+    data = (folder / "ledger.jsonl").read_bytes()
+    with Book(folder) as survivor:
+        with Book(folder) as other, dying(1, 300):
+            charged(other, make_request(4))
+        assert len((folder / "ledger.jsonl").read_bytes()) == len(data) + 300
+        assert charged(survivor, make_request(5)).charges == 4
+        # Whole, but nobody was told: it counts.
+        with Book(folder) as other, dying(2):
+            charged(other, make_request(6))
+        assert charged(survivor, make_request(7)).charges == 6
+    assert reopened(folder)["charges"] == 6
+
+
+def test_an_open_book_refuses_what_another_one_lost(folder: Path) -> None:
     with Book(folder) as survivor:
         with Book(folder) as other:
             charged(other, make_request(4))
         data = (folder / "ledger.jsonl").read_bytes()
         (folder / "ledger.jsonl").write_bytes(data[:-100])
-        assert charged(survivor, make_request(5)).charges == 5
-    assert reopened(folder)["charges"] == 5
+        with pytest.raises(LedgerError, match="cut"):
+            survivor.charge([make_request(5)])
 
 
 # -- G11 and G14: marks and witnesses ------------------------------------------------------------------------------
@@ -1279,7 +1670,7 @@ def test_g14_a_rewritten_ledger_is_found_against_a_receipt(folder: Path) -> None
     lines = (folder / "ledger.jsonl").read_bytes()[:-1].split(b"\n")
 
     forged = rechain(lines, noisier, folder / "ledger.key")
-    with copied(folder, forged, intent=False) as copy, Book(copy) as book:
+    with copied(folder, forged, marked=False) as copy, Book(copy) as book:
         assert book.accounts[ACCOUNT].spent < receipt.spent
         assert book.charge([make_request(5, witness=(receipt.seq, receipt.head))]) == [Word.BEHIND]
 
@@ -1477,15 +1868,18 @@ def test_random_damage_is_refused_or_harmless(seed: int, junk: bytes, how: str) 
         with open_book(folder) as book:
             charged(book, make_request(1))
             charged(book, make_request(2))
-        for intent in folder.glob("ledger.intent*"):
-            intent.unlink()
         path, before = folder / "ledger.jsonl", reopened(folder)
         data = path.read_bytes()
         at = seed % len(data)
         cut = at if how == "insert" else at + len(junk)
         path.write_bytes(data[:at] + (b"" if how == "remove" else junk) + data[cut:])
-        if path.read_bytes() != data:
-            # A piece cut off the very end may leave whole lines; only a witness or the intent can tell.
-            assert is_refused(folder) or (how == "remove" and data.startswith(path.read_bytes()))
+        damaged = path.read_bytes()
+        if damaged != data:
+            # What follows the mark may be torn, and is dropped.
+            assert is_refused(folder) or (how == "insert" and damaged.startswith(data) and reopened(folder) == before)
+            path.write_bytes(damaged)
+            remark(folder)
+            # A piece cut off the very end may leave whole lines; only a witness or the mark can tell.
+            assert is_refused(folder) or (how == "remove" and data.startswith(damaged))
         else:
             assert reopened(folder) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from privacy.accounting import Event, rdp
 from privacy.errors import LedgerError, PlanError
 from privacy.ledger import Book, Law, Receipt, Word
 from privacy.noise import SECURE_SOURCE
+from privacy.plan import canonical
 from privacy.transcript import holders_grant, read_ledger
-from tests.oracles import ACCOUNT, as_version_2, make_grant, make_plan, make_request, open_book, rechain
+from tests.oracles import ACCOUNT, as_version_2, make_grant, make_plan, make_request, open_book, rechain, remark
 
 OLD = Path(__file__).parent / "ledgers"
 # What the old program printed when it wrote these ledgers: spend of three rounds at order 8, and the last heads.
@@ -45,8 +47,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """The holder itself writes something else and signs it."""
     data = rechain(lines_of(folder), change, folder / "ledger.key")
     (folder / "ledger.jsonl").write_bytes(data)
-    for intent in folder.glob("ledger.intent*"):
-        intent.unlink()
+    remark(folder)
 
 
 # -- older versions ------------------------------------------------------------
@@ -60,6 +61,10 @@ def old(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[int, Path]:
     shutil.copy(OLD / f"version-{request.param}.jsonl", folder / "ledger.jsonl")
     shutil.copy(OLD / f"version-{request.param}.key", folder / "ledger.key")
     (folder / "ledger.key").chmod(0o600)
+    # It left the last batch, of one line, as an intent of the first format beside it.
+    *lines, last = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    intent = canonical([sum(map(len, lines)), hashlib.sha256(last).hexdigest()]) + b"\n" + last
+    (folder / "ledger.intent").write_bytes(intent)
     return request.param, folder
 
 
@@ -147,8 +152,7 @@ def test_terms_are_not_asked_of_a_version_that_had_none(tmp_path: Path) -> None:
         charged(book, 1, 2)
     data = as_version_2(lines_of(tmp_path), tmp_path / "ledger.key")
     (tmp_path / "ledger.jsonl").write_bytes(data)
-    for intent in tmp_path.glob("ledger.intent*"):
-        intent.unlink()
+    remark(tmp_path)
     with Book(tmp_path) as book:
         assert charged(book, 3).charges == 3
 
@@ -248,8 +252,7 @@ def test_g2_nobody_but_the_holder_changes_a_budget(tmp_path: Path) -> None:
         book.set_budget(ACCOUNT, 4.0, may_raise=True)
     data = rechain(lines_of(tmp_path), lambda e: e["body"].update(epsilon=40.0) if e["kind"] == "budget" else None)
     (tmp_path / "ledger.jsonl").write_bytes(data)
-    for intent in tmp_path.glob("ledger.intent*"):
-        intent.unlink()
+    remark(tmp_path)
     for read in (Book, read_ledger):
         with pytest.raises(LedgerError, match="signature"):
             read(tmp_path)

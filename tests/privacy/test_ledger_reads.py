@@ -9,7 +9,7 @@ import pytest
 
 from privacy.errors import LedgerError
 from privacy.ledger import Account, Book
-from tests.oracles import ACCOUNT, make_grant, make_plan, make_request, open_book
+from tests.oracles import ACCOUNT, make_grant, make_plan, make_request, open_book, remark
 
 CHARGES = 40
 BYTES_A_CALL = 100
@@ -68,7 +68,7 @@ def test_planted_bug_a_ledger_read_by_a_single_call_is_not_whole(
     written = a_long_ledger(tmp_path)
     monkeypatch.setattr(Book, "_read", a_single_read)
     # Refused for the wrong reason: nothing was cut.
-    with pytest.raises(LedgerError, match="older intent"):
+    with pytest.raises(LedgerError, match="what its mark says"):
         require_whole(tmp_path, written)
 
 
@@ -94,24 +94,26 @@ def test_what_another_process_appended_is_read_in_parts_too(tmp_path: Path, call
 
 
 def tear(folder: Path) -> None:
-    """Leaves a book as a crash in the middle of its last charge does."""
-    path = folder / "ledger.jsonl"
-    path.write_bytes(path.read_bytes()[:-150])
+    """Leaves a book as a crash in the middle of a charge does: its last lines were not marked, and one is torn."""
+    data = (folder / "ledger.jsonl").read_bytes()
+    *_, last = data.splitlines()
+    (folder / "ledger.jsonl").write_bytes(data[: data.rfind(b"\n", 0, -6 * len(last)) + 1])
+    remark(folder)
+    (folder / "ledger.jsonl").write_bytes(data + last[:150])
 
 
-def test_a_torn_charge_is_finished_from_reads_in_parts(tmp_path: Path, calls: list[int]) -> None:
+def test_a_torn_charge_is_settled_from_reads_in_parts(tmp_path: Path, calls: list[int]) -> None:
     written = a_long_ledger(tmp_path)
     tear(tmp_path)
     require_whole(tmp_path, written)
 
 
-def test_planted_bug_a_torn_charge_is_not_finished_from_a_single_read(
+def test_planted_bug_a_torn_charge_is_not_settled_from_a_single_read(
     tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = a_long_ledger(tmp_path)
     tear(tmp_path)
-    # It takes bytes that it did not read for missing ones; what it read contradicts the older intent, so nothing is
-    # written a second time.
+    # It takes bytes that it did not read for missing ones; what it read contradicts the mark, so nothing is dropped.
     monkeypatch.setattr(Book, "_read", a_single_read)
     with pytest.raises(LedgerError):
         require_whole(tmp_path, written)

@@ -128,6 +128,11 @@ def test_what_is_no_number_counts_as_wrong_and_as_a_loss_at_the_bound() -> None:
     assert rows(Metric.ACCURACY, one, 5.0).tolist() == [[0, 1], [0, 1], [1, 0]]
 
 
+def test_a_class_outside_the_public_ones_is_counted_as_none() -> None:
+    one = outcomes(5, targets=torch.tensor([-1, CLASSES, 2**62, -(2**62), 2]))
+    assert rows(Metric.LABELS, one, 5.0).tolist() == [[0.0] * CLASSES] * 4 + [[0, 0, 1, 0]]
+
+
 def test_a_record_that_cannot_be_used_adds_nothing() -> None:
     one = outcomes(5, valid=torch.zeros(5, dtype=torch.bool))
     assert not release(ALL, one, Silent()).any()

@@ -36,7 +36,7 @@ def test_every_field_of_a_plan_is_in_its_digest() -> None:
     assert len(digests | {plan.digest()}) == len(changes) + 1
     # Adjacency has one legal value, unit two with fields of their own (below); together these are all fields, so a new
     # one must be added here.
-    central = {"client_rate", "turns", "quantile", "clip_lr", "bit_noise"}
+    central = {"client_rate", "turns", "quantile", "clip_lr", "bit_noise", "banded"}
     assert set(changes) | {"unit", "adjacency"} | central == {field.name for field in dataclasses.fields(Plan)}
 
 
@@ -54,7 +54,7 @@ def test_a_plan_with_metrics_survives_json_and_each_of_their_fields_is_in_the_di
 def test_a_plan_without_metrics_has_the_text_and_the_digest_that_it_always_had() -> None:
     # Ledgers and jobs written before there were metrics name this digest.
     fields = dataclasses.asdict(make_plan())
-    for later in ("metrics", "client_rate", "turns", "quantile", "clip_lr", "bit_noise"):
+    for later in ("metrics", "client_rate", "turns", "quantile", "clip_lr", "bit_noise", "banded"):
         del fields[later]
     old = canonical(fields).decode()
     assert make_plan().to_json() == old
@@ -245,7 +245,7 @@ def test_a_plan_for_records_keeps_the_text_and_the_digest_that_it_had_before_pla
     assert Plan.from_json(BEFORE) == plan
     # A text that spells out fields of unit client is the same plan.
     fields = dataclasses.asdict(plan)
-    del fields["metrics"]
+    del fields["metrics"], fields["banded"]
     assert Plan.from_json(json.dumps(fields)).digest() == plan.digest()
 
 

@@ -183,13 +183,71 @@ def test_a_clock_that_was_set_back_is_told() -> None:
     assert not any("set back" in warning for warning in build(a_run())["warnings"])
 
 
+BOUND = {
+    "audit": "gradient canaries",
+    "holds": True,
+    "verdict": "0.31 <= epsilon <= 1.84",
+    "epsilon_lower": 0.31,
+    "epsilon_upper": 1.831,
+    "guesses": 300,
+    "correct": 170,
+    "confidence": 0.95,
+    "ceiling": 5.09,
+    "threat_model": "sees every update",
+}
+
+
 def test_an_audit_counts_only_for_the_code_that_it_audited() -> None:
     assert build(a_run())["empirical"]["status"] == "not audited"
-    audit = {"code_hash": "9f" * 32, "epsilon_lower": 0.31, "note": HOSTILE}
+    audit = {"code_hash": "9f" * 32, "holds": True, "bounds": [BOUND | {"verdict": HOSTILE}]}
     found = build(a_run(audit=audit))["empirical"]
-    assert (found["status"], found["audit"]["epsilon_lower"]) == ("audited", 0.31)
+    assert (found["status"], found["audit"]["bounds"][0]["epsilon_lower"]) == ("audited", 0.31)
     assert "<script" not in render(build(a_run(audit=audit)))
     assert build(a_run(audit=audit | {"code_hash": "00"}))["empirical"]["status"] == "audit of other code"
+
+
+def test_g18_of_an_audits_file_only_canary_bounds_enter_a_report() -> None:
+    kept = "area under the curve 0.987"
+    rows = [
+        BOUND | {"auc": kept, "record_7": kept},
+        {"audit": "membership inference", "holds": True, "verdict": kept, "auc": 0.987},
+        {"audit": "canary clients", "holds": True, "verdict": kept, "kind": "estimate", "epsilon": 2.2},
+    ]
+    audit = {"code_hash": "9f" * 32, "holds": True, "bounds": rows, "membership": {"verdict": kept}, "note": kept}
+    report = build(a_run(audit=audit))
+    assert report["empirical"]["audit"] == {"code_hash": "9f" * 32, "holds": True, "bounds": [BOUND]}
+    assert kept not in to_json(report)
+    assert kept not in render(report)
+
+
+def test_g6_an_audit_of_a_part_of_the_code_that_ran_counts_against_all_of_it() -> None:
+    two = f"{'9f' * 32}, then {'8e' * 32}"
+    for code in ("9f" * 32, "8e" * 32):
+        audit = {"code_hash": code, "holds": True, "bounds": [BOUND]}
+        sound = build(a_run(audit=audit, code_hash=two))
+        assert sound["empirical"]["status"] == "audited in part"
+        assert sound["headline"]["epsilon"] != "unknown"
+        assert build(a_run(audit=audit | {"holds": False}, code_hash=two))["headline"]["epsilon"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"holds": None},
+        {"holds": True, "contradicted": 1},
+        {"holds": True, "bounds": [BOUND | {"holds": False}]},
+        {"holds": True, "bounds": [BOUND | {"epsilon_lower": 1.9}]},
+        {"holds": True, "bounds": [BOUND | {"epsilon_lower": math.nan}]},
+        {"holds": True, "bounds": [BOUND | {"epsilon_lower": "small"}]},
+        {"holds": True, "bounds": "none"},
+    ],
+)
+def test_g6_an_audit_whose_bounds_contradict_its_verdict_has_not_held(broken: dict[str, object]) -> None:
+    audit = {"code_hash": "9f" * 32, "bounds": [BOUND]}
+    report = build(a_run(audit=audit | broken))
+    assert report["headline"]["epsilon"] == "unknown"
+    render(report)
+    assert build(a_run(audit=audit | {"holds": True}))["headline"]["epsilon"] != "unknown"
 
 
 def test_g6_an_audit_that_contradicts_the_code_that_ran_leaves_no_figure() -> None:
@@ -212,7 +270,7 @@ def test_g6_an_audit_that_contradicts_the_code_that_ran_leaves_no_figure() -> No
     # From below a figure is rounded down, and what is claimed is rounded up.
     assert all(words in page for words in ("4.56", "1.84", "297 of 300", "contradicted", "&lt;sees&gt;"))
     # The planted bug: a report that only looks whether there is an audit.
-    assert build(a_run(audit=audit | {"holds": True}))["headline"]["epsilon"] != "unknown"
+    assert build(a_run(audit=audit | {"holds": True, "bounds": []}))["headline"]["epsilon"] != "unknown"
     assert build(a_run(audit=audit | {"code_hash": "00"}))["headline"]["epsilon"] != "unknown"
 
 

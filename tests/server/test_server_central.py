@@ -267,6 +267,38 @@ def test_g16_a_reply_that_is_delivered_twice_counts_once(tmp_path):
     assert lines(tmp_path)[0]["replies"] == CLIENTS
 
 
+def copied(app):
+    """A relay that answers in every node's name with the first node's reply; the first round's requests are equal."""
+    first = []
+
+    def call(message, context):
+        if not first:
+            first.append(app(message, context).content)
+        return Message(first[0], reply_to=message)
+
+    return call
+
+
+def require_one_share(folder):
+    job = make_job(folder, plan=central_plan(client_rate=1.0, expected_batch=6.0, rounds=1))
+    job = dataclasses.replace(job, sources=lambda use, round: Silent())
+    with open_book(folder) as book:
+        play(job, copied(hostile(3e38)(honest(book, folder))))
+    moved = np.linalg.norm(flat(load(folder / CHECKPOINT).model) - FIRST) * job.plan.expected_batch
+    assert moved <= job.plan.l2_clip * 1.0001, f"one client moved the sum by {moved}"
+    assert lines(folder)[0]["replies"] == 1
+
+
+def test_g16_a_reply_copied_under_other_nodes_numbers_counts_once(tmp_path):
+    require_one_share(tmp_path)
+
+
+def test_g16_planted_bug_a_server_that_counts_nodes_instead_of_data_sets_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(central, "_keep_one_each", lambda updates: None)
+    with pytest.raises(AssertionError, match="one client moved"):
+        require_one_share(tmp_path)
+
+
 # -- drop-outs and empty cohorts --------------------------------------------------------------------------------
 
 

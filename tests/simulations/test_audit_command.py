@@ -20,6 +20,7 @@ from privacy import ledger
 from privacy.dpsgd import PrivateTrainer
 from privacy.noise import Keystream, RandomSource
 from simulations import audit as command
+from simulations.evidence import render
 from simulations.run import simulate
 from simulations.scenario import Scenario
 
@@ -191,14 +192,20 @@ def test_g18_a_client_level_run_gets_an_estimate_from_canary_clients_and_no_figu
     code, out, err = says(tmp_path / "run", "--json")
     assert (code, err) == (0, "")
     found = {row["audit"]: row for row in json.loads(out)["findings"]}
-    assert list(found) == ["canary clients", "ledgers"]
+    assert list(found) == ["server's clip", "server's noise", "client canaries", "canary clients", "ledgers"]
     assert "one round, estimate" in found["canary clients"]["verdict"]
-    assert not (tmp_path / "run/audit.json").exists()
+    assert [name for name, row in found.items() if row["estimate"]] == ["canary clients"]
+    # The bound may be told, the estimate not.
+    left = json.loads((tmp_path / "run/audit.json").read_text())
+    assert [row["audit"] for row in left["bounds"]] == ["client canaries"]
+    assert (left["holds"], left["audits"], left["contradicted"]) == (True, 1, 0)
     assert {p: p.read_bytes() for p in before} == before
     code, out, _ = says(tmp_path / "run")
     assert code == 0
     assert "no bound, no confidence" in out
     assert "FAILS" not in out
+    # An estimate is never called a pass.
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("canary clients")] == ["estimate"]
     # Planted: a server without noise. 80 drawings each gave 1.0 to 6.0 with noise, 8.3 to 15.4 without; medians of five
     # keep far from each other.
     what = command._of_run(tmp_path / "run")
@@ -208,6 +215,60 @@ def test_g18_a_client_level_run_gets_an_estimate_from_canary_clients_and_no_figu
         return statistics.median(command._canary_clients(what, subject).figures["epsilon"] for _ in range(5))
 
     assert median(command.SecureSources()) < 6.0 < median(SilentSources())
+
+
+def test_g16_a_server_without_noise_is_contradicted_and_the_report_of_its_run_has_no_figure(
+    says: Says, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"unit": "client", "clients": 12, "rounds": 1, "client-rate": 0.5, "steps-per-round": 1}
+    simulate(Scenario.layered(None, keys), out=tmp_path / "run", observer=Quiet())
+    assert render_report(tmp_path / "run")["headline"]["epsilon"] != "unknown"
+    with monkeypatch.context() as planted:
+        planted.setattr(command, "SecureSources", SilentSources)
+        code, out, _ = says(tmp_path / "run", "--canaries", 400)
+    assert code == 7
+    assert "Contradicted by: server's noise, client canaries" in out
+    # At once: a report that is not written anew would still claim its figure.
+    assert json.loads((tmp_path / "run/report.json").read_text())["headline"]["epsilon"] == "unknown"
+    assert render_report(tmp_path / "run")["headline"]["epsilon"] == "unknown"
+
+
+def render_report(run: Path) -> dict[str, Any]:
+    render(run)
+    found: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return found
+
+
+def test_g6_a_failed_audit_is_not_washed_away_by_trying_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "audit.json").unlink(missing_ok=True)
+    answers = iter([False, True, True])
+
+    def one(*args: Any) -> Mapping[str, Callable[[], audits.Finding]]:
+        # A probe: it stays with the holder, and that it failed still counts.
+        return {"noise": lambda: audits.Finding(audit="noise", holds=next(answers), line="", figures={})}
+
+    monkeypatch.setattr(command, "_audits", one)
+    assert [note[:28] for note in command.audit(run)["notes"]] == ["The run's report was written"]
+    assert render_report(run)["headline"]["epsilon"] == "unknown"
+    again = command.audit(run)
+    assert again["holds"] is True
+    assert "does not take that back" in again["notes"][0]
+    left = json.loads((run / "audit.json").read_text())
+    assert (left["holds"], left["audits"], left["contradicted"]) == (True, 2, 1)
+    assert render_report(run)["headline"]["epsilon"] == "unknown"
+    # Other code has a record of its own, and so has a holder who deletes the file.
+    (run / "audit.json").unlink()
+    assert command.audit(run)["notes"] == []
+    assert render_report(run)["headline"]["epsilon"] != "unknown"
+
+
+def test_g18_records_from_a_place_that_somebody_named_are_not_attacked_as_public(run: Path) -> None:
+    what = command._of_run(run)
+    digits = {row.numpy().tobytes() for row in load_source(TASKS["digits"]).train.inputs}
+    assert {row.numpy().tobytes() for row in command._public_records(what)[0]} <= digits
+    # Called like a public data set, read from a folder of the holder's: only synthetic records then.
+    own = dataclasses.replace(what, data="/a/hospital/digits")
+    assert not {row.numpy().tobytes() for row in command._public_records(own)[0]} & digits
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from simulations.evidence import composed_epsilon, facts_of, prices_of, render
 from simulations.run import simulate
 from simulations.scenario import Scenario
 from simulations.world import World
+from tests.oracles import remark
 
 CLIENTS, ROUNDS = 4, 3
 SMALL = {"clients": CLIENTS, "rounds": ROUNDS, "steps-per-round": 1, "mode": "hooks", "seed": 5}
@@ -270,8 +271,7 @@ def test_g14_a_ledger_that_was_rolled_back_contradicts_its_receipts(run, keep):
     # Grants come first, then a commitment and a charge each; both files are rolled back together.
     lines = CLIENTS if keep == "grants alone" else 3 * CLIENTS
     drop_lines(run / "ledgers/ledger.jsonl", lambda number: number < lines)
-    for intent in (run / "ledgers").glob("ledger.intent*"):
-        intent.unlink()
+    remark(run / "ledgers")
     require_unknown(run, "contradict each other")
     assert {client["verdict"] for client in report_of(run)["clients"]} == {"unknown"}
 
@@ -432,8 +432,9 @@ def test_a_report_is_signed_by_the_runs_server_and_carries_what_each_client_sign
 
 
 def test_an_audit_in_the_run_folder_is_quoted_and_a_damaged_one_is_told(run):
-    (run / "audit.json").write_text(json.dumps({"code_hash": World.open(run).settled.code, "epsilon_lower": 0.2}))
-    assert report_of(run)["empirical"]["audit"]["epsilon_lower"] == 0.2
+    found = {"code_hash": World.open(run).settled.code, "holds": True, "date": "2026-01-01"}
+    (run / "audit.json").write_text(json.dumps(found))
+    assert report_of(run)["empirical"]["audit"] == found | {"bounds": []}
     (run / "audit.json").write_text("[")
     with pytest.raises(RunError, match="audit"):
         render(run)

@@ -132,6 +132,50 @@ def test_g5_planted_bug_a_search_that_charges_only_the_winner_is_found(tmp_path:
     assert "epsilon unknown" in (tmp_path / "search/search.txt").read_text()
 
 
+def headlines(out: Path) -> list[tuple[float, str]]:
+    reports = [json.loads(path.read_text())["headline"] for path in sorted(out.glob("candidate-*/report.json"))]
+    return [(headline["epsilon"], headline["basis"]) for headline in reports]
+
+
+def test_g5_the_report_beside_the_winner_says_what_the_whole_search_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    search = tune.run(prepared(("lr=0.5,1,1.5",)), tmp_path / "search", Watcher())
+    found = headlines(tmp_path / "search")
+    assert [basis for _, basis in found] == ["the ledgers' RDP filter over all their runs"] * 3
+    assert all(epsilon == search["total"]["spent"] for epsilon, _ in found)
+    # Planted: each report as it was when its candidate ended; the first then says what one candidate costs.
+    monkeypatch.setattr(tune, "render", lambda folder: None)
+    tune.run(prepared(("lr=0.5,1,1.5",)), tmp_path / "stale", Watcher())
+    assert headlines(tmp_path / "stale")[0][0] < 0.6 * search["total"]["epsilon"]
+
+
+def test_g5_a_search_that_was_stopped_tells_the_whole_when_it_goes_on(tmp_path: Path):
+    out = tmp_path / "search"
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(prepared(), out, Watcher(stop_after=1))
+    search = tune.resume(out, Watcher())
+    assert [epsilon for epsilon, _ in headlines(out)] == [search["total"]["spent"]] * 2
+
+
+def test_g2_what_ledgers_of_another_delta_spent_is_not_printed_at_the_searches_delta(tmp_path: Path):
+    ledgers = tmp_path / "ledgers"
+    holder = SMALL | {"epsilon": 8.0, "ledgers": str(ledgers), "delta": 1e-4}
+    tune._open_ledgers(
+        tune.prepare(None, holder, [{"lr": 1.0}]), Scenario.layered(None, holder), tune._task("digits"), ledgers
+    )
+    first = tune.run(prepared(("lr=1",), epsilon=1.5, ledgers=str(ledgers)), tmp_path / "first", Watcher())
+    assert first["total"]["epsilon"] == first["price"]["pld"]
+    # Beside another run the headline is the filter's: the holder counts at 1e-4, and the search speaks of 1e-5.
+    second = tune.run(prepared(("lr=1",), epsilon=1.4, ledgers=str(ledgers)), tmp_path / "second", Watcher())
+    with Book(ledgers) as book:
+        account = next(iter(book.accounts.values()))
+    at_search = account.spent_rdp + account.grant.epsilon_of(1.0) - 1.0 + math.log(10) / (account.grant.order - 1)
+    assert second["delta"] == 1e-5
+    assert second["total"]["epsilon"] == pytest.approx(at_search)
+    assert second["total"]["epsilon"] > account.spent + 0.5
+
+
 def test_g5_the_shares_of_a_search_compose_to_its_epsilon():
     # Equal candidates: what one schedule of all their steps needs.
     noises, _ = split_noise(epsilon=3.0, delta=1e-5, schedules=[(0.5, 42)] * 6)
@@ -320,6 +364,51 @@ def test_a_search_whose_price_was_edited_is_priced_anew_and_one_whose_noise_was_
     (out / "search.json").write_text(json.dumps(stored))
     with pytest.raises(RunError, match="not the one that was priced"):
         tune.resume(out, Watcher())
+
+
+def test_g5_a_search_that_stops_for_want_of_budget_says_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, real = tmp_path / "search", tune._run_one
+
+    def poor(candidate, folder, ledgers, observer):
+        if candidate["number"] == 2:
+            raise BudgetExceeded("expected budget, got none")
+        return real(candidate, folder, ledgers, observer)
+
+    monkeypatch.setattr(tune, "_run_one", poor)
+    with pytest.raises(BudgetExceeded):
+        tune.run(prepared(), out, Watcher())
+    search = json.loads((out / "search.json").read_text())
+    assert (search["status"], search["winner"]) == ("stopped", None)
+    # All of the committed schedule, as everywhere: nothing is refunded for stopping.
+    assert search["total"]["epsilon"] == search["price"]["pld"]
+    assert "No winner" in (out / "search.txt").read_text()
+    monkeypatch.undo()
+    assert tune.resume(out, Watcher())["status"] == "finished"
+
+
+def test_g5_a_candidate_killed_while_its_folder_was_made_goes_on_and_is_charged(tmp_path: Path):
+    out = tmp_path / "search"
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(prepared(), out, Watcher(stop_after=1))
+    # Killed between the scenario and the job, the last moment before the first charge.
+    scenario = Scenario.from_mapping(json.loads((out / "search.json").read_text())["candidates"][1]["scenario"])
+    (out / "candidate-002").mkdir()
+    dataclasses.replace(scenario, out="", ledgers=str(out / "ledgers")).save(out / "candidate-002")
+    assert tune.resume(out, Watcher())["status"] == "finished"
+    assert underpaid(out, out / "ledgers") == []
+
+
+def test_g6_a_search_that_was_charged_cannot_be_called_free_afterwards(tmp_path: Path):
+    out = tmp_path / "search"
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(prepared(), out, Watcher(stop_after=1))
+    stored = json.loads((out / "search.json").read_text())
+    for public in ({"why": "the public data set digits", "stated": False}, {"why": "by my word", "stated": True}):
+        (out / "search.json").write_text(json.dumps(stored | {"public": public}))
+        with pytest.raises(RunError, match="says that it is free"):
+            tune.resume(out, Watcher())
+    (out / "search.json").write_text(json.dumps(stored))
+    assert tune.resume(out, Watcher())["total"]["epsilon"] > 1
 
 
 def test_a_folder_without_a_search_or_in_use_is_refused(tmp_path: Path):

@@ -23,7 +23,7 @@ from privacy.transcript import export
 from privacy.verify import Check, Result, passed, verify_files
 from simulations.run import simulate
 from simulations.scenario import Scenario
-from tests.oracles import make_plan, make_request, rechain
+from tests.oracles import make_plan, make_request, rechain, remark
 
 CLIENTS, ROUNDS = 3, 3
 SMALL = {"clients": CLIENTS, "rounds": ROUNDS, "steps-per-round": 1, "mode": "hooks", "seed": 5, "epsilon": 2.5}
@@ -99,6 +99,24 @@ def test_an_honest_run_fails_nothing_and_says_what_cannot_be_proven(run: Path) -
         "words of the report",
     }
     assert len(found) > 20
+
+
+def test_g6_a_figure_beside_an_audit_that_contradicts_it_is_found(run: Path) -> None:
+    code = report_of(run)["software"]["code_hash"]
+    row = {"audit": "gradient canaries", "holds": True, "epsilon_lower": 1.0, "epsilon_upper": 2.0}
+
+    def audited(**changes: Any) -> None:
+        found = {"code_hash": code, "holds": True, "bounds": [row]} | changes
+        rewrite(run, lambda report: report["empirical"].update(audit=found))
+
+    audited()
+    assert answers(run / "report.json")["audit"] is Result.OPEN
+    # The verdict is worked out from the bounds, whatever the operator writes beside them.
+    for changes in ({"holds": False}, {"bounds": [row | {"epsilon_lower": 2.5}]}, {"contradicted": 1}):
+        audited(**changes)
+        assert [check.name for check in failures(run / "report.json")] == ["audit"]
+    audited(holds=False, code_hash="0" * 64)
+    assert answers(run / "report.json")["audit"] is Result.OPEN
 
 
 def test_pinned_keys_are_taken_and_others_are_not(run: Path) -> None:
@@ -428,8 +446,7 @@ def ledger_lines(run: Path) -> list[bytes]:
 
 def keep_lines(run: Path, lines: list[bytes]) -> None:
     (run / "ledgers/ledger.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    for intent in (run / "ledgers").glob("ledger.intent*"):
-        intent.unlink()
+    remark(run / "ledgers")
 
 
 def roll_back(run: Path) -> None:
@@ -446,7 +463,7 @@ def fork(run: Path) -> None:
 
 def sign_again(run: Path) -> None:
     def noisier(entry: dict[str, Any]) -> None:
-        if entry["kind"] == "charge":
+        if entry["kind"] in ("commit", "charge"):
             entry["body"]["event"]["noise_multiplier"] = 99.0
 
     keep_lines(run, rechain(ledger_lines(run), noisier, run / "ledgers/ledger.key")[:-1].split(b"\n"))

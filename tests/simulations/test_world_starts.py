@@ -350,7 +350,7 @@ def test_a_folder_starts_again_after_a_kill_during_the_clean_up(scenario, tmp_pa
     started(scenario, tmp_path)
 
 
-def test_a_charge_that_only_its_intent_holds_is_not_removed(scenario, tmp_path, monkeypatch):
+def test_a_ledger_that_was_cut_to_its_grants_is_not_removed(scenario, tmp_path, monkeypatch):
     started(scenario, tmp_path)
     granted = (tmp_path / "ledgers/ledger.jsonl").read_bytes()
     (tmp_path / JOB_FILE).unlink()
