@@ -17,7 +17,7 @@ import io
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -97,6 +97,29 @@ def floats_of(data: Buffer, shape: tuple[int, ...], name: str) -> Floats:
     return Floats(tuple(shape), memoryview(data)[len(header) :])
 
 
+class WireArray(Protocol):
+    """An array as Flower carries it; its own class is one, and is not imported here."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stype: str
+    data: bytes
+
+
+def floats_by_name(record: Mapping[str, WireArray]) -> dict[str, Floats]:
+    """Returns the numbers of a record of arrays, not copied: what `pack` takes.
+
+    Raises:
+        PlanError: One is no float32 array as `write_float32` writes it.
+    """
+    for name, array in record.items():
+        require(
+            (array.dtype, array.stype) == ("float32", "numpy.ndarray"),
+            f"expected {name} as a float32 array, got another kind; is it the same task?",
+        )
+    return {name: floats_of(array.data, tuple(array.shape), name) for name, array in record.items()}
+
+
 def array_of(floats: Floats) -> bytes:
     """Returns numbers as `write_float32` writes an array of them; the inverse of `floats_of`."""
     return b"".join((_header(floats.shape), floats.data))
@@ -174,31 +197,18 @@ def pack(configs: Mapping[str, Mapping[str, Scalar]], arrays: Mapping[str, Mappi
     Raises:
         PlanError: Something is not of its form, or too much.
     """
-    require(not set(configs) & set(arrays), "expected records of different names, got one name twice")
-    require(len(configs) + len(arrays) <= _MOST_RECORDS, f"expected at most {_MOST_RECORDS} records, got more")
-    head = [struct.pack(">BB", len(configs), len(arrays))]
     numbers: list[Buffer] = []
-    for name, config in configs.items():
-        head += (_text(name), _count(config))
-        for key, value in config.items():
-            head += (_text(key), _scalar(value))
-    for name, record in arrays.items():
-        head += (_text(name), _count(record))
-        for key, (shape, data) in record.items():
+    for record in arrays.values():
+        for shape, data in record.values():
             view = memoryview(data)
             require(
-                len(shape) <= _MOST_DIMENSIONS
-                and all(type(size) is int and 0 <= size < 2**32 for size in shape)
-                and view.nbytes == 4 * math.prod(shape),
+                view.nbytes == 4 * math.prod(shape),
                 "expected an array's bytes to be those of its shape, got others; send float32",
             )
-            head += (_text(key), struct.pack(f">B{len(shape)}I", len(shape), *shape))
             if view.nbytes:
                 numbers.append(view.cast("B"))
-    text = b"".join(head)
-    require(len(text) <= _MOST_HEAD_BYTES, f"expected at most {_MOST_HEAD_BYTES} bytes beside the arrays, got more")
-    start = len(_PACKET) + 4 + len(text)
-    return [_PACKET, len(text).to_bytes(4, "big"), text, bytes(-start % _ALIGNED), *numbers]
+    shapes = {name: {key: floats.shape for key, floats in record.items()} for name, record in arrays.items()}
+    return [_start(configs, shapes), *numbers]
 
 
 def packed_bytes(
@@ -208,12 +218,35 @@ def packed_bytes(
 
     With the longest texts that a reply may hold it gives the length to which every reply to a request is padded, a
     refusal too (guarantee G12).
+
+    Raises:
+        PlanError: Something is not of its form, or too much.
     """
-    empty = {
-        name: {key: Floats((0,) * len(shape), b"") for key, shape in record.items()} for name, record in shapes.items()
-    }
-    head = sum(map(len, pack(configs, empty)))
-    return head + sum(4 * math.prod(shape) for record in shapes.values() for shape in record.values())
+    numbers = sum(4 * math.prod(shape) for record in shapes.values() for shape in record.values())
+    return len(_start(configs, shapes)) + numbers
+
+
+def _start(configs: Mapping[str, Mapping[str, Scalar]], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> bytes:
+    """Returns everything before the numbers."""
+    require(not set(configs) & set(shapes), "expected records of different names, got one name twice")
+    require(len(configs) + len(shapes) <= _MOST_RECORDS, f"expected at most {_MOST_RECORDS} records, got more")
+    head = [struct.pack(">BB", len(configs), len(shapes))]
+    for name, config in configs.items():
+        head += (_text(name), _count(config))
+        for key, value in config.items():
+            head += (_text(key), _scalar(value))
+    for name, record in shapes.items():
+        head += (_text(name), _count(record))
+        for key, shape in record.items():
+            require(
+                len(shape) <= _MOST_DIMENSIONS and all(type(size) is int and 0 <= size < 2**32 for size in shape),
+                f"expected a shape of at most {_MOST_DIMENSIONS} sizes from 0, got another",
+            )
+            head += (_text(key), struct.pack(f">B{len(shape)}I", len(shape), *shape))
+    text = b"".join(head)
+    require(len(text) <= _MOST_HEAD_BYTES, f"expected at most {_MOST_HEAD_BYTES} bytes beside the arrays, got more")
+    start = _PACKET + len(text).to_bytes(4, "big") + text
+    return start + bytes(-len(start) % _ALIGNED)
 
 
 def unpack(data: Buffer, *, max_bytes: int) -> Packet:
