@@ -62,9 +62,9 @@ def unpacked(data):
     return content
 
 
-def holder(folder, epsilon=3.0):
+def holder(folder, epsilon=3.0, order=ORDER):
     book = Book(folder / "ledgers")
-    book.grant({"mine": Grant(epsilon=epsilon, delta=1e-5, order=ORDER, records_bound=1000)}, population="mine")
+    book.grant({"mine": Grant(epsilon=epsilon, delta=1e-5, order=order, records_bound=1000)}, population="mine")
     return Holder(
         name="mine",
         task=TASK,
@@ -185,7 +185,7 @@ def test_g12_a_refusal_is_as_long_as_a_release_on_the_wire(tmp_path):
     epoch = ServerEpoch(SERVER, job=JOB, run=7, bundle=BUNDLE, terms=TERMS)
     (server, client), (second, fellow) = joined(epoch), joined(epoch, FELLOW)
     release = serve(client, holder(tmp_path / "a"), say(server, epoch, request()))
-    refusal = serve(fellow, holder(tmp_path / "b", epsilon=0.01), say(second, epoch, request()))
+    refusal = serve(fellow, holder(tmp_path / "b", epsilon=0.3, order=60.0), say(second, epoch, request()))
     assert unpacked(second.open("reply", 1, refusal))["refusal"]["word"] == Word.DECLINED
     assert len(release) == len(refusal)
     # Twin: unpadded, a word is far shorter than a release.
