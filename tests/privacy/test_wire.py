@@ -8,6 +8,7 @@ import random
 import struct
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,18 @@ from hypothesis import strategies as st
 from privacy import wire
 from privacy.errors import PlanError
 from privacy.ledger import Word
-from privacy.wire import Floats, Packet, array_of, floats_of, pack, packed_bytes, read_float32, unpack, write_float32
+from privacy.wire import (
+    Floats,
+    Packet,
+    array_of,
+    floats_by_name,
+    floats_of,
+    pack,
+    packed_bytes,
+    read_float32,
+    unpack,
+    write_float32,
+)
 from tests.vectors import make_packet as oracle
 
 MOST = 1_000_000
@@ -49,9 +61,18 @@ def test_the_numbers_of_an_array_of_another_shape_are_not_taken(shape: tuple[int
     data = write_float32(np.zeros((3, 4), np.float32))
     with pytest.raises(PlanError):
         floats_of(data, shape, "w")
-    double = data.replace(b"<f4", b"<f8")
-    with pytest.raises(PlanError):
-        floats_of(double, (3, 4), "w")
+    for other in (data.replace(b"<f4", b"<f8"), data[:-1], data + b"\0"):
+        with pytest.raises(PlanError):
+            floats_of(other, (3, 4), "w")
+
+
+def test_only_arrays_that_say_they_are_float32_are_taken() -> None:
+    data = write_float32(np.zeros((3, 4), np.float32))
+    array = SimpleNamespace(dtype="float32", stype="numpy.ndarray", shape=(3, 4), data=data)
+    assert floats_by_name({"w": array}) == {"w": floats_of(data, (3, 4), "w")}
+    for wrong in ({"dtype": "float16"}, {"stype": "torch.Tensor"}, {"shape": (4, 3)}, {"data": data[:-4]}):
+        with pytest.raises(PlanError):
+            floats_by_name({"w": SimpleNamespace(**{**vars(array), **wrong})})
 
 
 # -- what is written is read -----------------------------------------------------------------------------------------
