@@ -206,6 +206,18 @@ def test_records_of_another_form_are_not_written(configs: Any, arrays: Any) -> N
         pack(configs, arrays)
 
 
+def test_a_head_that_is_too_long_is_neither_written_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"a": {str(at): "x" * 2**20 for at in range(8)}}
+    monkeypatch.setattr(wire, "_MOST_HEAD_BYTES", 2**24)
+    data = joined(texts, {})
+    assert unpack(data, max_bytes=2**24)
+    monkeypatch.undo()
+    with pytest.raises(PlanError):
+        joined(texts, {})
+    with pytest.raises(PlanError):
+        unpack(data, max_bytes=2**24)
+
+
 def test_a_packet_that_is_too_long_is_not_read() -> None:
     data = joined({"job": JOB}, {"arrays": MODEL})
     with pytest.raises(PlanError):
