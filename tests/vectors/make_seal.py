@@ -217,9 +217,10 @@ def vectors() -> dict[str, Any]:
     def wrapped(number: int, **changed: Any) -> bytes:
         """A wrap of the body whose statement says something else."""
         says = {"job": job, "run": run, "bundle": bundle, "round": round, "length": len(model)} | changed
-        signer, about = says.pop("signer", server), says.pop("body", body)
+        signer, about, tail = says.pop("signer", server), says.pop("body", body), says.pop("tail", b"")
+        kind, marked = says.pop("kind", b"broadcast"), says.pop("marked", round)
         signed = statement(**says, digest=hashlib.sha256(about).digest())
-        plaintext = framed(b"broadcast", round, ticket(signer, signed, says["length"], about, key))
+        plaintext = framed(kind, marked, ticket(signer, signed, says["length"], about, key) + tail)
         return sealed(derived["wrap"], start(WRAP, TO_CLIENT), number, filled(f"wrap {number}"), plaintext)
 
     def faulty(text: str, plaintext: bytes, *, number: int = 5, key: bytes = b"", begin: bytes = b"") -> dict[str, Any]:
@@ -307,6 +308,9 @@ def vectors() -> dict[str, Any]:
             ("a statement signed by a client", wrapped(1, signer=other), body),
             ("a statement about another body", wrapped(1, body=fellow), body),
             ("a length that is not the body's", wrapped(1, length=len(model) + 1), body),
+            ("a wrap of another kind", wrapped(1, kind=b"round"), body),
+            ("a wrap of another round", wrapped(1, marked=round + 1), body),
+            ("a ticket with a byte more", wrapped(1, tail=b"\0"), body),
         ]
     ]
     return {
