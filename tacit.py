@@ -1977,6 +1977,7 @@ def _server_run(arguments: argparse.Namespace) -> int:
         rows = {"status": summary["status"], "rounds": summary["rounds"], "run folder": _short(str(summary["run"]))}
         metrics = summary["metrics"]
         rows |= {k: _metric(k, v) for k, v in (metrics.items() if isinstance(metrics, Mapping) else ())}
+        rows["report"] = _short(str(summary["report"]))
         _print_rows(_console(), rows)
     if summary["status"] == "interrupted":
         return _fail(f"stopped; go on with: tacit server run --resume {_short(str(summary['run']))}", 130)

@@ -65,6 +65,10 @@ class _Epoch:
     ends: ClientEpoch
     terms: Terms | None = None
 
+    def is_of(self, letter: Letter) -> bool:
+        """Whether a letter says that it comes from this epoch's run."""
+        return (letter.run, letter.bundle) == (self.run, self.bundle)
+
 
 class Worker:
     """Answers sealed letters; see the module's text.
@@ -98,6 +102,8 @@ class Worker:
         self._jobs, self._policy, self._code = jobs, policy, code
         self._app = client_app(lambda context: self._allowed())
         self._epoch: _Epoch | None = None
+        # A hello was answered, and the server has not answered back yet.
+        self._coming: _Epoch | None = None
         self._turn = threading.Lock()
         self.rounds = 0
         self.last_error = ""
@@ -121,13 +127,11 @@ class Worker:
         pieces = letter.pieces
         if set(pieces) == {_name(Step.HELLO)}:
             return {_name(Step.OFFER): self._offer(letter)}
-        epoch = self._epoch
-        if epoch is None or (letter.run, letter.bundle) != (epoch.run, epoch.bundle):
-            raise SealError("expected a message of the epoch that is open here, got one of another; start a new one")
         if _name(Step.ACCEPT) in pieces:
-            # The server repeats its answer until it has heard from us; the same one again changes nothing.
-            with contextlib.suppress(SealError):
-                epoch.ends.accept(pieces[_name(Step.ACCEPT)])
+            self._accept(letter)
+        epoch = self._epoch
+        if epoch is None or not epoch.is_of(letter):
+            raise SealError("expected a message of the epoch that is open here, got one of another; start a new one")
         session = epoch.ends.session
         if session is None or _name(Step.MESSAGE) not in pieces:
             raise SealError("expected a message in an open session, got none; start a new one")
@@ -141,18 +145,30 @@ class Worker:
         raise SealError("expected terms, or a round after them, got another message; start a new session")
 
     def _offer(self, letter: Letter) -> bytes:
-        """Answers a hello. The session that is open, if any, goes on until a new one was made."""
-        epoch = self._epoch
-        if epoch is None or (letter.run, letter.bundle) != (epoch.run, epoch.bundle):
-            ends = ClientEpoch(self._identity, self._server, run=letter.run, bundle=letter.bundle)
-            epoch = _Epoch(letter.run, letter.bundle, ends)
-            offer = ends.offer(letter.pieces[_name(Step.HELLO)])
-            # Only now: what is not the pinned server's must not close a session that is.
-            if self._epoch is not None:
-                self._epoch.ends.close()
-            self._epoch = epoch
-            return offer
-        return epoch.ends.offer(letter.pieces[_name(Step.HELLO)])
+        """Answers a hello. Whatever it is, the session that is open goes on until the server has answered back.
+
+        A relay could repeat the hello of an earlier run, which the pinned server did sign; nobody can answer for it.
+        """
+        known = next((one for one in (self._epoch, self._coming) if one is not None and one.is_of(letter)), None)
+        if known is not None:
+            return known.ends.offer(letter.pieces[_name(Step.HELLO)])
+        ends = ClientEpoch(self._identity, self._server, run=letter.run, bundle=letter.bundle)
+        offer = ends.offer(letter.pieces[_name(Step.HELLO)])
+        self._coming = _Epoch(letter.run, letter.bundle, ends)
+        return offer
+
+    def _accept(self, letter: Letter) -> None:
+        """Takes the server's answer to an offer; a new epoch takes the older one's place only now."""
+        for epoch in (self._coming, self._epoch):
+            if epoch is None or not epoch.is_of(letter):
+                continue
+            # The server repeats its answer until it has heard from us; the same one again changes nothing.
+            with contextlib.suppress(SealError):
+                epoch.ends.accept(letter.pieces[_name(Step.ACCEPT)])
+                if epoch is self._coming:
+                    if self._epoch is not None:
+                        self._epoch.ends.close()
+                    self._epoch, self._coming = epoch, None
 
     def _consider(self, opened: Opened, session: ClientSession, epoch: _Epoch) -> str:
         """Returns the word that answers terms."""

@@ -194,10 +194,11 @@ class Receipt:
             if "metrics" in fields:
                 raise ValueError("metrics stand beside the event")
             receipt = cls(**fields, metrics=tuple(metrics))
-            signed = receipt.signed_bytes()
             # A second text for the same receipt (a repeated key, other spacing) may be read differently elsewhere.
             if receipt.to_json() != text:
                 raise ValueError("not the canonical text")
+            # That text without its signature, which no other field can hold: all others are hex digits or no texts.
+            signed = _RECEIPT_MARK + text.replace(f'"signature":"{receipt.signature}",', "", 1).encode()
         except (ValueError, TypeError, KeyError) as error:
             raise LedgerError(f"expected a receipt, got something else ({type(error).__name__})") from None
         verify(receipt.public_key, signed, receipt.signature)

@@ -957,6 +957,11 @@ def _not_covered(facts: RunFacts) -> list[str]:
         "every number in the plan.",
         "The accuracy shown: it is measured on the server's public test set, which no figure here protects.",
     ]
+    if facts.simulation is None:
+        gaps.append(
+            "Flower's processes at a data holder: where they run under the user who owns its data, the guarantee "
+            "depends on them; each holder's preflight says how its own run."
+        )
     if facts.covers.strip().lower() == "this run only":
         gaps.insert(0, "Other runs on the same data: these ledgers live in the run folder and cover this run only.")
     return gaps
@@ -965,18 +970,23 @@ def _not_covered(facts: RunFacts) -> list[str]:
 def _adversaries(facts: RunFacts) -> list[dict[str, str]]:
     """Returns who sees what, and what protects against them in this version."""
     same = "the headline figure: what leaves a client is already noised"
-    travel = (
-        "nothing travelled: a simulation on one machine"
-        if facts.simulation is not None
-        else "messages, sealed by TLS only where the deployment switches it on"
-    )
+    simulated = facts.simulation is not None
+    travel = "nothing travelled: a simulation on one machine"
     machine = (
         "the machine that ran this simulation" if facts.simulation is not None else "the client's own machine and user"
     )
     metrics = " and noised metrics" if facts.plan.metrics is not None else ""
     rows = [
-        ("the network", travel, f"{same}; no sealing of messages in this version"),
-        ("the relay and its operator", travel, f"{same}; no end-to-end sealing in this version"),
+        (
+            "the network",
+            travel if simulated else "ciphertext, its sizes and times",
+            same if simulated else f"TLS 1.3 outside, sealed messages inside; beside it, {same}",
+        ),
+        (
+            "the relay and its operator",
+            travel if simulated else "sealed messages, who takes part, sizes and times",
+            same if simulated else f"messages sealed between client and server application; beside it, {same}",
+        ),
         (
             "the server",
             f"each client's released update{metrics}, who answered and when",

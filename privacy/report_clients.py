@@ -238,7 +238,7 @@ def _adversaries(
     ]
     kept = [row for row in rows if row["who"] not in ("the server", "the relay and its operator", "other clients")]
     words = {
-        "the network": "the headline figure for models; no sealing of messages in this version, so nothing for updates",
+        "the network": "the headline figure for models; updates travel in simulations alone, within one machine",
         "a thief of a disk": "nothing for kept updates, coins and records: they are not encrypted in a simulation"
         if facts.plan.banded is None
         else "nothing for kept updates and records, nor, until the last round erases it, for the state of the noise, "

@@ -15,26 +15,42 @@ import dataclasses
 import fcntl
 import json
 import os
+import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from clients.data import load_source
 from models.task import find_task
-from privacy.accounting import Event, best_affordable_order, solve_noise
-from privacy.errors import PlanError, RunError
+from privacy.accounting import Event, best_affordable_order, events_from_json, solve_noise
+from privacy.errors import LedgerError, PlanError, RunError
 from privacy.files import write_whole
-from privacy.noise import Keystream
+from privacy.ledger import grant_of, require_signed_entry
+from privacy.noise import SECURE_SOURCE, Keystream
 from privacy.plan import Unit, canonical
+from privacy.report import ClientSpend, RunFacts, Verdict, write
 from privacy.terms import Terms
+from privacy.transcript import iso
+from privacy.wire import settings_digest
 from server.aggregate import Aggregator, Strategy
-from server.app import Ending, Job, Schedule, run
+from server.app import CHECKPOINT, METRICS, RECEIPTS, Ending, Job, Schedule, run
+from server.checkpoint import load
 from server.gateway import ring
 from server.home import ServerHome
 from server.relay import Relay
 from server.sealed import Member, SealedGrid
 from server.services import Places, members_of
+from simulations.evidence import (
+    PATHS,
+    Countersigned,
+    prices_of,
+    read_countersigned,
+    read_rounds,
+    receipts_file,
+    versions,
+)
 from simulations.run import Observer
 from simulations.scenario import Scenario
 from simulations.world import Settled, code_hash, now, settle
@@ -156,6 +172,7 @@ def deploy(
             ending = run(job, grid)
             _keep_papers(folder, grid.papers())
         write_whole(folder / STATUS, json.dumps({"status": str(ending), "finished": now()}).encode())
+        page = render_deployed(folder, home)
     summary: dict[str, object] = {
         "status": "interrupted" if ending is Ending.INTERRUPTED else str(ending),
         "rounds": settled.plan.rounds if ending is Ending.FINISHED else (lines[-1]["round"] if lines else 0),
@@ -164,9 +181,164 @@ def deploy(
         "epsilon_spent": lines[-1]["epsilon"] if lines else None,
         "seconds": time.perf_counter() - began,
         "run": str(folder),
+        "report": str(page),
     }
     observer.finished(summary)
     return summary
+
+
+def render_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = ()) -> Path:
+    """Writes the report of a deployed run, from its receipts and from what clients signed alone.
+
+    Args:
+        folder: Its run folder.
+        home: The server's home, whose application countersigned the receipts and signs the report.
+        persons: Numbers of records of one person for which the schedule is priced too.
+
+    Raises:
+        TacitError: The folder is no run folder of this home, or its receipts are damaged.
+    """
+    return write(facts_of_deployed(folder, home, persons), folder, home.application_identity())[1]
+
+
+def facts_of_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = ()) -> RunFacts:
+    """Collects what the report of a deployed run is made of.
+
+    The ledgers are elsewhere: at the data holders. Of each, here are the receipts of this job, which say what was spent
+    on everything when they were signed, and the signed entries with which the budget and this job began. What a holder
+    spent since its last receipt is not known here, and the report says so.
+
+    Raises:
+        TacitError: Something is damaged.
+    """
+    settled, scenario, identity = Settled.load(folder), Scenario.from_run(folder), home.application_identity()
+    task = find_task(scenario.task)
+    rounds, state = read_rounds(folder), load(folder / CHECKPOINT)
+    lines = read_countersigned(folder, identity)
+    papers = json.loads((folder / PAPERS).read_bytes()) if (folder / PAPERS).exists() else {}
+    members = json.loads((folder / MEMBERS).read_bytes())
+    # A node's account is pinned by its first receipt; see `server.app.check`.
+    accounts = {number: identity.partition(":")[0] for number, identity in state.identities.items()}
+    of_account: dict[str, list[Countersigned]] = {account: [] for account in accounts.values()}
+    doubts = [] if state.job == settled.id else ["The checkpoint is that of another job."]
+    for line in lines:
+        if line.receipt.job != settled.id or line.receipt.account not in of_account:
+            doubts.append("A receipt is of another job, or of an account that no client of this one has.")
+            continue
+        of_account[line.receipt.account].append(line)
+    for what, found, name in (("rounds", rounds, METRICS), ("receipts", lines, RECEIPTS)):
+        if len(found) < (wanted := state.lines.get(name, 0)):
+            doubts.append(f"The checkpoint knows of {wanted:,} {what}, {len(found):,} are here.")
+    arrived = Counter(round for _, round in {(line.receipt.account, line.receipt.round) for line in lines})
+    if lost := {line["round"] for line in rounds if arrived[line["round"]] < line["replies"]}:
+        doubts.append(f"In {len(lost):,} rounds more updates arrived than there are receipts.")
+    clients, committed = [], True
+    for member in members:
+        account = accounts.get(member["number"], "")
+        if not account:
+            continue
+        paper = papers.get(member["name"], {})
+        sound = _is_of(paper, account, of_account[account], settled)
+        committed &= sound
+        declined = int(member["number"] in state.declined)
+        clients.append(_spend_of(member["name"], paper if sound else {}, of_account[account], declined, bool(lost)))
+    if not committed:
+        doubts.append("A client's commitment to this plan is not here: it did not send its papers, or sent others.")
+    status = json.loads((folder / STATUS).read_bytes()) if (folder / STATUS).exists() else {}
+    grants = [grant_of(paper["grant"]["body"]) for paper in papers.values() if "grant" in paper]
+    same = home.relay_is_server()
+    return RunFacts(
+        job=settled.id,
+        task=task.name,
+        task_summary=task.summary,
+        record=task.record,
+        started=settled.started,
+        finished=str(status.get("finished", now())),
+        status=str(status.get("status", "not finished")),
+        config={key: Path(str(v)).name if key in PATHS else v for key, v in scenario.to_mapping().items()},
+        plan=settled.plan,
+        committed=committed,
+        doubts=doubts,
+        local=settled.local,
+        rounds=rounds,
+        clients=clients,
+        prices=prices_of(settled.plan, grants, persons),
+        multiplicity=scenario.multiplicity,
+        multiplicity_epsilon=None,
+        augmented=task.augment is not None,
+        noise_source="a test source" if any(client.test_noise for client in clients) else SECURE_SOURCE,
+        versions=versions(),
+        code_hash=settled.code,
+        witness="the server application" + (", which is also the relay: relay = server" if same else ", not the relay"),
+        covers="everything that each client had spent when it signed its last receipt of this job",
+        simulation=None,
+        engine="separate machines, by Flower's SuperLink and SuperNodes",
+        device=settled.device,
+        hardware=f"{platform.machine()}, {os.cpu_count()} cores (the server's)",
+        receipts=receipts_file(folder),
+        settings=settings_digest(task.name, settled.plan.digest(), settled.local.to_json(), scenario.seed),
+        product={"curator": scenario.curator, "purpose": scenario.purpose, "data": scenario.data_domain},
+    )
+
+
+def _is_of(paper: Mapping[str, Any], account: str, lines: Sequence[Countersigned], settled: Settled) -> bool:
+    """Whether papers are those of an account that committed to exactly this plan; signed by the key of its receipts."""
+    grant, commit = paper.get("grant"), paper.get("commit")
+    if not lines or not isinstance(grant, dict) or not isinstance(commit, dict):
+        return False
+    key, plan = lines[0].receipt.public_key, settled.plan
+    try:
+        require_signed_entry(grant, key)
+        require_signed_entry(commit, key)
+        body = commit["body"]
+        return (
+            (grant["account"], commit["account"], grant["kind"], commit["kind"])
+            == (account, account, "grant", "commit")
+            and (body["job"], body["plan"], body["joins"]) == (settled.id, plan.digest(), plan.joins)
+            and events_from_json(body["event"]) == Event.all_of_round(plan)
+            and {line.receipt.public_key for line in lines} == {key}
+            and {line.receipt.events for line in lines} == {Event.all_of_round(plan)}
+        )
+    except (LedgerError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _spend_of(
+    name: str, paper: Mapping[str, Any], lines: Sequence[Countersigned], declined: int, lost: bool
+) -> ClientSpend:
+    """Returns what a client's receipts of this job say."""
+    ordered = sorted(lines, key=lambda line: line.receipt.seq)
+    first, last = ordered[0].receipt, ordered[-1].receipt
+    # Before the first charge of this job, others were made: how many runs they were of is the holder's business.
+    others = int(first.charges > 1)
+    changes = [entry["body"] | {"time": entry["time"]} for entry in paper.get("changes", [])]
+    return ClientSpend(
+        name=name,
+        granted_epsilon=last.granted,
+        delta=last.delta,
+        spent_epsilon=last.spent,
+        rounds_joined=len({line.receipt.round for line in ordered}),
+        charges=last.charges,
+        declined=declined,
+        runs=1 + others,
+        other_runs=others,
+        receipts_missing=0,
+        undelivered=max(0, last.charges - first.charges + 1 - len(ordered)),
+        test_noise=last.test,
+        history=tuple((line.receipt.round, line.receipt.spent) for line in ordered),
+        public_key=last.public_key,
+        ledger_head=last.head,
+        verdict=Verdict.UNKNOWN if lost else Verdict.VERIFIED,
+        account=last.account,
+        proof={
+            "grant": paper.get("grant"),
+            "commit": paper.get("commit"),
+            "receipt": ordered[-1].receipt.to_json(),
+            "peer": ordered[-1].peer,
+            "countersignature": ordered[-1].countersignature,
+        },
+        changes=tuple((iso(change["time"]), change["before"], change["epsilon"]) for change in changes),
+    )
 
 
 def _settled(scenario: Scenario, folder: Path, resume: bool) -> tuple[Settled, Scenario]:

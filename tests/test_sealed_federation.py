@@ -329,6 +329,25 @@ def test_g19_a_resumed_job_opens_a_new_epoch_and_messages_of_the_old_one_are_ref
     assert worker.rounds == before
 
 
+def test_g19_the_hello_of_an_earlier_run_said_again_does_not_close_the_session_that_is_open(tmp_path):
+    terms = make_terms()
+    relay, _, _, workers = federate(tmp_path, stopping=lambda: True, terms=terms)
+    old = [pieces for way, pieces in relay.seen if "hello" in pieces]
+    calls = []
+
+    def replaying(way, pieces):
+        if way == "down" and "broadcast" in pieces:
+            calls.append([set(worker.answer(Letter(7, BUNDLE, hello))) for worker in workers.values() for hello in old])
+        return [pieces]
+
+    _, lines, ending, _ = federate(tmp_path, replaying, workers=workers, terms=terms, run_id=8)
+    assert ending is Ending.FINISHED
+    assert [line["replies"] for line in lines] == [2, 2]
+    # Each worker answers the genuine old hello that names it, and loses nothing by it; nothing was asked twice.
+    assert all({"offer"} in answers for answers in calls)
+    assert len(calls) == 4
+
+
 def test_a_replayed_round_is_refused_and_a_planted_session_that_forgets_its_count_plays_it(tmp_path, monkeypatch):
     relay, _, _, workers = federate(tmp_path)
     last = [pieces for way, pieces in relay.seen if way == "down" and "broadcast" in pieces][-1]

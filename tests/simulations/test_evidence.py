@@ -189,7 +189,7 @@ def test_g3_the_filters_price_of_a_schedule_is_never_taken_at_a_larger_delta_tha
 
     def gate(*grants):
         accounts = {str(number): SimpleNamespace(grant=grant) for number, grant in enumerate(grants)}
-        return prices_of(SimpleNamespace(settled=settled, book=SimpleNamespace(accounts=accounts))).gate
+        return prices_of(settled.plan, [account.grant for account in accounts.values()]).gate
 
     own = Grant(epsilon=30.0, delta=settled.plan.delta, order=order, records_bound=100)
     assert gate(own) == pytest.approx(best)
