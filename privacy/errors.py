@@ -5,7 +5,8 @@
     |-- DataError        a data set cannot be read or breaks its schema      exit code 3
     |-- LedgerError      a ledger is damaged, foreign or out of step         exit code 4
     |-- BudgetExceeded   the next charge would cost more than is left        exit code 5
-    `-- RunError         a run folder or engine cannot go on                 exit code 6
+    |-- RunError         a run folder or engine cannot go on                 exit code 6
+    `-- VaultError       a sealed file or a key file does not open           exit code 8
 
 A message is one sentence: what was expected, what came, what to do. No message carries a private value, and no
 error leaves a data holder (guarantee G12): the client application answers with a fixed word instead.
@@ -46,3 +47,9 @@ class RunError(TacitError):
     """A run folder or an engine cannot go on."""
 
     exit_code = 6
+
+
+class VaultError(TacitError):
+    """A sealed file, or a file of keys, does not open, or must not be written."""
+
+    exit_code = 8
