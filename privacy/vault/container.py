@@ -57,14 +57,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self, final
 
+import numpy as np
 from cryptography.cobblestone import Cobblestone256Decryptor, Cobblestone256Encryptor
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from privacy.errors import VaultError
-from privacy.files import sync_folder
 from privacy.plan import canonical
+from privacy.vault.draft import Draft
 from privacy.vault.keys import KEY_BYTES, Kind, Opener, Recipient, Wrap
 
 # The first byte is no text, the last two are broken by whatever "converts" line ends.
@@ -85,7 +86,6 @@ _SEALED_CHUNK: Final = _CHUNK + 16
 # Salt and commitment, which a Cobblestone message begins with.
 _SALTED: Final = 24 + 32
 _PIECE: Final = 64 * _SEALED_CHUNK
-_FLUSH: Final = 8 * 2**20
 _MOST_BYTES: Final = 2**36
 _WORD: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _RUN: Final = re.compile(r"[A-Za-z0-9._-]{0,64}")
@@ -145,8 +145,8 @@ class Header:
         _, version, suite, length = _PREFIX.unpack_from(block)
         if (version, suite) != (FORMAT, SUITE):
             raise VaultError(
-                f"expected a sealed file of format {FORMAT} and suite {SUITE}, got {version} and {suite}; it is altered "
-                "or needs a newer tacit"
+                f"expected a sealed file of format {FORMAT} and suite {SUITE}, got {version} and {suite}; it is "
+                "altered or needs a newer tacit"
             )
         fields = _object(block[_PREFIX.size :], length)
         if fields is None or set(fields) != {field.name for field in dataclasses.fields(cls)}:
@@ -376,7 +376,7 @@ def seal_into(out: bytearray | memoryview, header: Header, recipients: Sequence[
     return at + len(last)
 
 
-def seal_bytes(header: Header, recipients: Sequence[Recipient], *parts: Bytes) -> bytearray:
+def seal_bytes(header: Header, recipients: Sequence[Recipient], *parts: Bytes) -> memoryview:
     """Seals content in memory.
 
     Args:
@@ -384,9 +384,9 @@ def seal_bytes(header: Header, recipients: Sequence[Recipient], *parts: Bytes) -
         recipients: Whom it is for.
         parts: The content, in order.
     """
-    out = bytearray(sealed_bytes_of(sum(memoryview(part).nbytes for part in parts)))
+    out = _room(sealed_bytes_of(sum(memoryview(part).nbytes for part in parts)))
     seal_into(out, header, recipients, *parts)
-    return out
+    return out.toreadonly()
 
 
 def open_into(
@@ -414,7 +414,8 @@ def open_into(
         at = decryptor.update_into(source[BODY:], view)
         last = decryptor.finalize()
     except InvalidTag:
-        view[:size] = bytes(size)
+        for start in range(0, size, _CHUNK):
+            view[start : min(size, start + _CHUNK)] = bytes(min(size - start, _CHUNK))
         raise _damaged("its content was altered or cut off", name) from None
     view[at : at + len(last)] = last
     return at + len(last)
@@ -433,9 +434,8 @@ def open_bytes(sealed: Bytes, keys: Sequence[Opener], wanted: Wanted, *, name: s
         VaultError: It is no sealed file or another one than wanted, no key opens it, or it was altered.
     """
     size = content_bytes_of(memoryview(sealed).nbytes - BODY)
-    # A length is no secret and no promise: what is too long for its message fails at its first wrong chunk.
-    out = bytearray(size or 0)
-    return memoryview(out)[: open_into(out, sealed, keys, wanted, name=name)].toreadonly()
+    out = _room(size or 0)
+    return out[: open_into(out, sealed, keys, wanted, name=name)].toreadonly()
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -443,11 +443,7 @@ def open_bytes(sealed: Bytes, keys: Sequence[Opener], wanted: Wanted, *, name: s
 
 @final
 class Writer:
-    """Writes a sealed file, as a context: left without an error the file is there, else nothing is.
-
-    Until then the bytes are in ``.NAME.RANDOM.new`` beside it, sealed like the rest; one that a killed process left
-    is removed by the next writer of the same name.
-    """
+    """Writes a sealed file, as a context: left without an error the file is there whole, else nothing is."""
 
     def __init__(
         self, path: Path, header: Header, recipients: Sequence[Recipient], *, replace: bool = False, sync: bool = True
@@ -464,21 +460,14 @@ class Writer:
         Raises:
             VaultError: There is such a file, or none can be written there.
         """
-        self._path, self._replace, self._sync = path, replace, sync
-        self._refuse_occupied()
         head, self._encryptor = _seal_head(header, recipients)
         self._buffer = memoryview(bytearray(_SALTED + _PIECE + _SEALED_CHUNK))
-        self.content_bytes = self._at = self._told = 0
+        self.content_bytes = 0
+        self._draft = Draft(path, replace=replace, sync=sync)
         try:
-            _sweep(path)
-            self._temporary, descriptor = _draft(path)
-        except OSError as error:
-            raise self._unwritten(error) from None
-        self._file = open(descriptor, "wb", buffering=0)
-        try:
-            self._put(memoryview(head))
+            self._draft.write(head)
         except VaultError:
-            self._drop()
+            self._draft.drop()
             raise
 
     def write(self, part: Bytes) -> int:
@@ -494,7 +483,7 @@ class Writer:
         for start in range(0, len(view), 64 * _CHUNK):
             size = self._encryptor.update_into(view[start : start + 64 * _CHUNK], self._buffer)
             if size:
-                self._put(self._buffer[:size])
+                self._draft.write(self._buffer[:size])
         self.content_bytes += len(view)
         return len(view)
 
@@ -506,68 +495,10 @@ class Writer:
     ) -> None:
         try:
             if kind is None:
-                self._put(memoryview(self._encryptor.finalize()))
-                self._publish()
+                self._draft.write(self._encryptor.finalize())
+                self._draft.publish()
         finally:
-            self._drop()
-
-    def _put(self, view: memoryview) -> None:
-        try:
-            while view:
-                written = self._file.write(view)
-                if not written:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                view = view[written:]
-                self._at += written
-            if self._sync and self._at - self._told >= _FLUSH and hasattr(os, "posix_fadvise"):
-                # Has the disk begin now, while the next pieces are encrypted, instead of all at once in `fsync`.
-                os.posix_fadvise(self._file.fileno(), self._told, self._at - self._told, os.POSIX_FADV_DONTNEED)
-                self._told = self._at
-        except OSError as error:
-            raise self._unwritten(error) from None
-
-    def _publish(self) -> None:
-        try:
-            if self._sync:
-                os.fsync(self._file.fileno())
-            self._refuse_occupied()
-            if self._replace:
-                os.replace(self._temporary, self._path)
-            else:
-                # A name that appeared meanwhile is not written over: `link` fails where `rename` would not.
-                os.link(self._temporary, self._path, follow_symlinks=False)
-            if self._sync:
-                sync_folder(self._path.parent)
-        except FileExistsError:
-            raise self._occupied("a file that is there") from None
-        except OSError as error:
-            raise self._unwritten(error) from None
-
-    def _drop(self) -> None:
-        self._file.close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
-
-    def _refuse_occupied(self) -> None:
-        try:
-            mode = self._path.lstat().st_mode
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise self._unwritten(error) from None
-        if not stat.S_ISREG(mode):
-            raise self._occupied("a link, a folder or a device")
-        if not self._replace:
-            raise self._occupied("a file that is there")
-
-    def _occupied(self, what: str) -> VaultError:
-        hint = "choose another name" if what.startswith("a link") else "choose another name, or allow replacing it"
-        return VaultError(f"expected a free name to write to, got {self._path}, {what}; {hint}")
-
-    def _unwritten(self, error: OSError) -> VaultError:
-        return VaultError(
-            f"expected to write {self._path}, got: {error.strerror or error}; what was there before stays"
-        )
+            self._draft.drop()
 
 
 @final
@@ -626,7 +557,7 @@ class Reader:
             VaultError: It was altered or cut off, or does not fit in memory.
         """
         try:
-            out = memoryview(bytearray(self.size))
+            out = _room(self.size)
         except MemoryError:
             raise VaultError(f"expected {self._name} to fit in memory, got {self.size} bytes; split it") from None
         at = 0
@@ -669,8 +600,6 @@ class Reader:
                 at += done if out is not None else 0
             last = decryptor.finalize()
         except InvalidTag:
-            if out is not None:
-                out[:at] = bytes(at)
             raise _damaged("its content was altered or cut off", self._name) from None
         except OSError as error:
             raise _unread(self._name, error) from None
@@ -802,6 +731,14 @@ def _place(file: BinaryIO, at: int, content: bytes) -> None:
     os.fdatasync(file.fileno())
 
 
+def _room(size: int) -> memoryview:
+    """A buffer whose pages cost nothing before they are written.
+
+    A file's length is anybody's claim: what is longer than its message fails at the first chunk that is not of it.
+    """
+    return np.empty(size, np.uint8).data
+
+
 def _filled(file: BinaryIO, buffer: memoryview) -> int:
     """Reads until a buffer is full or the file ends; how much that was."""
     size = 0
@@ -823,11 +760,10 @@ def _opened(path: Path, flags: int) -> BinaryIO:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise _unread(str(path), error) from None
-    file: BinaryIO = open(descriptor, "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "r+b", buffering=0)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise VaultError(f"expected a sealed file at {path}, got a folder or a device; name a file")
-    return file
+    return open(descriptor, "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "r+b", buffering=0)
 
 
 @contextlib.contextmanager
@@ -840,37 +776,6 @@ def _locked(file: BinaryIO, how: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _drafts(path: Path) -> Iterator[Path]:
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.new")
-    yield from (entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))
-
-
-def _draft(path: Path) -> tuple[Path, int]:
-    """Makes a file that is only ours, and says so by a lock that ends with this process."""
-    while True:
-        temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o600)
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between the two, another writer may have taken it for one that was left behind.
-        if os.fstat(descriptor).st_nlink:
-            return temporary, descriptor
-        os.close(descriptor)
-
-
-def _sweep(path: Path) -> None:
-    """Removes what killed writers of a file left."""
-    for entry in _drafts(path):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                entry.unlink()
-            finally:
-                os.close(descriptor)
 
 
 def _parsed(fixed: bytes, name: str) -> Header:
