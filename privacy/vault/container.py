@@ -675,7 +675,7 @@ def inspect(path: Path) -> Facts:
 
 
 def rewrap(
-    path: Path, keys: Sequence[Opener], change: Callable[[tuple[Wrap, ...]], Sequence[Wrap | Recipient] | None]
+    path: Path, keys: Sequence[Opener], change: Callable[[tuple[Wrap, ...], bytes], Sequence[Wrap | Recipient] | None]
 ) -> bool:
     """Changes for whom a file is sealed, in place; its body is neither read nor written.
 
@@ -685,7 +685,8 @@ def rewrap(
     Args:
         path: The file; not a link.
         keys: What opens it.
-        change: Is told the wraps, and returns those to keep with the recipients to add, or None to leave them.
+        change: Is told the wraps and what they are bound to, and returns those to keep with the recipients to add, or
+            None to leave them.
 
     Returns:
         Whether anything was written.
@@ -702,7 +703,7 @@ def rewrap(
             if spare:
                 # Its own place first: until that is whole, the spare one is all there is.
                 _place(file, SLOT, fixed[SPARE:BODY])
-            wanted = change(wraps)
+            wanted = change(wraps, derived.hashed)
             if wanted is not None:
                 changed = [
                     entry if isinstance(entry, Wrap) else entry.wrap(derived.file, derived.hashed) for entry in wanted

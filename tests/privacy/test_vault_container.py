@@ -281,7 +281,7 @@ def test_what_is_written_over_the_spare_slot_changes_no_byte_of_the_content_and_
         assert _open(bytes(sealed)) == TEXT
     path.write_bytes(sealed)
     assert inspect(path).changing
-    assert rewrap(path, [RING], lambda wraps: None)
+    assert rewrap(path, [RING], lambda wraps, context: None)
     assert not inspect(path).changing
     assert path.read_bytes()[SPARE:BODY] == bytes(BLOCK)
 
@@ -534,7 +534,7 @@ def test_nothing_is_written_through_a_link_or_over_what_is_no_file(tmp_path: Pat
     assert target.read_bytes() == b"precious" if kind == "link" else not target.exists()
     if kind != "folder":
         with pytest.raises(VaultError):
-            rewrap(path, [RING], lambda wraps: wraps)
+            rewrap(path, [RING], lambda wraps, context: wraps)
 
 
 def test_planted_bug_a_writer_that_does_not_look_replaces_a_link(
@@ -630,8 +630,8 @@ class _Killed(BaseException):
     """The process ends here."""
 
 
-def _to(*recipients: Keyring | Passphrase) -> Callable[[tuple[Wrap, ...]], Sequence[Keyring | Passphrase]]:
-    return lambda wraps: recipients
+def _to(*recipients: Keyring | Passphrase) -> Callable[[tuple[Wrap, ...], bytes], Sequence[Keyring | Passphrase]]:
+    return lambda wraps, context: recipients
 
 
 def _opens(path: Path, opener: Keyring) -> bool:
@@ -655,7 +655,7 @@ def test_a_change_of_keys_writes_two_slots_and_no_other_byte(tmp_path: Path) -> 
         assert reader.read() == content_of(3 * 2**20)
     with pytest.raises(VaultError):
         read_file(path, [RING], Wanted())
-    assert not rewrap(path, [OTHER], lambda wraps: None)
+    assert not rewrap(path, [OTHER], lambda wraps, context: None)
     with pytest.raises(VaultError, match="none"):
         rewrap(path, [RING], _to(RING))
 
