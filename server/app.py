@@ -41,6 +41,7 @@ from privacy.ledger import Receipt
 from privacy.metrics import Sums, pooled, widths
 from privacy.noise import Keystream, RandomSource
 from privacy.plan import Local, Plan, Unit, require
+from privacy.vault.keys import Keyring
 from privacy.wire import model_digest, read_float32, request_digest
 from server.aggregate import Aggregator, Arrays
 from server.checkpoint import State, load, save
@@ -104,6 +105,7 @@ class Job:
         identity: Countersigns receipts.
         folder: Where checkpoints, metrics and receipts go.
         device: Where evaluation runs.
+        vault: Seals checkpoints; None leaves them in clear.
         sources: Where the server's own coins and noise come from, where the plan protects clients: a fresh source for
             each use and round.
         on_round: Called with each finished round's line.
@@ -129,6 +131,7 @@ class Job:
     identity: Identity
     folder: Path
     device: str = "cpu"
+    vault: Keyring | None = None
     sources: Callable[[str, int], RandomSource] = lambda use, round: Keystream()
     on_round: Callable[[Mapping[str, Any]], None] = lambda line: None
     stopping: Callable[[], bool] = lambda: False
@@ -218,7 +221,7 @@ def run(job: Job, grid: Grid) -> Ending:
     first = trainable(model)
     path = job.folder / CHECKPOINT
     if path.exists():
-        state = load(path)
+        state = load(path, [job.vault] if job.vault is not None else ())
         require_same(job, state, first)
         if gone := set(state.witnesses) - set(grid.get_node_ids()):
             raise RunError(
@@ -232,10 +235,10 @@ def run(job: Job, grid: Grid) -> Ending:
     else:
         state = State(job=job.id, round=0, model=first)
         _require_newest(job, state, stored=False)
-        save(state, path)
+        save(state, path, job.vault)
     while state.round < job.plan.rounds or central.is_pending(state):
         line = (central.one_round if protects_clients else one_round)(job, grid, state, model)
-        save(state, path)
+        save(state, path, job.vault)
         job.on_round(line)
         if not protects_clients and line["left"] < job.min_replies and state.round < job.plan.rounds:
             return Ending.TOO_FEW

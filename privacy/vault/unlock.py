@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from privacy.errors import VaultError
-from privacy.vault.keyfiles import load_keys
-from privacy.vault.keys import Opener, Passphrase
+from privacy.vault.keyfiles import load_keyring, load_keys
+from privacy.vault.keys import Keyring, Opener, Passphrase
 
 
 def passphrase_in(path: Path) -> Passphrase:
@@ -82,6 +82,15 @@ def openers_from(
     if keys is not None:
         return [load_keys(keys, lambda: _required(passphrase()))]
     return [_required(passphrase())]
+
+
+def keyring_at(path: str) -> Keyring | None:
+    """Returns the keyring that a setting names, None for an empty one; a passphrase comes from the environment.
+
+    Raises:
+        VaultError: There is none, or it does not open.
+    """
+    return load_keyring(Path(path).expanduser(), lambda: _required(passphrase_from(None))) if path else None
 
 
 def _required(passphrase: Passphrase | None) -> Passphrase:
