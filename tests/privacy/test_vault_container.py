@@ -768,31 +768,36 @@ for _ in range(400):
 # -- speed -----------------------------------------------------------------------------------------------------------
 
 
-def test_sealing_in_memory_is_no_slower_than_a_gigabyte_a_second() -> None:
-    """The aim is 2 GB/s on an idle core (`bench vault`); a machine that others share is given half of it."""
+def test_sealing_in_memory_takes_a_core_half_a_second_a_gigabyte() -> None:
+    """By the processor's clock, and the best of five, so that what else runs on the machine is not measured."""
     content = os.urandom(8 * 2**20)
     out, back = bytearray(sealed_bytes_of(len(content))), bytearray(len(content))
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         seal_into(out, HEADER, [RING], content)
         open_into(back, out, [RING], Wanted())
-        seconds.append((time.perf_counter() - began) / 2)
+        seconds.append((time.process_time() - began) / 2)
     assert back == content
+    # The aim is 2 GB/s (`python -m bench vault`); a shared cache and a slower core are given half of it.
     assert len(content) / min(seconds) > 1e9
 
 
 @pytest.mark.slow
 def test_a_sealed_checkpoint_costs_at_most_a_quarter_more_than_a_plain_one(tmp_path: Path) -> None:
+    """The best of fifteen of each, in turns. Where others take the cores, encryption waits and a disk does not."""
+    if os.getloadavg()[0] > (os.cpu_count() or 1):
+        pytest.skip(f"expected an idle machine, got a load of {os.getloadavg()[0]:.1f}; python -m bench vault measures")
     content = os.urandom(45_000_000)
-    ratios = []
-    for _ in range(9):
+    plain, sealed = [], []
+    for _ in range(15):
         began = time.perf_counter()
         write_whole(tmp_path / "plain", content)
         between = time.perf_counter()
         write_file(tmp_path / "sealed", HEADER, [RING], content, replace=True)
-        ratios.append((time.perf_counter() - between) / (between - began))
-    assert sorted(ratios)[4] < 1.25
+        sealed.append(time.perf_counter() - between)
+        plain.append(between - began)
+    assert min(sealed) / min(plain) < 1.25
 
 
 def test_the_mac_is_the_one_of_the_page() -> None:
