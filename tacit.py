@@ -321,6 +321,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
         raise PlanError("expected --app-config only with --app DIR, got no --app; a task takes flags instead")
     flags = _flags(arguments)
+    if flags.get("vault"):
+        # A run may be resumed from another folder.
+        flags["vault"] = str(Path(str(flags["vault"])).expanduser().resolve())
     if arguments.resume is not None:
         scenario = _resumed(arguments.resume, arguments.scenario, flags)
     else:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias, final
 
-from privacy.errors import DataError
+from privacy.errors import DataError, VaultError
 from privacy.vault.archive import unpacked
 from privacy.vault.container import Reader, Wanted, is_sealed, read_file
 from privacy.vault.keys import Opener
@@ -172,7 +172,8 @@ def place_of(path: Path) -> Place:
     """Returns where a data set is to be read: the path itself, or what it holds where it is sealed.
 
     Raises:
-        VaultError: It is sealed and no key in the environment opens it, or it was altered.
+        VaultError: It is sealed and no key in the environment opens it, or it was altered; or it is named as a sealed
+            one and is none.
         DataError: A sealed file stands for no folder, or a file is there both sealed and in clear.
     """
     if is_sealed(path):
@@ -184,6 +185,9 @@ def place_of(path: Path) -> Place:
                 )
             files = unpacked(reader.read())
         return Held(_Tree.of(str(path), {name: _given(content) for name, content in files.items()}))
+    if path.suffix == SUFFIX:
+        # What was sealed and is in clear now was put there by somebody who needs no key for that.
+        raise VaultError(f"expected a sealed data set at {path}, got one in clear; restore it, or rename it")
     if path.is_dir():
         return _partly(path) if _has_sealed(path) else path
     # A schema that is named itself, in clear beside sealed tables.
@@ -199,7 +203,11 @@ def _has_sealed(path: Path) -> bool:
 
 
 def _partly(folder: Path) -> Held:
-    """A folder with sealed files in it, each of which is opened when it is read, and gone afterwards."""
+    """A folder with sealed files in it, each of which is opened when it is read, and gone afterwards.
+
+    Nothing says which files such a folder must hold: whoever may write to it can swap two of them, take one away or add
+    one in clear. Sealed as one file, a folder is whole or refused.
+    """
     keys: list[Opener] = openers_from(None)
     files: dict[str, Callable[[], memoryview]] = {}
     for place, _, names in os.walk(folder):

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from privacy.errors import RunError
+from privacy.errors import RunError, VaultError
 from privacy.files import write_whole
 from privacy.plan import canonical
 from privacy.vault.container import Header, Reader, Wanted, is_sealed, write_file
@@ -127,17 +127,21 @@ def load(path: Path, keys: Sequence[Opener] = ()) -> State:
 
     Args:
         path: Where; sealed or not.
-        keys: What opens a sealed one; by default what the environment names (`privacy.vault.unlock`).
+        keys: What opens it, which then must be sealed; by default a sealed one is opened with what the environment
+            names (`privacy.vault.unlock`).
 
     Raises:
         RunError: There is none, or it is damaged.
-        VaultError: It is sealed, and does not open.
+        VaultError: It is sealed, and does not open; or it is not, and keys are given.
     """
     generation, named = 0, ""
     if is_sealed(path):
         with Reader(path, keys or openers_from(None), Wanted(purpose="checkpoint")) as reader:
             content: bytes = bytes(reader.read())
             generation, named = reader.header.generation, reader.header.object
+    elif keys and path.exists():
+        # Whoever has no key could otherwise put a model of his own in its place.
+        raise VaultError(f"expected a sealed checkpoint at {path}, got one in clear; resume it with --vault ''")
     else:
         try:
             content = path.read_bytes()

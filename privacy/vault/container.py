@@ -31,7 +31,8 @@ seal the content anew.
 
 Guarantees:
     Verified: a reader's caller gets no byte before its chunk was verified, and no "end" before the whole was.
-    Bounded: beyond the content a reader needs 2 MiB, whatever the file says; Argon2id runs at most twice.
+    Bounded: beyond the content a reader needs 2 MiB, whatever the file says; Argon2id runs at most twice for
+        each passphrase.
     Whole: a written file is there whole or not at all, mode 0600, and its name is on disk.
 
 Not hidden: length, times, purpose, object, run, generation, and for which keys. A copy of an older file in place of
@@ -699,7 +700,9 @@ def rewrap(
         try:
             fixed = file.read(BODY)
             _parsed(fixed, name)
-            derived, wraps, spare = _unlocked(fixed.ljust(BODY, b"\0"), keys, name)
+            if content_bytes_of(os.fstat(file.fileno()).st_size - BODY) is None:
+                raise _damaged("it was cut off", name)
+            derived, wraps, spare = _unlocked(fixed, keys, name)
             if spare:
                 # Its own place first: until that is whole, the spare one is all there is.
                 _place(file, SLOT, fixed[SPARE:BODY])

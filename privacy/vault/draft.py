@@ -86,14 +86,24 @@ class Draft:
             if self._replace:
                 os.replace(self._temporary, self._path)
             else:
-                # A name that appeared meanwhile is not written over: `link` fails where `rename` would not.
-                os.link(self._temporary, self._path, follow_symlinks=False)
+                self._link()
             if self._sync:
                 sync_folder(self._path.parent)
         except FileExistsError:
             raise self._occupied("a file that is there") from None
         except OSError as error:
             raise self._unwritten(error) from None
+
+    def _link(self) -> None:
+        """Gives the name, unless it appeared meanwhile: `link` fails where `rename` would write over it."""
+        try:
+            os.link(self._temporary, self._path, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+            # A file system without links: the name is taken first. Killed in between, an empty file is there.
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            os.replace(self._temporary, self._path)
 
     def drop(self) -> None:
         """Closes the file and removes its other name; a published one stays."""

@@ -292,6 +292,22 @@ def test_what_is_sealed_for_something_else_is_no_data_set(table: Path, keys: Pat
         load_source(TASKS["table"], data=str(table))
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_named_as_sealed_and_lies_in_clear_is_refused(table: Path, keys: Path, kind: str) -> None:
+    sealed = seal(table)
+    sealed.unlink()
+    if kind == "folder":
+        shutil.copytree(table, sealed)
+    else:
+        sealed.write_text(SCHEMA)
+    with pytest.raises(VaultError, match="got one in clear"):
+        load_source(TASKS["table"], data=str(sealed))
+    # A file beside others, under a sealed one's name.
+    (table / "train.csv").rename(table / "train.csv.sealed")
+    with pytest.raises(VaultError, match="expected a sealed file"):
+        load_source(TASKS["table"], data=str(table))
+
+
 def test_a_recovery_key_opens_a_data_set(table: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recovery = RecoveryKey()
     save_keys(keys.with_name("recovery"), recovery, None)

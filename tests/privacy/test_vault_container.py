@@ -516,6 +516,82 @@ def test_a_name_that_appears_while_a_file_is_written_is_not_written_over(tmp_pat
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_file_system_without_links_gets_whole_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a"
+    write_file(path, HEADER, [RING], TEXT)
+    assert read_file(path, [RING], Wanted()) == TEXT
+    writer = Writer(tmp_path / "b", HEADER, [RING])
+    (tmp_path / "b").write_bytes(b"somebody's")
+    with pytest.raises(VaultError, match="a file that is there"):
+        writer.__exit__(None, None, None)
+    assert (tmp_path / "b").read_bytes() == b"somebody's"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_change_of_keys_that_finds_no_room_leaves_a_file_that_opens(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_file(path, HEADER, [RING], TEXT)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (100, SLOT, SPARE, SPARE + 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(VaultError, match="it still opens"):
+                rewrap(path, [RING], _to(OTHER))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert _opens(path, RING)
+    assert rewrap(path, [RING], _to(OTHER))
+    assert _opens(path, OTHER)
+
+
+_REWRAPS = """
+import sys
+from pathlib import Path
+from privacy.vault.container import rewrap
+from privacy.vault.keyfiles import load_keyring
+rings = [load_keyring(Path(name), None) for name in sys.argv[2:]]
+print("ready", flush=True)
+while True:
+    for ring in rings:
+        rewrap(Path(sys.argv[1]), rings, lambda wraps, context: [ring])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_changes_keys_is_killed_at_any_moment_and_the_file_opens(tmp_path: Path) -> None:
+    """kill -9, thirty times, wherever it hits."""
+    from privacy.vault.keyfiles import save_keys
+
+    path, generator = tmp_path / "a", random.Random(3)
+    write_file(path, HEADER, [RING], TEXT)
+    for name, ring in (("one", RING), ("other", OTHER)):
+        save_keys(tmp_path / name, ring, None)
+    root = Path(__file__).parents[2]
+    for _ in range(30):
+        command = [sys.executable, "-c", _REWRAPS, str(path), str(tmp_path / "one"), str(tmp_path / "other")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(root)}) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(generator.random() / 20)
+            process.kill()
+        assert _opens(path, RING) or _opens(path, OTHER)
+
+
+def test_keys_of_a_file_that_was_cut_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for size in (SPARE, SPARE + 5, BODY, BODY + 56):
+        write_file(path, HEADER, [RING], TEXT, replace=True)
+        os.truncate(path, size)
+        before = path.read_bytes()
+        with pytest.raises(VaultError, match="cut off"):
+            rewrap(path, [RING], _to(OTHER))
+        assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe"])
 def test_nothing_is_written_through_a_link_or_over_what_is_no_file(tmp_path: Path, kind: str, replace: bool) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from privacy.errors import VaultError
 from privacy.vault import container
+from privacy.vault.archive import unpacked
 from privacy.vault.container import BLOCK, Header, Wanted, open_bytes, seal_bytes
 from privacy.vault.keys import Keyring, Opener, Passphrase, RecoveryKey, RecoveryRecipient
 
@@ -43,6 +44,12 @@ def test_a_file_that_another_path_made_opens_to_its_content(name: str) -> None:
     content = open_bytes(dense(entry), KEYS, Wanted(purpose="checkpoint", run="run-7", generation=3))
     assert len(content) == entry["content_bytes"]
     assert hashlib.sha256(content).hexdigest() == entry["content_sha256"]
+
+
+def test_a_folder_that_another_path_made_has_its_files() -> None:
+    content = open_bytes(dense(VECTORS["good"]["folder"]), KEYS, Wanted())
+    files = {name: hashlib.sha256(part).hexdigest() for name, part in unpacked(content).items()}
+    assert files == VECTORS["folder"]
 
 
 @pytest.mark.parametrize("name", list(VECTORS["bad"]))

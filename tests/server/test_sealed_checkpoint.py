@@ -52,6 +52,10 @@ def test_a_checkpoint_of_another_job_or_purpose_or_key_is_refused(tmp_path: Path
     write_file(path, Header(purpose="checkpoint"), [RING], content, replace=True)
     with pytest.raises(RunError, match="sealed as another job's"):
         load(path, [RING])
+    # One in clear where a sealed one is wanted: whoever has no key can make that.
+    save(state_of(), tmp_path / "clear")
+    with pytest.raises(VaultError, match="got one in clear"):
+        load(tmp_path / "clear", [RING])
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -48,7 +48,7 @@ CHUNK = 16384
 
 
 def text_of(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def cobblestone(key: bytes, context: bytes, content: bytes, salt: bytes, last: bool = True) -> bytes:
@@ -115,6 +115,14 @@ def file_of(content: bytes, wraps: str = "key", block: bytes | None = None) -> b
     return block + slot_of(block, [made[name](block) for name in wraps.split()]) + bytes(4096) + body_of(block, content)
 
 
+FOLDER = {"images/Größe \U0001d538.txt": b"x" * 20_000, "schema.toml": b'target = "ill"', "train/empty": b""}
+
+
+def folder_of(files: dict[str, bytes]) -> bytes:
+    index = text_of([[name, len(content)] for name, content in sorted(files.items())])
+    return b"tacit/folder/1\n" + len(index).to_bytes(4, "big") + index + b"".join(files[name] for name in sorted(files))
+
+
 def good() -> dict[str, tuple[bytes, bytes]]:
     """Files that open, each with its content."""
     long, block = bytes(i * 7 % 251 for i in range(2 * CHUNK + 5)), block_of()
@@ -126,6 +134,7 @@ def good() -> dict[str, tuple[bytes, bytes]]:
         "three chunks": (file_of(long), long),
         "passphrase": (file_of(b"by heart", "passphrase"), b"by heart"),
         "two recipients": (file_of(b"either", "key passphrase"), b"either"),
+        "folder": (file_of(folder_of(FOLDER), block=block_of(HEADER | {"content": "folder"})), folder_of(FOLDER)),
         "change of keys torn in the spare slot": (
             block + slot + slot[:1000].ljust(4096, b"\0") + body_of(block, b"x"),
             b"x",
@@ -292,6 +301,7 @@ def vectors() -> Json:
         },
         "recovery_public": f"tacit-recovery-1 {RECOVERY_ID} {base64.b64encode(public).decode()}\n",
         "header": HEADER,
+        "folder": {name: hashlib.sha256(content).hexdigest() for name, content in FOLDER.items()},
         "good": {
             name: sparse(data) | {"content_bytes": len(content), "content_sha256": hashlib.sha256(content).hexdigest()}
             for name, (data, content) in good().items()
