@@ -222,6 +222,7 @@ def run(job: Job, grid: Grid) -> Ending:
     path = job.folder / CHECKPOINT
     if path.exists():
         state = load(path, [job.vault] if job.vault is not None else ())
+        state.vault = job.vault
         require_same(job, state, first)
         if gone := set(state.witnesses) - set(grid.get_node_ids()):
             raise RunError(
@@ -233,12 +234,12 @@ def run(job: Job, grid: Grid) -> Ending:
         for name in (METRICS, RECEIPTS):
             _cut(job.folder / name, state.lines.get(name, 0))
     else:
-        state = State(job=job.id, round=0, model=first)
+        state = State(job=job.id, round=0, model=first, vault=job.vault)
         _require_newest(job, state, stored=False)
-        save(state, path, job.vault)
+        save(state, path)
     while state.round < job.plan.rounds or central.is_pending(state):
         line = (central.one_round if protects_clients else one_round)(job, grid, state, model)
-        save(state, path, job.vault)
+        save(state, path)
         job.on_round(line)
         if not protects_clients and line["left"] < job.min_replies and state.round < job.plan.rounds:
             return Ending.TOO_FEW

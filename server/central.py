@@ -79,7 +79,7 @@ def one_round(job: Job, grid: Grid, state: State, model: torch.nn.Module) -> dic
         _release(job, grid, state, memory, cohort)
         memory.pending["line"]["seconds"] = time.perf_counter() - began  # type: ignore[index]
         # Keep: from here on this is the round's model, and everything that follows is post-processing of it.
-        save(state, job.folder / CHECKPOINT, job.vault)
+        save(state, job.folder / CHECKPOINT)
     return _tell(job, state, memory, model)
 
 
@@ -92,7 +92,7 @@ def _cohort(job: Job, grid: Grid, state: State, memory: Central) -> list[int]:
         memory.round = number
         for node in memory.cohort:
             memory.counted[node] = memory.counted.get(node, 0) + 1
-        save(state, job.folder / CHECKPOINT, job.vault)
+        save(state, job.folder / CHECKPOINT)
     return memory.cohort
 
 

@@ -63,6 +63,7 @@ class State:
         spent: Per account, what its last receipt says.
         lines: Number of finished lines in the metrics and receipts files.
         central: Only where the plan protects clients.
+        vault: Seals what is stored of it; None leaves that in clear. Never stored.
         generation: How often the job was stored sealed; stands in the sealed file's header only.
     """
 
@@ -77,16 +78,16 @@ class State:
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
     central: Central | None = None
+    vault: Keyring | None = dataclasses.field(default=None, repr=False, compare=False)
     generation: int = 0
 
 
-def save(state: State, path: Path, vault: Keyring | None = None) -> None:
+def save(state: State, path: Path) -> None:
     """Writes a checkpoint atomically and durably.
 
     Args:
-        state: What to write.
+        state: What to write, sealed for its vault where it has one.
         path: Where.
-        vault: Seals it; None writes it in clear.
 
     Raises:
         RunError: The disk is full or the folder cannot be written; the checkpoint before stays.
@@ -113,13 +114,13 @@ def save(state: State, path: Path, vault: Keyring | None = None) -> None:
         header["central"] = dataclasses.asdict(state.central) | {
             "counted": {str(node): count for node, count in state.central.counted.items()}
         }
-    if vault is None:
+    if state.vault is None:
         write_whole(path, _MAGIC, canonical(header), b"\n", body)
         return
     state.generation += 1
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     sealed = Header(purpose="checkpoint", object=_object_of(state.job), generation=state.generation)
-    write_file(path, sealed, [vault], _MAGIC, canonical(header), b"\n", body, replace=True)
+    write_file(path, sealed, [state.vault], _MAGIC, canonical(header), b"\n", body, replace=True)
 
 
 def load(path: Path, keys: Sequence[Opener] = ()) -> State:

@@ -19,18 +19,24 @@ from server.checkpoint import Central, State, load, save
 RING = Keyring()
 
 
-def state_of(job: str = "ab" * 16) -> State:
+def state_of(vault: Keyring | None = None) -> State:
     model = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
     return State(
-        job=job, round=3, model=model, moments={"m": model}, central=Central(clip=0.5, counted={1: 2}), lines={"x": 3}
+        job="ab" * 16,
+        round=3,
+        model=model,
+        moments={"m": model},
+        central=Central(clip=0.5, counted={1: 2}),
+        lines={"x": 3},
+        vault=vault,
     )
 
 
 def test_a_sealed_checkpoint_is_the_clear_one(tmp_path: Path) -> None:
     save(state_of(), tmp_path / "clear")
-    state = state_of()
-    save(state, tmp_path / "deep" / "sealed", RING)
-    save(state, tmp_path / "deep" / "sealed", RING)
+    state = state_of(RING)
+    save(state, tmp_path / "deep" / "sealed")
+    save(state, tmp_path / "deep" / "sealed")
     assert inspect(tmp_path / "deep" / "sealed").header.generation == 2
     content = read_file(tmp_path / "deep" / "sealed", [RING], Wanted(purpose="checkpoint"))
     assert content == (tmp_path / "clear").read_bytes()
@@ -41,7 +47,7 @@ def test_a_sealed_checkpoint_is_the_clear_one(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_job_or_purpose_or_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "sealed"
-    save(state_of(), path, RING)
+    save(state_of(RING), path)
     with pytest.raises(VaultError, match="expected a key"):
         load(path, [Keyring()])
     content = bytes(read_file(path, [RING], Wanted()))
