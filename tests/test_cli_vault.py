@@ -173,6 +173,16 @@ def test_a_replaced_file_is_the_next_generation_and_an_old_copy_is_found(folder:
     assert not folder.with_name("b").exists()
 
 
+def test_the_folder_that_one_stands_in_is_sealed_beside_itself(
+    folder: Path, keys: Path, says: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert says("encrypt", ".", "--keys", keys)[0] == 0
+    monkeypatch.chdir(folder / "train")
+    assert says("encrypt", "..", "--keys", keys, "--replace")[0] == 0
+    assert inspect(folder.with_name("clinic.sealed")).header.generation == 2
+
+
 def test_a_sealed_file_of_strangers_is_not_gone_on_with(folder: Path, keys: Path, says: Says) -> None:
     sealed = folder.with_name("clinic.sealed")
     write_file(sealed, Header(purpose="data", generation=2**52), [Keyring()], b"x")

@@ -100,6 +100,8 @@ def encrypt(
     Raises:
         VaultError: The source cannot be read or is sealed already, or nothing can be written.
     """
+    if source.name in ("", ".."):
+        source = source.resolve()
     out = out or source.with_name(source.name + SUFFIX)
     folder = source.is_dir()
     if not folder and is_sealed(source):
