@@ -20,7 +20,7 @@ from typing import Final, Self, final
 from privacy.errors import VaultError
 from privacy.files import sync_folder
 
-_FLUSH: Final = 8 * 2**20
+_FLUSH: Final = 4 * 2**20
 
 
 @final
