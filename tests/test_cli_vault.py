@@ -210,6 +210,8 @@ def test_rotation_moves_every_file_to_a_new_key_and_touches_no_body(
     tmp_path: Path, keys: Path, many: list[Path], says: Says
 ) -> None:
     bodies = [path.read_bytes()[BODY:] for path in many]
+    # What another process is writing just now, or a killed one left.
+    (tmp_path / "files" / f".a.{'0' * 16}.new").write_bytes(many[0].read_bytes()[:5000])
     code, out, _ = says("rotate", tmp_path / "files", "--keys", keys, "--new-key", "--json")
     told = json.loads(out)
     assert (code, len(told["changed"]), told["unchanged"], told["failed"]) == (0, 4, 0, {})

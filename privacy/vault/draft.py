@@ -20,6 +20,7 @@ from typing import Final, Self, final
 from privacy.errors import VaultError
 from privacy.files import sync_folder
 
+_DRAFT: Final = re.compile(r"\.(.+)\.[0-9a-f]{16}\.new", re.DOTALL)
 _FLUSH: Final = 4 * 2**20
 
 
@@ -146,9 +147,16 @@ class Draft:
         )
 
 
+def is_draft(name: str) -> bool:
+    """Says whether a file name is one that a draft has before it is published."""
+    return _DRAFT.fullmatch(name) is not None
+
+
 def _left(path: Path) -> Iterator[Path]:
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.new")
-    yield from (entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))
+    for entry in path.parent.iterdir():
+        found = _DRAFT.fullmatch(entry.name)
+        if found is not None and found[1] == path.name:
+            yield entry
 
 
 def _begin(path: Path) -> tuple[Path, int]:

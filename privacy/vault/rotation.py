@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from privacy.vault.container import is_sealed
+from privacy.vault.draft import is_draft
 from privacy.vault.keys import Keyring, KeyState, Kind, Passphrase, Recipient, RecoveryRecipient, Wrap
 
 Change = Callable[[tuple[Wrap, ...], bytes], Sequence[Wrap | Recipient] | None]
@@ -32,7 +33,8 @@ def _below(folder: Path) -> Iterator[Path]:
         folders.sort()
         for name in sorted(names):
             path = Path(place) / name
-            if not path.is_symlink() and is_sealed(path):
+            # A draft is being written, or was never finished.
+            if not path.is_symlink() and not is_draft(name) and is_sealed(path):
                 yield path
 
 
