@@ -1975,6 +1975,10 @@ def _server_run(arguments: argparse.Namespace) -> int:
         scenario = _resumed(arguments.resume, arguments.scenario, flags)
     else:
         scenario = Scenario.layered(arguments.scenario, flags)
+    import logging
+
+    # Flower tells of every connection; what matters here is in the rounds.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     silent = arguments.json or arguments.quiet
     display = _Silent() if silent else _Display(scenario)
     stop = _until_stopped()
@@ -2484,7 +2488,9 @@ class _Display(_Silent):
         cohort = f", {scenario.cohort} asked in a round" if scenario.cohort not in (0, scenario.clients) else ""
         rows = {
             "task": scenario.task,
-            "clients": f"{scenario.clients}, {scenario.partition} partition{cohort}",
+            "clients": f"{scenario.clients}, "
+            + ("each with its own data and ledger" if "relay" in info else f"{scenario.partition} partition")
+            + cohort,
             "promise": f"epsilon {known.get('epsilon', scenario.epsilon):g} at delta {scenario.delta:g} "
             f"for each client, add or remove {_protected(scenario.unit)}",
         }
@@ -2500,7 +2506,8 @@ class _Display(_Silent):
                 f"a record joins with probability {known['sample_rate']:g}, its gradient is clipped to "
                 f"{known['l2_clip']:g}, noise {known['noise_multiplier']:.3g} x clip"
             )
-        rows["runs on"] = f"{info.get('engine', scenario.engine)} engine, {info.get('device', scenario.device)}"
+        where = f"{info.get('engine', scenario.engine)} engine, {info.get('device', scenario.device)}"
+        rows["runs on"] = f"separate machines, by the relay at {info['relay']}" if "relay" in info else where
         rows["run folder"] = _short(self.run)
         _print_rows(self.console, rows)
         self.console.print()

@@ -120,7 +120,7 @@ def deploy(
                 "clients": scenario.clients,
                 "rounds": settled.plan.rounds,
                 "plan": json.loads(settled.plan.to_json()),
-                "engine": f"separate machines, relay at {places.address}",
+                "relay": places.address,
                 "device": settled.device,
                 "resumed": resume,
             }
