@@ -204,6 +204,7 @@ class Tunnel:
                 await asked.write(refusal.answer(), close=True)
         except (Gone, ConnectionError):
             self.counters["left"] += 1
+            writer.transport.abort()
         finally:
             self._open -= 1
             writer.close()
@@ -224,6 +225,10 @@ class Tunnel:
                     self._trouble("")
                     answer = self._inspected(request, answer)
             except Refused as refusal:
+                if refusal.word == "cut":
+                    self._trouble(
+                        "the gateway hangs up on us; has our certificate expired, or is it of another authority?"
+                    )
                 answer = refusal.answer()
             yield answer
 

@@ -64,6 +64,7 @@ _ANSWERED: Final = frozenset((b"content-type",))
 REFUSAL: Final = b"tacit-refusal"
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,11}")
 _READ: Final = 1 << 18
+_READ_HEAD: Final = 1 << 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Limits:
     """What one peer may take of us.
 
     Attributes:
-        head_bytes: Longest request or status line with its header fields.
+        head_bytes: Longest request or status line with its header fields; one read of 4 KiB may come on top.
         body_bytes: Longest body. Flower cuts arrays into objects of 5 MiB, so 16 MiB lets everything of ours through.
         room_bytes: Memory for all bodies together, once for requests and once for answers; whoever finds it full waits.
         head_s: Seconds from the first byte of a head to its last.
@@ -231,6 +232,14 @@ def _checked(event: h11.Request, limits: Limits) -> tuple[Request, int]:
     return Request(event.target, crossing, b""), int(length)
 
 
+async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
+    """Writes in pieces: asyncio's TLS takes one write of any size at once, and holds back the next ones only."""
+    view = memoryview(data)
+    for start in range(0, len(view), _READ):
+        writer.write(view[start : start + _READ])
+        await writer.drain()
+
+
 @final
 class Asked:
     """The answering end of one connection: reads requests, one at a time, and writes their answers."""
@@ -259,7 +268,9 @@ class Asked:
                 return event
             try:
                 async with asyncio.timeout_at(deadline):
-                    data = await self._reader.read(_READ)
+                    # The parser bounds what is still incomplete, so a head must come in small pieces.
+                    inside = self._parser.their_state is h11.SEND_BODY
+                    data = await self._reader.read(_READ if inside else _READ_HEAD)
             except TimeoutError:
                 raise Refused(408, "time") from None
             except (OSError, ssl.SSLError):
@@ -282,7 +293,7 @@ class Asked:
         # Silence between two requests is no fault: it ends the connection without an answer.
         try:
             async with asyncio.timeout(self._limits.idle_s):
-                data = await self._reader.read(_READ)
+                data = await self._reader.read(_READ_HEAD)
         except OSError:  # a time-out is one too
             data = b""
         if not data:
@@ -333,8 +344,7 @@ class Asked:
             body = self._parser.send(h11.Data(data=answer.body))
             self._parser.send(h11.EndOfMessage())
             async with asyncio.timeout(self._limits.body_time(len(answer.body))):
-                self._writer.write((head or b"") + (body or b""))
-                await self._writer.drain()
+                await _send(self._writer, (head or b"") + (body or b""))
         except (OSError, h11.LocalProtocolError):  # a time-out is an OSError
             raise Gone from None
 
@@ -362,8 +372,7 @@ class _Link:
         async with asyncio.timeout(self._limits.body_time(len(request.body))):
             data = (self._parser.send(head) or b"") + (self._parser.send(h11.Data(data=request.body)) or b"")
             self._parser.send(h11.EndOfMessage())
-            self.writer.write(data)
-            await self.writer.drain()
+            await _send(self.writer, data)
         body: bytearray | None = None
         got: h11.Response | None = None
         deadline = clock.time() + wait_s

@@ -348,6 +348,8 @@ class Gateway:
                 await asked.write(refusal.answer(), close=True)
         except (Gone, ConnectionError):
             self.counters["left"] += 1
+            # Not closed in peace: that would wait for what the peer does not read.
+            writer.transport.abort()
         finally:
             self._open.discard(client)
             if name not in self.clients:
