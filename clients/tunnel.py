@@ -23,12 +23,12 @@ import signal
 import socket
 import ssl
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Final, final
 
 from privacy.errors import LedgerError, PlanError, RunError
-from privacy.hop import REFUSAL, Answer, Asked, Gone, Limits, Pool, Refused, Request, Room, present, trust
+from privacy.hop import PULL, REFUSAL, Answer, Asked, Gone, Limits, Pool, Refused, Request, Room, present, trust
 from privacy.identity import verify_bundle
 
 _log: Final = logging.getLogger("tacit.tunnel")
@@ -102,7 +102,7 @@ class Tunnel:
         self._server: asyncio.Server | None = None
         self._pool: Pool | None = None
         self._room: Room | None = None
-        self._open = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self.counters: Counter[str] = Counter()
         """How often what happened, by word."""
         self.trouble: str = ""
@@ -147,6 +147,10 @@ class Tunnel:
         """Stops listening and closes what is open."""
         if self._server is not None:
             self._server.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._pool is not None:
             self._pool.close()
 
@@ -184,18 +188,35 @@ class Tunnel:
         self.trouble = words
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._served(reader, writer))
+        self._tasks.add(task)
+        try:
+            # Waited for, not awaited: asyncio reports a callback of its own that is cancelled as a fault.
+            await asyncio.wait((task,))
+            if not task.cancelled() and (fault := task.exception()) is not None:
+                self.counters["fault"] += 1
+                _log.error("a connection was closed by a fault of ours", exc_info=fault)
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _served(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert self._room is not None  # noqa: S101 -- set by start()
         asked = Asked(reader, writer, self._way.limits, self._room)
-        self._open += 1
         try:
-            if self._open > self._way.connections:
+            if len(self._tasks) > self._way.connections:
                 await asked.write(Refused(503, "too many connections").answer(), close=True)
                 return
             while not asked.closing:
                 async with asked.next() as request:
                     if request is None:
                         return
-                    async with self._carried(request) as answer:
+                    async with contextlib.AsyncExitStack() as stack:
+                        carried = self._carried(request)
+                        if request.path == PULL:
+                            answer = await self._while_there(asked, stack.enter_async_context(carried))
+                        else:
+                            answer = await stack.enter_async_context(carried)
                         self.counters[f"{request.path.rpartition(b'/')[2].decode()} {answer.status}"] += 1
                         await asked.write(answer)
         except Refused as refusal:
@@ -205,9 +226,21 @@ class Tunnel:
         except (Gone, ConnectionError):
             self.counters["left"] += 1
             writer.transport.abort()
+
+    async def _while_there(self, asked: Asked, asking: Coroutine[None, None, Answer]) -> Answer:
+        """Gives up a poll whose SuperNode has left: a message must not be fetched for nobody."""
+        work = asyncio.ensure_future(asking)
+        left = asyncio.ensure_future(asked.left())
+        try:
+            await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Gone
+            asked.closing = asked.closing or left.done()
+            return work.result()
         finally:
-            self._open -= 1
-            writer.close()
+            for task in (work, left):
+                task.cancel()
+            await asyncio.wait((work, left))
 
     @contextlib.asynccontextmanager
     async def _carried(self, request: Request) -> AsyncIterator[Answer]:

@@ -35,6 +35,8 @@ from privacy.hop import PULL, Answer, Asked, Gone, Limits, Pool, Refused, Reques
 
 _log: Final = logging.getLogger("tacit.gateway")
 _PUBLIC_KEY: Final = b"flwr-public-key"
+_ACTIVATE: Final = b"/v1/fleet/activate-node"
+_DEACTIVATE: Final = b"/v1/fleet/deactivate-node"
 # Requests that only a node makes which has the message that it was handed.
 _RECEIPTS: Final = frozenset(
     b"/v1/fleet/" + call for call in (b"get-run", b"get-fab", b"pull-object", b"confirm-message-received")
@@ -129,6 +131,8 @@ class Gateway:
         self._greeting: collections.Counter[str] = collections.Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._kept: dict[tuple[str, bytes], tuple[float, Answer]] = {}
+        # Per client the key of its SuperNode and its last poll, which names the node.
+        self._nodes: dict[str, tuple[bytes, bytes]] = {}
         self._rooms: dict[str, Room] = {}
         self._room: Room | None = None
         self._pool: Pool | None = None
@@ -367,6 +371,9 @@ class Gateway:
         if request.path == PULL:
             answer = await self._pull(client, asked, request)
             await asked.write(answer)
+        elif request.path == _ACTIVATE:
+            answer = await self._activate(client, request)
+            await asked.write(answer)
         else:
             if request.path in _RECEIPTS:
                 for held in [held for held in self._kept if held[0] == client.name]:
@@ -393,6 +400,28 @@ class Gateway:
                 answer = refusal.answer()
             yield answer
 
+    async def _activate(self, client: _Client, request: Request) -> Answer:
+        """Lets a SuperNode that was killed come back at once.
+
+        A SuperLink refuses (412) a node that it still counts as online, for up to a minute, and a SuperNode ends at that.
+        It is the same client with the same key, so we sign the dead one off first. Its signature covers the time alone
+        and holds for minutes, for any call.
+        """
+        async with self._ask(request) as answer:
+            pass
+        key, poll = self._nodes.get(client.name, (b"", b""))
+        if answer.status != 412 or not key or key != request.fields.get(_PUBLIC_KEY):
+            return answer
+        from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PullMessagesRequest
+
+        node = PullMessagesRequest.FromString(poll).node.node_id
+        body = DeactivateNodeRequest(node_id=node).SerializeToString()
+        async with self._ask(Request(_DEACTIVATE, request.fields, body)) as signed_off:
+            self.counters[f"signed off a dead node {signed_off.status}"] += 1
+        async with self._ask(request) as answer:
+            pass
+        return answer
+
     async def _pull(self, client: _Client, asked: Asked, request: Request) -> Answer:
         """Answers ``pull-messages``: at once if there is a message, else when there is one or ``hold_s`` is over."""
         place = (client.name, request.body)
@@ -408,6 +437,8 @@ class Gateway:
                 rung = self._rung
                 async with self._ask(request) as answer:
                     pass
+                if answer.status == 200 and len(request.body) <= 64:
+                    self._nodes[client.name] = (request.fields.get(_PUBLIC_KEY, b""), request.body)
                 if answer.status == 200 and answer.body:
                     # Kept even if the client has left meanwhile: that is what it is for.
                     if len(answer.body) <= 1 << 20:

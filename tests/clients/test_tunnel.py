@@ -35,6 +35,8 @@ class Gate:
         self.fields = b""
         self.asked: list[bytes] = []
         self.connections = 0
+        self.open = 0
+        self.delay = 0.0
         self.port = port
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.verify_mode = ssl.CERT_REQUIRED
@@ -58,13 +60,22 @@ class Gate:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
         self.connections += 1
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        self.open += 1
+        try:
+            await self._answer(reader, writer)
+        finally:
+            self.open -= 1
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, TimeoutError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
                 body = await reader.readexactly(length)
                 path = head.split(b" ")[1]
                 self.asked.append(path)
+                if self.delay:
+                    await asyncio.wait_for(reader.readexactly(1), self.delay)  # ends when the peer leaves
                 status, answer = self.answers.get(path, (b"200", body))
                 writer.write(
                     b"HTTP/1.1 %s -\r\n%scontent-length: %d\r\n\r\n%s" % (status, self.fields, len(answer), answer)
@@ -227,6 +238,24 @@ def test_a_gateways_refusal_never_ends_a_node(tmp_path: Path) -> None:
             on.gate.answers.clear()
             assert (await on.ask())[0] == 200
             assert on.tunnel.trouble == ""
+
+    run(scenario)
+
+
+def test_a_poll_ends_with_its_node(tmp_path: Path) -> None:
+    """A message must not be fetched for a SuperNode that has left."""
+
+    async def scenario() -> None:
+        async with stage(tmp_path) as on:
+            on.gate.delay = 20.0
+            polling = asyncio.create_task(on.ask(b"/v1/fleet/pull-messages"))
+            while not on.gate.asked:
+                await asyncio.sleep(0.01)
+            assert on.gate.open == 1
+            polling.cancel()
+            async with asyncio.timeout(5):
+                while on.gate.open:
+                    await asyncio.sleep(0.01)
 
     run(scenario)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PullMessagesRequest
+from flwr.proto.node_pb2 import Node
 
 import privacy.hop
 import server.gateway
@@ -36,6 +38,7 @@ class Upstream:
     def __init__(self) -> None:
         self.requests: list[tuple[bytes, bytes, bytes]] = []  # target, head, body
         self.answers: dict[bytes, Callable[[bytes], bytes]] = {}
+        self.statuses: dict[bytes, Callable[[], int]] = {}
         self.raw: bytes | None = None
         self.port = 0
         self._server: asyncio.Server | None = None
@@ -68,8 +71,8 @@ class Upstream:
                 writer.write(
                     self.raw
                     if self.raw is not None
-                    else b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\nx-secret: 1\r\ncontent-type: application/protobuf\r\n"
-                    b"content-length: %d\r\n\r\n%s" % (len(answer), answer)
+                    else b"HTTP/1.1 %d OK\r\nserver: uvicorn\r\nx-secret: 1\r\ncontent-type: application/protobuf\r\n"
+                    b"content-length: %d\r\n\r\n%s" % (self.statuses.get(target, lambda: 200)(), len(answer), answer)
                 )
                 await writer.drain()
         writer.close()
@@ -792,6 +795,38 @@ def test_a_message_that_is_lost_on_the_way_is_handed_out_again_until_it_came(tmp
     run(scenario)
 
 
+def test_a_node_that_was_killed_is_signed_off_when_it_comes_back(tmp_path: Path) -> None:
+    """A SuperLink answers 412 to a node that it takes for online; only the same client and key may change that."""
+    poll = PullMessagesRequest(node=Node(node_id=77)).SerializeToString()
+
+    async def scenario() -> None:
+        async with stage(tmp_path, door=lambda door: dataclasses.replace(door, hold_s=0.0)) as on:
+            online = True
+
+            def deactivated(body: bytes) -> bytes:
+                nonlocal online
+                assert DeactivateNodeRequest.FromString(body).node_id == 77
+                online = False
+                return b""
+
+            activate, deactivate = b"/v1/fleet/activate-node", b"/v1/fleet/deactivate-node"
+            on.upstream.answers[deactivate] = deactivated
+            on.upstream.answers[PULL] = lambda body: b""
+            on.upstream.statuses[activate] = lambda: 412 if online else 200
+            mine, other = b"flwr-public-key: mine\r\n", b"flwr-public-key: other\r\n"
+            assert (await ask(on, post(activate, fields=mine)))[0] == 412  # never seen: nothing to sign off
+            assert (await ask(on, post(PULL, poll, mine)))[0] == 200
+            assert (await ask(on, post(activate, fields=other)))[0] == 412
+            assert (await ask(on, post(activate, fields=mine), "bank"))[0] == 412
+            assert online
+            assert (await ask(on, post(activate, fields=mine)))[0] == 200
+            assert not online
+            assert (await ask(on, post(activate, fields=other)))[0] == 200
+            assert [target for target, _, _ in on.upstream.requests].count(deactivate) == 1
+
+    run(scenario)
+
+
 def test_closing_answers_what_is_held(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stage(tmp_path, door=lambda door: dataclasses.replace(door, hold_s=20.0, again_s=20.0)) as on:
@@ -862,7 +897,9 @@ def mutated(source: random.Random) -> bytes:
 async def fuzzed(folder: Path, cases: int, seed: int) -> None:
     source = random.Random(seed)
     limits = dataclasses.replace(QUICK, head_s=0.02, body_s=0.02, idle_s=0.02)
-    async with stage(folder, door=lambda door: dataclasses.replace(door, limits=limits, hold_s=0.0)) as on:
+    async with stage(
+        folder, door=lambda door: dataclasses.replace(door, limits=limits, hold_s=0.0, per_client=64)
+    ) as on:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: pytest.fail(repr(context)))
         context = on.context()
 
@@ -873,8 +910,8 @@ async def fuzzed(folder: Path, cases: int, seed: int) -> None:
                 await asyncio.wait_for(reader.read(), 10)
             writer.close()
 
-        for _ in range(0, cases, 4):
-            await asyncio.gather(*(one(mutated(source)) for _ in range(4)))
+        for _ in range(0, cases, 16):
+            await asyncio.gather(*(one(mutated(source)) for _ in range(16)))
         assert {target for target, _, _ in on.upstream.requests} <= FLEET
         for _, head, _ in on.upstream.requests:
             names = [line.partition(b":")[0].lower() for line in head.split(b"\r\n")[1:] if line]

@@ -28,6 +28,7 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, Pus
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -90,6 +91,9 @@ def main() -> None:
         while not (task := queue.AcquireTask(AcquireTaskRequest(supported_task_types={TaskType.SERVER_APP}))).token:
             time.sleep(0.05)
         grid = Grid(address, insecure=False, root_certificates=roots, token=task.token)
+        # A SuperLink gives up a task that is silent for a minute, and tells its process to end.
+        heart = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
+        heart.start()
         start = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
         TaskIdentity.task_id, TaskIdentity.run_id = start.task_id, start.run.run_id
         TaskIdentity.node_id = start.context.node_id
@@ -118,6 +122,7 @@ def main() -> None:
                 context=context_to_proto(context_from_proto(start.context)), sub_status=SubStatus.COMPLETED, details=""
             )
         )
+        heart.stop()
         grid.close()
 
 
