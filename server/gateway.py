@@ -403,9 +403,9 @@ class Gateway:
     async def _activate(self, client: _Client, request: Request) -> Answer:
         """Lets a SuperNode that was killed come back at once.
 
-        A SuperLink refuses (412) a node that it still counts as online, for up to a minute, and a SuperNode ends at that.
-        It is the same client with the same key, so we sign the dead one off first. Its signature covers the time alone
-        and holds for minutes, for any call.
+        A SuperLink refuses (412) a node that it still counts as online, for up to a minute, and a SuperNode ends at
+        that. It is the same client with the same key, so we sign the dead one off first. Its signature covers the time
+        alone and holds for minutes, for any call.
         """
         async with self._ask(request) as answer:
             pass
