@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import logging
 import signal
-import socket
 import ssl
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Final, final
 
 from privacy.errors import LedgerError, PlanError, RunError
-from privacy.hop import PULL, REFUSAL, Answer, Asked, Gone, Limits, Pool, Refused, Request, Room, present, trust
+from privacy.hop import PULL, REFUSAL, Answer, Asked, Gone, Limits, Pool, Refused, Request, Room, present, trust, watch
 from privacy.identity import verify_bundle
 
 _log: Final = logging.getLogger("tacit.tunnel")
@@ -135,7 +134,7 @@ class Tunnel:
         """
         way = self._way
         self._room = Room(way.limits.room_bytes)
-        self._pool = Pool(self._dial, f"{way.gateway_host}:{way.gateway_port}", way.limits, most=4)
+        self._pool = Pool(self._dial, f"{way.gateway_host}:{way.gateway_port}", way.limits, most=4, keep_s=60.0)
         try:
             self._server = await asyncio.start_server(self._serve, way.host, way.port, ssl=self._local)
         except OSError as error:
@@ -178,8 +177,7 @@ class Tunnel:
         except OSError as error:
             self._trouble(f"the gateway cannot be reached: {error.strerror or type(error).__name__}")
             raise
-        connection = writer.get_extra_info("socket")
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        watch(writer.get_extra_info("socket"))
         return reader, writer
 
     def _trouble(self, words: str) -> None:

@@ -650,12 +650,13 @@ def test_a_half_closed_or_half_sent_request_goes_nowhere(tmp_path: Path) -> None
 
 def test_a_client_that_does_not_read_is_left(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stage(tmp_path) as on:
+        limits = dataclasses.replace(QUICK, floor_bytes=1 << 24)
+        async with stage(tmp_path, door=lambda door: dataclasses.replace(door, limits=limits)) as on:
             on.upstream.answers[b"/v1/fleet/pull-object"] = lambda body: bytes(15 << 20)
             _, writer = await on.connect()
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(post(b"/v1/fleet/pull-object"))
-            # 15 MB at 4 MB/s and 0.6 s on top; then the gateway gives up and its memory is free again.
+            # 15 MB at 16 MB/s and 0.6 s on top; then the gateway gives up and its memory is free again.
             began = time.monotonic()
             while on.gateway.counters["left"] == 0:
                 await asyncio.sleep(0.1)
@@ -717,6 +718,36 @@ def test_room_is_shared_in_turn_and_given_back(tmp_path: Path) -> None:
         assert room._used == 0
         async with room.take(99):  # larger than all of it: alone
             assert room._used == 99
+
+    run(scenario)
+
+
+def test_a_connection_whose_other_end_vanishes_is_probed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stage(tmp_path) as on:
+            await on.connect()
+            await asyncio.sleep(0.1)
+            (client,) = on.gateway._open
+            found = client.writer.get_extra_info("socket")
+            assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            times = [
+                found.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+                for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+            ]
+            assert times == [5, 3, 3, 15_000]
+
+    run(scenario)
+
+
+def test_a_sweep_outlives_its_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with stage(tmp_path) as on:
+            reader, _ = await on.connect()
+            monkeypatch.setattr(on.gateway, "_stamped", lambda: 1 // 0)
+            await asyncio.sleep(0.2)
+            assert on.gateway.counters["fault"] >= 1
+            on.revoked.add("hospital")
+            assert await asyncio.wait_for(reader.read(), 5) == b""
 
     run(scenario)
 
