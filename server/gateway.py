@@ -59,6 +59,8 @@ class Door:
             ``--enable-supernode-auth`` it insists on TLS, on loopback too. None for plain HTTP.
         wake: A path for a datagram socket; whatever arrives there says that the SuperLink may have messages. Only our
             own user can write to it. None to ask again on time alone.
+        wake_group: A group that can write to it too, where the server application runs as another user, so that its
+            keys are apart from the relay (guarantee G21).
         limits: Bounds on what a client may take.
         connections: Most connections at once; further ones are closed.
         per_client: Most connections of one client. A tunnel uses up to 4.
@@ -79,6 +81,7 @@ class Door:
     upstream_port: int = 8000
     upstream_authority: Path | None = None
     wake: Path | None = None
+    wake_group: int | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
     connections: int = 1024
     per_client: int = 8
@@ -212,6 +215,9 @@ class Gateway:
             bell.bind(str(path))
         finally:
             os.umask(before)
+        if self._door.wake_group is not None:
+            os.chown(path, -1, self._door.wake_group)
+            path.chmod(0o620)
         gateway = self
 
         class Ear(asyncio.DatagramProtocol):

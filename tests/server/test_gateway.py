@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import random
 import shutil
 import socket
@@ -309,6 +310,29 @@ def test_a_client_that_is_revoked_loses_its_open_connections(tmp_path: Path) -> 
             assert (await ask(on, post()))[0] == 403
             staying.write(post())
             assert (await answer(stays))[0] == 200
+
+    run(scenario)
+
+
+def test_a_gateway_that_looks_at_members_only_once_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[bytes, str | None] = {}
+
+    def once(gateway: Gateway, certificate: bytes) -> str | None:
+        if certificate not in known:
+            known[certificate] = gateway._is_member(certificate)
+        return known[certificate]
+
+    monkeypatch.setattr(Gateway, "_member", once)
+
+    async def scenario() -> None:
+        async with stage(tmp_path) as on:
+            reader, writer = await on.connect()
+            writer.write(post())
+            assert (await answer(reader))[0] == 200
+            on.revoked.add("hospital")
+            await asyncio.sleep(0.3)
+            writer.write(post())
+            assert (await answer(reader))[0] == 200  # what test_a_client_that_is_revoked_... must never see
 
     run(scenario)
 
@@ -778,6 +802,12 @@ def test_an_empty_poll_is_held_until_somebody_rings(tmp_path: Path) -> None:
             writer.write(post())
             assert (await answer(reader))[0] == 200
         ring(wake)  # nobody there: no error
+        grouped: Callable[[Door], Door] = lambda door: dataclasses.replace(  # noqa: E731
+            door, wake=wake, wake_group=os.getgid()
+        )
+        async with stage(tmp_path, door=grouped):
+            assert (wake.stat().st_mode & 0o777, wake.stat().st_gid) == (0o620, os.getgid())
+        assert not wake.exists()
 
     run(scenario)
 
