@@ -27,7 +27,22 @@ from pathlib import Path
 from typing import Final, final
 
 from privacy.errors import LedgerError, PlanError, RunError
-from privacy.hop import PULL, REFUSAL, Answer, Asked, Gone, Limits, Pool, Refused, Request, Room, present, trust, watch
+from privacy.hop import (
+    PULL,
+    REFUSAL,
+    Answer,
+    Asked,
+    Gone,
+    Limits,
+    Pool,
+    Refused,
+    Request,
+    Room,
+    loopback,
+    present,
+    trust,
+    watch,
+)
 from privacy.identity import verify_bundle
 
 _log: Final = logging.getLogger("tacit.tunnel")
@@ -87,7 +102,7 @@ class Tunnel:
     """
 
     def __init__(self, way: Way) -> None:
-        if not _loopback(way.host):
+        if not loopback(way.host):
             raise PlanError(f"expected a loopback address to listen on, got {way.host}; the tunnel is for this machine")
         self._way = way
         self._context = self._make_context()
@@ -307,10 +322,6 @@ class Tunnel:
             # 403 makes a SuperNode drop the message and stay in the federation.
             raise Refused(403, "bundle") from None
         return answer
-
-
-def _loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def run(tunnel: Tunnel, started: Callable[[], None] = lambda: None) -> None:

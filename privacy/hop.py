@@ -14,6 +14,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import ipaddress
 import os
 import re
 import socket
@@ -75,7 +76,8 @@ class Limits:
     Attributes:
         head_bytes: Longest request or status line with its header fields; one read of 4 KiB may come on top.
         body_bytes: Longest body. Flower cuts arrays into objects of 5 MiB, so 16 MiB lets everything of ours through.
-        room_bytes: Memory for all bodies together, once for requests and once for answers; whoever finds it full waits.
+        room_bytes: Bytes of all bodies together that are under way (each is held twice for a moment); whoever finds no
+            room waits. The gateway allows twice as many for requests.
         head_s: Seconds from the first byte of a head to its last.
         idle_s: Seconds a connection may stay open between two requests.
         body_s: Seconds a body may take on top of one second per ``floor_bytes`` of it.
@@ -321,7 +323,9 @@ class Asked:
             if self._parser.trailing_data[0]:
                 raise Refused(400, "pipelining")
             self.closing = self._parser.their_state is h11.MUST_CLOSE
-            yield dataclasses.replace(request, body=bytes(body))
+            request = dataclasses.replace(request, body=bytes(body))
+            del body  # not held twice while the answer is awaited
+            yield request
 
     async def left(self) -> None:
         """Returns when the peer leaves, or sends something while its answer is still due (which it must not)."""
@@ -503,6 +507,16 @@ class Pool:
         """Closes what is kept."""
         while self._idle:
             self._idle.pop().close()
+
+
+def loopback(host: str) -> bool:
+    """Says whether a host is this machine: ``localhost``, or an address and not a name that looks like one."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def watch(connection: socket.socket) -> None:

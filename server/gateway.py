@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Final, final
 
 from privacy.errors import PlanError, RunError
-from privacy.hop import PULL, Answer, Asked, Gone, Limits, Pool, Refused, Request, Room, present, trust, watch
+from privacy.hop import PULL, Answer, Asked, Gone, Limits, Pool, Refused, Request, Room, loopback, present, trust, watch
 
 _log: Final = logging.getLogger("tacit.gateway")
 _PUBLIC_KEY: Final = b"flwr-public-key"
@@ -122,7 +122,7 @@ class Gateway:
         is_member: Callable[[bytes], str | None],
         node_key: Callable[[str], bytes | None] = lambda name: None,
     ) -> None:
-        if not _loopback(door.upstream_host):
+        if not loopback(door.upstream_host):
             raise PlanError(
                 f"expected the SuperLink on a loopback address, got {door.upstream_host}; its other interfaces are open"
             )
@@ -505,10 +505,6 @@ class Gateway:
                 _log.info("a renewed certificate is in use")
             except PlanError as error:
                 _log.error("the renewed certificate is not used: %s", error)
-
-
-def _loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def run(gateway: Gateway, started: Callable[[], None] = lambda: None) -> None:

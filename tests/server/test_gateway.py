@@ -922,9 +922,14 @@ def test_logs_and_counters_hold_no_message(tmp_path: Path, caplog: pytest.LogCap
 
 def test_a_superlink_elsewhere_or_a_port_in_use_is_refused(tmp_path: Path) -> None:
     async def scenario() -> None:
-        with pytest.raises(PlanError, match="loopback"):
-            async with stage(tmp_path, door=lambda door: dataclasses.replace(door, upstream_host="10.0.0.1")):
-                pass
+        for host in ("10.0.0.1", "127.0.0.1.example.org", "0.0.0.0", "", "::"):  # noqa: S104
+            elsewhere: Callable[[Door], Door] = lambda door, host=host: dataclasses.replace(  # type: ignore[misc]  # noqa: E731
+                door, upstream_host=host
+            )
+            with pytest.raises(PlanError, match="loopback"):
+                async with stage(tmp_path, door=elsewhere):
+                    pass
+        assert all(privacy.hop.loopback(host) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"))
         with pytest.raises(PlanError, match="certificate"):
             async with stage(tmp_path, door=lambda door: dataclasses.replace(door, certificate=tmp_path / "none")):
                 pass
