@@ -11,6 +11,7 @@ Wire: a message's content is one ArrayRecord ``sealed`` of rows of bytes, each u
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -29,9 +30,10 @@ from flwr.proto.runtime_pb2 import (
     PullTaskInputRequest,
     PushAppMessagesRequest,
     PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
 )
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
@@ -130,8 +132,16 @@ class Courier:
     def carry(self, token: str) -> None:
         """Carries the message of one task to the worker, and its answer back."""
         client = self._client("flwr-clientapp", RuntimeTokenHttpInterceptor(token))
+
+        def beat() -> bool:
+            # A SuperNode that was started again does not know the task any more. Flower would end this process then;
+            # but the worker's answer is only lost, and the next task is another.
+            with contextlib.suppress(httpx.HTTPError):
+                client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            return True
+
         # Flower gives up on a task whose process is silent; training may take as long as it takes.
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat = HeartbeatSender(beat)
         heartbeat.start()
         status, context = "failed", None
         try:
@@ -145,11 +155,12 @@ class Courier:
             status = "completed"
         finally:
             # No detail: what went wrong at a data holder is nobody else's business (guarantee G12).
-            client.PushTaskOutput(
-                PushTaskOutputRequest(
-                    context=context_to_proto(context) if context else None, sub_status=status, details=""
+            with contextlib.suppress(httpx.HTTPError):
+                client.PushTaskOutput(
+                    PushTaskOutputRequest(
+                        context=context_to_proto(context) if context else None, sub_status=status, details=""
+                    )
                 )
-            )
             heartbeat.stop()
             client.close()
 

@@ -45,6 +45,8 @@ class Part:
         environment: Variables that it gets beside the common ones.
         ready: Says whether it serves; None where it is ready as soon as it runs.
         grace_s: Seconds that it gets to end by itself.
+        takes_along: Names of parts that are of no use to anybody once this one has ended: they are ended, and started
+            again, with it.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Part:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ready: Callable[[], bool] | None = None
     grace_s: float = 10.0
+    takes_along: tuple[str, ...] = ()
 
 
 class Processes:
@@ -157,6 +160,11 @@ class Processes:
                 self._due[part.name] = now + self._pauses[part.name]
                 self._pauses[part.name] = min(_LONGEST_PAUSE_S, 2 * self._pauses[part.name])
                 self._ended[part.name] = f"ended with {code}: {self._log_tail(part)}"
+                for name in part.takes_along:
+                    # Killed: it waits for what will never come, and may not hear a kinder word.
+                    if name not in self._due and self._children[name].poll() is None:
+                        self._children[name].kill()
+                        self._children[name].wait()
                 changed = True
             elif now >= self._due[part.name]:
                 del self._due[part.name]

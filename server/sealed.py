@@ -47,6 +47,8 @@ _FIRST_PATIENCE_S: Final = 20.0
 _LONGEST_PATIENCE_S: Final = 600.0
 # Between two attempts with a member that answered, but not what was asked.
 _PAUSE_S: Final = 1.0
+# Between two looks at who is there: a node that came anew has lost what it was carrying.
+_LOOK_S: Final = 1.0
 # Between two questions to a member whose holder has not decided yet.
 _WAITING_S: Final = 5.0
 # A relay that keeps what nobody fetches would fill its disk.
@@ -55,14 +57,18 @@ _TTL_S: Final = 3600.0
 _log = logging.getLogger("tacit.server")
 
 
+class RunOverError(RunError):
+    """The relay has ended the run; the job can go on in another one."""
+
+
 class Relay(Protocol):
     """What carries sealed bytes; see `server.relay.Relay`."""
 
     run_id: int
     bundle: str
 
-    def nodes(self) -> frozenset[int]:
-        """Returns the ids of the nodes that are connected."""
+    def nodes(self) -> Mapping[int, str]:
+        """Returns the ids of the nodes that are connected, each with a word that changes when it comes anew."""
 
     def push(self, messages: Sequence[Message]) -> list[str]:
         """Hands messages over; returns their ids."""
@@ -110,6 +116,8 @@ class _Line:
     accept: bytes = b""
     # Messages that may still be answered, by Flower's id, and what was asked by each.
     asked: dict[str, str] = dataclasses.field(default_factory=dict)
+    # When its node came, as it was when something was asked last.
+    came: str = ""
     due: float = 0.0
     patience: float = _FIRST_PATIENCE_S
     word: str = "not reached"
@@ -137,6 +145,8 @@ class SealedGrid(Grid):
         self._epoch = ServerEpoch(identity, job=terms.job, run=relay.run_id, bundle=relay.bundle, terms=terms.digest())
         self._lines = {member.number: _Line(member) for member in members}
         self._run = Run.create_empty(relay.run_id)
+        self._there: Mapping[int, str] = {}
+        self._look = 0.0
         # Where papers are collected, while they are asked for.
         self._papers: dict[str, dict[str, Any]] | None = None
 
@@ -283,19 +293,34 @@ class SealedGrid(Grid):
                 answer = self._hear(line, reply, wanted[line.member.number])
                 if answer is not None:
                     replies[line.member.number] = answer
-            due = [self._lines[number] for number in wanted if number not in replies]
-            due = [line for line in due if self._is_due(line, wanted[line.member.number])]
-            there = self._relay.nodes() if due else frozenset()
-            for line in due:
-                if line.member.node_id in there:
+            rest = [self._lines[number] for number in wanted if number not in replies]
+            self._see(rest)
+            for line in [line for line in rest if self._is_due(line, wanted[line.member.number])]:
+                if line.member.node_id in self._there:
                     self._say(line, wanted[line.member.number], broadcast)
                 else:
                     line.word, line.due = "not connected", time.monotonic() + _PAUSE_S
+        except RunOverError:
+            raise
         except (httpx.HTTPError, OSError, RunError) as error:
-            # The relay is away. What it lost is said again.
+            # The relay is away. Half of what was said may be lost with it, so all of it is said again.
             _log.warning("the relay does not answer (%s); asking again", error)
+            for number in wanted:
+                self._lines[number].due = 0.0
+            self._look = 0.0
             time.sleep(_PAUSE_S)
         return replies
+
+    def _see(self, lines: Iterable[_Line]) -> None:
+        """Looks who is there, now and then; a node that has come anew is told again at once what it is to do."""
+        now = time.monotonic()
+        if now < self._look:
+            return
+        self._there, self._look = self._relay.nodes(), now + _LOOK_S
+        for line in lines:
+            came = self._there.get(line.member.node_id, "")
+            if line.asked and came and came != line.came:
+                line.due, line.patience = 0.0, _FIRST_PATIENCE_S
 
     def _is_due(self, line: _Line, request: Message | None) -> bool:
         silent = request is None and self._papers is None
@@ -329,6 +354,7 @@ class SealedGrid(Grid):
         (message_id,) = self._relay.push([message])
         if message_id:
             line.asked[message_id] = kind
+        line.came = self._there.get(line.member.node_id, "")
         line.due, line.patience = time.monotonic() + line.patience, min(_LONGEST_PATIENCE_S, 2 * line.patience)
 
     def _hear(self, line: _Line, reply: Message, request: Message | None) -> Message | None:

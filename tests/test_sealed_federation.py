@@ -3,6 +3,7 @@
 import random
 import time
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,7 @@ SERVER = Secret(bytes(range(32))).identity("server")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    for name in ("_POLL_S", "_PAUSE_S", "_WAITING_S"):
+    for name in ("_POLL_S", "_PAUSE_S", "_WAITING_S", "_LOOK_S"):
         monkeypatch.setattr(sealed, name, 0.002)
     monkeypatch.setattr(sealed, "_FIRST_PATIENCE_S", 0.2)
     monkeypatch.setattr(sealed, "_LONGEST_PATIENCE_S", 0.5)
@@ -52,9 +53,10 @@ class FakeRelay:
     def __init__(self, workers, spoil=lambda way, pieces: [pieces], run_id=7):
         self.run_id, self.bundle, self.workers, self.spoil = run_id, BUNDLE, workers, spoil
         self.waiting, self.seen, self.count, self.away = {}, [], 0, set()
+        self.arrivals = {}
 
     def nodes(self):
-        return frozenset(self.workers) - self.away
+        return {node: self.arrivals.get(node, "") or "first" for node in self.workers if node not in self.away}
 
     def push(self, messages):
         ids = []
@@ -311,6 +313,70 @@ def test_a_worker_that_restarts_in_mid_run_rejoins_and_is_charged_once_for_each_
     assert ending is Ending.FINISHED
     assert [line["replies"] for line in lines] == [2, 2, 2]
     assert [worker._holder.book.accounts["mine"].charges for worker in workers.values()] == [3, 3]
+
+
+def test_a_node_that_comes_anew_is_told_again_at_once_what_it_was_carrying(tmp_path, monkeypatch):
+    def seconds(folder, comes):
+        lost = []
+
+        def spoil(way, pieces):
+            if way == "down" and "broadcast" in pieces and not lost:
+                lost.append(pieces)
+                if comes:
+                    # Killed with the message in its hands, and started again.
+                    relays[0].arrivals[501] = "second"
+                return []
+            return [pieces]
+
+        relays = []
+        first = FakeRelay.__init__
+
+        def noted(self, *arguments):
+            first(self, *arguments)
+            relays.append(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeRelay, "__init__", noted)
+            _, lines, ending, workers = federate(folder, spoil)
+        assert ending is Ending.FINISHED
+        assert [line["replies"] for line in lines] == [2, 2, 2]
+        assert [worker._holder.book.accounts["mine"].charges for worker in workers.values()] == [3, 3]
+        return lines[0]["seconds"]
+
+    monkeypatch.setattr(sealed, "_FIRST_PATIENCE_S", 5.0)
+    monkeypatch.setattr(sealed, "_LONGEST_PATIENCE_S", 5.0)
+    assert seconds(tmp_path / "comes", True) < 5.0 <= seconds(tmp_path / "stays", False)
+
+
+def test_what_a_relay_that_was_away_may_have_lost_is_said_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "_FIRST_PATIENCE_S", 600.0)
+    asked = []
+    push = FakeRelay.push
+
+    def pushed(self, messages):
+        asked.append(self)
+        if len(asked) == 5:
+            # A round's request: half of it was there when the relay fell.
+            raise httpx.ConnectError("connection refused")
+        return push(self, messages)
+
+    monkeypatch.setattr(FakeRelay, "push", pushed)
+    _, lines, ending, _ = federate(tmp_path)
+    assert ending is Ending.FINISHED
+    assert [line["replies"] for line in lines] == [2, 2, 2]
+
+
+def test_a_run_that_the_relay_has_ended_ends_the_job_to_be_resumed_and_is_not_waited_for(tmp_path, monkeypatch):
+    push = FakeRelay.push
+
+    def pushed(self, messages):
+        if any("broadcast" in pieces for _, pieces in self.seen):
+            raise sealed.RunOverError("expected a run, got none; go on with: tacit server run --resume")
+        return push(self, messages)
+
+    monkeypatch.setattr(FakeRelay, "push", pushed)
+    with pytest.raises(RunError, match="--resume"):
+        federate(tmp_path)
 
 
 def test_g19_a_resumed_job_opens_a_new_epoch_and_messages_of_the_old_one_are_refused(tmp_path):

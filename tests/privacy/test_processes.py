@@ -1,0 +1,58 @@
+"""Processes that work together: one that ends is started again, and takes along what is of no use without it."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from privacy import processes
+from privacy.processes import Part, Processes
+
+SLEEP = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(processes, "_FIRST_PAUSE_S", 0.02)
+
+
+def pids(status: Path) -> dict[str, int]:
+    return {name: part["pid"] for name, part in json.loads(status.read_bytes())["parts"].items() if part["running"]}
+
+
+def after_a_death(folder: Path, parts: list[Part], victim: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Kills one part; returns the processes before it and after."""
+    status = folder / "status.json"
+    kept = Processes(parts, logs=folder / "logs", status=status)
+    kept.start()
+    thread = threading.Thread(target=kept.run)
+    thread.start()
+    try:
+        before = pids(status)
+        os.kill(before[victim], signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while (after := pids(status)).get(victim, before[victim]) == before[victim] or len(after) < len(parts):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        # Longer than it takes to start another one.
+        time.sleep(0.3)
+        return before, pids(status)
+    finally:
+        kept.stop()
+        thread.join()
+
+
+def test_a_part_that_is_of_no_use_alone_is_started_again_with_the_one_that_died(tmp_path):
+    parts = [Part(name=name, command=SLEEP, grace_s=0.1) for name in ("worker", "supernode", "courier")]
+    parts[2] = dataclasses.replace(parts[2], takes_along=("supernode",))
+    before, after = after_a_death(tmp_path / "courier", parts, "courier")
+    assert [after[name] == before[name] for name in before] == [True, False, False]
+    # It is no bond of both: nobody else dies with a SuperNode.
+    before, after = after_a_death(tmp_path / "supernode", parts, "supernode")
+    assert [after[name] == before[name] for name in before] == [True, False, True]
