@@ -60,6 +60,8 @@ _ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 _POLL_S: Final = 0.02
 _OBJECT_POLL_S: Final = 0.02
 _AWAY_S: Final = 1.0
+# A message that has not come by then does not come any more.
+_MESSAGE_S: Final = 10.0
 
 _log = logging.getLogger("tacit.courier")
 
@@ -173,16 +175,22 @@ class Courier:
             return {LOST: b""}
 
     def _pull(self, client: RuntimeHttpClient, node_id: int, run_id: int) -> Message:
-        pulled, node = client.PullMessages(PullAppMessagesRequest()), Node(node_id=node_id)
-        if len(pulled.message_object_trees) != 1:
-            raise RunError(f"expected one message for a task, got {len(pulled.message_object_trees)}")
-        tree = pulled.message_object_trees[0]
+        node, deadline = Node(node_id=node_id), time.monotonic() + _MESSAGE_S
+        # A SuperNode makes the task first, and stores its message then.
+        while not (trees := client.PullMessages(PullAppMessagesRequest()).message_object_trees):
+            if time.monotonic() > deadline:
+                raise RunError(f"expected the message of a task within {_MESSAGE_S:g} s, got none")
+            time.sleep(_POLL_S)
+        if len(trees) != 1:
+            raise RunError(f"expected one message for a task, got {len(trees)}")
+        tree = trees[0]
         message = pull_and_inflate_object_from_tree(
             tree,
             make_pull_object_fn_protobuf(client.PullObject, node, run_id),
             make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run_id),
             return_type=Message,
             initial_backoff=_OBJECT_POLL_S,
+            backoff_cap=10 * _OBJECT_POLL_S,
         )
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
