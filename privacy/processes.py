@@ -7,6 +7,8 @@ list of environment variables and no open file, so that no secret of the one lea
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -33,6 +35,8 @@ _LONGEST_PAUSE_S: Final = 30.0
 # A process that ran so long was well: the next failure is a new one.
 _WELL_S: Final = 60.0
 _TICK_S: Final = 0.1
+# prctl(2): the signal that a process gets when its parent has died.
+_PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,21 @@ class Part:
     ready: Callable[[], bool] | None = None
     grace_s: float = 10.0
     takes_along: tuple[str, ...] = ()
+
+
+def _linked() -> Callable[[], None] | None:
+    """Returns what a new process does first, so that it does not outlive the one that looks after it; None off Linux.
+
+    Nobody could end, or find, parts whose keeper was killed; and others could not be started in their place.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        call = ctypes.CDLL(None).prctl
+
+        def link() -> None:
+            call(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+        return link
+    return None
 
 
 class Processes:
@@ -80,6 +99,7 @@ class Processes:
         self._due: dict[str, float] = {}
         self._pauses = dict.fromkeys((part.name for part in parts), _FIRST_PAUSE_S)
         self._stop = threading.Event()
+        self._link = _linked()
 
     def stop(self) -> None:
         """Asks the parts to end; `run` returns when they have."""
@@ -125,6 +145,8 @@ class Processes:
                     stderr=subprocess.STDOUT,
                     # A Ctrl-C in the terminal is ours to hand on, in order.
                     start_new_session=True,
+                    # No thread of ours holds a lock that this one call would take.
+                    preexec_fn=self._link,
                 )
         except OSError as error:
             raise RunError(f"expected to start {part.name} ({part.command[0]}), got: {error.strerror}") from None

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,20 @@ import pytest
 
 from privacy import processes
 from privacy.processes import Part, Processes
+
+KEEPER = """
+import sys
+from pathlib import Path
+from privacy import processes
+from privacy.processes import Part, Processes
+if sys.argv[2] == "planted":
+    processes._linked = lambda: None
+part = Part(name="worker", command=[sys.executable, "-c", "import time; time.sleep(60)"])
+kept = Processes([part], logs=Path(sys.argv[1]) / "logs", status=Path(sys.argv[1]) / "status.json")
+kept.start()
+print("started", flush=True)
+kept.run()
+"""
 
 SLEEP = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"]
 
@@ -56,3 +71,28 @@ def test_a_part_that_is_of_no_use_alone_is_started_again_with_the_one_that_died(
     # It is no bond of both: nobody else dies with a SuperNode.
     before, after = after_a_death(tmp_path / "supernode", parts, "supernode")
     assert [after[name] == before[name] for name in before] == [True, False, True]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is of Linux")
+@pytest.mark.parametrize("way", ["as it is", "planted"])
+def test_a_keeper_that_is_killed_leaves_no_part_behind_and_a_planted_one_without_the_link_does(tmp_path, way):
+    keeper = subprocess.Popen([sys.executable, "-c", KEEPER, str(tmp_path), way], stdout=subprocess.PIPE)
+    assert keeper.stdout is not None
+    assert keeper.stdout.readline() == b"started\n"
+    (pid,) = pids(tmp_path / "status.json").values()
+    keeper.kill()
+    keeper.communicate()
+    deadline = time.monotonic() + (10 if way == "as it is" else 1)
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert alive(pid) == (way == "planted")
+    if way == "planted":
+        os.kill(pid, signal.SIGKILL)
