@@ -49,6 +49,8 @@ _LONGEST_PATIENCE_S: Final = 600.0
 _PAUSE_S: Final = 1.0
 # Between two looks at who is there: a node that came anew has lost what it was carrying.
 _LOOK_S: Final = 1.0
+# A round does not wait for a member that has not been connected for so long; a relay notices after up to a minute.
+_MOST_AWAY_S: Final = 60.0
 # Between two questions to a member whose holder has not decided yet.
 _WAITING_S: Final = 5.0
 # A relay that keeps what nobody fetches would fill its disk.
@@ -118,6 +120,8 @@ class _Line:
     asked: dict[str, str] = dataclasses.field(default_factory=dict)
     # When its node came, as it was when something was asked last.
     came: str = ""
+    # Since when its node is not connected, by our clock; None while it is.
+    away: float | None = None
     due: float = 0.0
     patience: float = _FIRST_PATIENCE_S
     word: str = "not reached"
@@ -247,7 +251,8 @@ class SealedGrid(Grid):
             timeout: Seconds after which no further reply is waited for; None waits for all.
 
         Returns:
-            The replies that came, in the order of the messages; a member that refused the job has none.
+            The replies that came, in the order of the messages; a member that refused the job has none, nor has one
+            that has not been connected for a minute where others answered.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         asked = {message.metadata.dst_node_id: message for message in messages}
@@ -257,10 +262,14 @@ class SealedGrid(Grid):
             # A new request has its own patience, and no answer to an older one is an answer to it.
             self._lines[number].asked.clear()
             self._lines[number].due, self._lines[number].patience = 0.0, _FIRST_PATIENCE_S
+        self._look = 0.0
         while open_ := {n: asked[n] for n in asked if n not in replies and not self._lines[n].refused}:
             if heard := self._turn(open_, broadcast):
                 replies |= heard
                 continue
+            # If nobody is there, it is the relay or the gateway that is away: then all of them are waited for.
+            if replies and all(self._is_gone(self._lines[number]) for number in open_):
+                break
             if deadline is not None and time.monotonic() > deadline:
                 break
             time.sleep(_POLL_S)
@@ -317,10 +326,16 @@ class SealedGrid(Grid):
         if now < self._look:
             return
         self._there, self._look = self._relay.nodes(), now + _LOOK_S
+        for line in self._lines.values():
+            connected = line.member.node_id in self._there
+            line.away = None if connected else now if line.away is None else line.away
         for line in lines:
             came = self._there.get(line.member.node_id, "")
             if line.asked and came and came != line.came:
                 line.due, line.patience = 0.0, _FIRST_PATIENCE_S
+
+    def _is_gone(self, line: _Line) -> bool:
+        return line.away is not None and time.monotonic() - line.away > _MOST_AWAY_S
 
     def _is_due(self, line: _Line, request: Message | None) -> bool:
         silent = request is None and self._papers is None

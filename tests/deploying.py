@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -99,7 +100,8 @@ class Client:
         pids = self.pids
         self.process.kill()
         for pid in pids.values():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.communicate()
         self.process = None
 
@@ -222,7 +224,13 @@ class Federation:
         for status in self.folder.glob("*/**/status.json"):
             if status.parent.name == "run" or status.parent == self.home:
                 for pid in pids_of(status).values():
-                    os.kill(pid, signal.SIGKILL)
+                    self._kill_ours(pid)
+
+    def _kill_ours(self, pid: int) -> None:
+        """Kills a process that an old status names, if it is still the one that was meant."""
+        with contextlib.suppress(OSError):
+            if str(self.folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
 
     @property
     def pids(self) -> dict[str, int]:

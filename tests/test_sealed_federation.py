@@ -348,6 +348,57 @@ def test_a_node_that_comes_anew_is_told_again_at_once_what_it_was_carrying(tmp_p
     assert seconds(tmp_path / "comes", True) < 5.0 <= seconds(tmp_path / "stays", False)
 
 
+def test_a_round_waits_a_while_for_a_member_that_is_not_connected_and_no_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "_MOST_AWAY_S", 0.5)
+    told = []
+
+    def on_round(line):
+        told.append(line)
+        relays[0].away = {501} if 1 <= len(told) < 3 else set()
+
+    relays = []
+    first = FakeRelay.__init__
+
+    def noted(self, *arguments):
+        first(self, *arguments)
+        relays.append(self)
+
+    monkeypatch.setattr(FakeRelay, "__init__", noted)
+    terms = make_terms(rounds=5)
+    workers = {node: make_worker(tmp_path / f"client-{node}", n, rounds=5) for n, node in enumerate((501, 502), 1)}
+    relay = FakeRelay(workers)
+    grid = SealedGrid(relay, members_of(workers), SERVER, terms)
+    grid.keep(grid.gather(2, patience_s=30.0))
+    run(make_job(tmp_path / "run", terms, on_round=on_round, timeout_s=60.0), grid)
+    assert [line["replies"] for line in told] == [2, 1, 1, 2, 2]
+    # The first of them waits for it to come back; the second knows already, and the one after has it again.
+    assert 0.5 <= told[1]["seconds"] < 30.0
+    assert told[2]["seconds"] < told[1]["seconds"]
+
+
+def test_a_round_is_not_over_because_nobody_is_connected(tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "_MOST_AWAY_S", 0.1)
+    nodes, asked = FakeRelay.nodes, []
+
+    def none_there_for_a_second(self):
+        asked.append(time.monotonic())
+        # Once all have answered to the terms.
+        if any("wrap" in pieces for _, pieces in self.seen) or asked[-1] - asked[0] < 0.5 or asked[-1] - asked[0] > 2.0:
+            return nodes(self)
+        return {}
+
+    monkeypatch.setattr(FakeRelay, "nodes", none_there_for_a_second)
+    workers = {node: make_worker(tmp_path / f"client-{node}", n) for n, node in enumerate((501, 502), 1)}
+    grid = SealedGrid(FakeRelay(workers), members_of(workers), SERVER, make_terms())
+    grid.keep(grid.gather(2, patience_s=30.0))
+    while time.monotonic() - asked[0] < 0.6:
+        time.sleep(0.05)
+    lines = []
+    run(make_job(tmp_path / "run", make_terms(), on_round=lines.append, timeout_s=60.0), grid)
+    assert [line["replies"] for line in lines] == [2, 2, 2]
+    assert lines[0]["seconds"] > 0.5
+
+
 def test_what_a_relay_that_was_away_may_have_lost_is_said_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sealed, "_FIRST_PATIENCE_S", 600.0)
     asked = []
