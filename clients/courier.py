@@ -5,8 +5,10 @@ runs nothing of a bundle: it takes tasks from the SuperNode's runtime interface 
 the holder's worker, and pushes what the worker answers. A bundle is a name to it, whose hash it computes and passes on,
 and the worker compares it with what the server signed (guarantees G15 and G22). It imports no torch and holds no key.
 
-Wire: a message's content is one ArrayRecord ``sealed`` of rows of bytes, each under the name of its step in
-`privacy.seal`. The broadcast, which all clients of a round share, is a row of its own: the relay stores it once.
+Wire: a message's content is pieces of bytes, each under the name of its step in `privacy.seal`. Pieces of up to 1 MiB
+are the values of a ConfigRecord ``sealed``; longer ones are arrays of bytes in an ArrayRecord ``long``, which Flower
+cuts up on its way. The broadcast, which all clients of a round share, is in a record ``shared`` of the one kind or the
+other: the relay stores it once. A relay takes a request for each object of a message; so there are few.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 import httpx
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import context_from_proto, context_to_proto, fab_from_proto, message_to_proto
 from flwr.proto.node_pb2 import Node
@@ -54,6 +56,9 @@ from clients.post import LOST, PIECES, Letter, hand_over
 from privacy.errors import RunError
 
 SEALED: Final = "sealed"
+LONG: Final = "long"
+SHARED: Final = "shared"
+_SHORT_BYTES: Final = 1 << 20
 
 _ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 # Seconds. The runtime interface is on loopback, so asking often costs little; Flower asks once a second.
@@ -72,17 +77,34 @@ def pieces_of(message: Message) -> dict[str, bytes]:
     Raises:
         RunError: The message holds anything else.
     """
-    content = message.content
-    record = content[SEALED] if set(content) == {SEALED} else None
-    if type(record) is not ArrayRecord or not set(record) <= PIECES:
+    content, found = message.content, dict[str, bytes]()
+    kinds = {SEALED: (ConfigRecord,), LONG: (ArrayRecord,), SHARED: (ConfigRecord, ArrayRecord)}
+    sound = SEALED in content
+    for place, record in content.items():
+        sound &= type(record) in kinds.get(place, ())
+        items = record.items() if sound else ()
+        for name, value in items:
+            piece = value.data if isinstance(value, Array) else value
+            sound &= name in PIECES and name not in found and isinstance(piece, bytes)
+            if isinstance(piece, bytes):
+                found[name] = piece
+    if not sound:
         raise RunError("expected a sealed message, got another; is the server a Tacit server?")
-    return {name: array.data for name, array in record.items()}
+    return found
 
 
 def content_of(pieces: Mapping[str, bytes]) -> RecordDict:
     """Returns sealed pieces as the content of a Flower message."""
-    arrays = {name: Array("uint8", (len(piece),), "numpy.ndarray", piece) for name, piece in pieces.items()}
-    return RecordDict({SEALED: ArrayRecord(arrays)})
+    short = {name: piece for name, piece in pieces.items() if len(piece) <= _SHORT_BYTES}
+    long = {
+        name: Array("uint8", (len(piece),), "numpy.ndarray", piece)
+        for name, piece in pieces.items()
+        if name not in short
+    }
+    content = RecordDict({SEALED: ConfigRecord(dict(short))})
+    if long:
+        content[LONG] = ArrayRecord(long)
+    return content
 
 
 class Courier:

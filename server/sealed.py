@@ -36,7 +36,11 @@ from privacy.seal import MOST_BYTES, Broadcast, ServerEpoch, ServerSession
 from privacy.terms import Terms
 from privacy.wire import Floats, Packet, array_of, floats_of, pack, unpack
 
+# The records of a message; see `clients.courier`.
 SEALED: Final = "sealed"
+LONG: Final = "long"
+SHARED: Final = "shared"
+_SHORT_BYTES: Final = 1 << 20
 # The word of a client on which nothing could open a message; see `clients.post`.
 LOST: Final = "lost"
 
@@ -131,6 +135,15 @@ class _Line:
         self.session, self.accept, self.agreed = None, b"", False
         self.asked.clear()
         self.due = time.monotonic() + _PAUSE_S
+
+
+class _Shared:
+    """A broadcast, and the record that carries it to everybody."""
+
+    def __init__(self, broadcast: Broadcast) -> None:
+        self.broadcast, body = broadcast, bytes(broadcast.body)
+        short = len(body) <= _SHORT_BYTES
+        self.record = ConfigRecord({"broadcast": body}) if short else ArrayRecord({"broadcast": _row(body)})
 
 
 class SealedGrid(Grid):
@@ -264,6 +277,7 @@ class SealedGrid(Grid):
             self._lines[number].due, self._lines[number].patience = 0.0, _FIRST_PATIENCE_S
         self._look = 0.0
         while open_ := {n: asked[n] for n in asked if n not in replies and not self._lines[n].refused}:
+            began = time.monotonic()
             if heard := self._turn(open_, broadcast):
                 replies |= heard
                 continue
@@ -272,19 +286,20 @@ class SealedGrid(Grid):
                 break
             if deadline is not None and time.monotonic() > deadline:
                 break
-            time.sleep(_POLL_S)
+            # A relay that answers slowly has work to do; asking it takes half of its time at most.
+            time.sleep(min(10 * _POLL_S, max(_POLL_S, time.monotonic() - began)))
         return [replies[number] for number in asked if number in replies]
 
-    def _broadcast(self, asked: Mapping[int, Message]) -> Broadcast | None:
+    def _broadcast(self, asked: Mapping[int, Message]) -> _Shared | None:
         """Encrypts what all requests share, once (guarantee G20)."""
         shared = {id(message.content.get("arrays")): message for message in asked.values()}
         if len(shared) != 1:
             return None
         (message,) = shared.values()
         arrays = {name: record for name, record in _parts_of(message.content)[1].items() if name == "arrays"}
-        return self._epoch.broadcast(_round_of(message), *pack({}, arrays)) if arrays else None
+        return _Shared(self._epoch.broadcast(_round_of(message), *pack({}, arrays))) if arrays else None
 
-    def _turn(self, wanted: Mapping[int, Message | None], broadcast: Broadcast | None = None) -> dict[int, Message]:
+    def _turn(self, wanted: Mapping[int, Message | None], broadcast: _Shared | None = None) -> dict[int, Message]:
         """Hears what has come, and says what is due, to each member that something is wanted of.
 
         Args:
@@ -304,11 +319,17 @@ class SealedGrid(Grid):
                     replies[line.member.number] = answer
             rest = [self._lines[number] for number in wanted if number not in replies]
             self._see(rest)
+            said = []
             for line in [line for line in rest if self._is_due(line, wanted[line.member.number])]:
                 if line.member.node_id in self._there:
-                    self._say(line, wanted[line.member.number], broadcast)
+                    said.append((line, *self._say(line, wanted[line.member.number], broadcast)))
                 else:
                     line.word, line.due = "not connected", time.monotonic() + _PAUSE_S
+            # All at once: what they share crosses to the relay once.
+            ids = self._relay.push([message for *_, message in said]) if said else []
+            for (line, kind, _), message_id in zip(said, ids, strict=False):
+                if message_id:
+                    line.asked[message_id] = kind
         except RunOverError:
             raise
         except (httpx.HTTPError, OSError, RunError) as error:
@@ -343,9 +364,10 @@ class SealedGrid(Grid):
             return False
         return time.monotonic() >= line.due
 
-    def _say(self, line: _Line, request: Message | None, broadcast: Broadcast | None) -> None:
-        """Sends a member what comes next in its conversation."""
-        session, pieces = line.session, {}
+    def _say(self, line: _Line, request: Message | None, broadcast: _Shared | None) -> tuple[str, Message]:
+        """Returns what comes next in a member's conversation: its kind, and the message."""
+        session, pieces = line.session, dict[str, bytes]()
+        shared: ArrayRecord | ConfigRecord | None = None
         if session is None:
             kind, pieces["hello"] = "hello", self._epoch.hello(line.member.public_key)
         else:
@@ -362,21 +384,23 @@ class SealedGrid(Grid):
                 configs, arrays = _parts_of(request.content)
                 if broadcast is not None:
                     arrays.pop("arrays", None)
-                    pieces["wrap"], pieces["broadcast"] = bytes(session.wrap(broadcast)), bytes(broadcast.body)
+                    pieces["wrap"], shared = bytes(session.wrap(broadcast.broadcast)), broadcast.record
                 pieces["message"] = bytes(session.seal(ROUND, number, *pack(configs, arrays)))
-        record = ArrayRecord({name: _row(piece) for name, piece in pieces.items()})
-        message = Message(RecordDict({SEALED: record}), line.member.node_id, "train", ttl=_TTL_S)
-        (message_id,) = self._relay.push([message])
-        if message_id:
-            line.asked[message_id] = kind
+        short = {name: piece for name, piece in pieces.items() if len(piece) <= _SHORT_BYTES}
+        content = RecordDict({SEALED: ConfigRecord(dict(short))})
+        if long := {name: _row(piece) for name, piece in pieces.items() if name not in short}:
+            content[LONG] = ArrayRecord(long)
+        if shared is not None:
+            content[SHARED] = shared
+        message = Message(content, line.member.node_id, "train", ttl=_TTL_S)
         line.came = self._there.get(line.member.node_id, "")
         line.due, line.patience = time.monotonic() + line.patience, min(_LONGEST_PATIENCE_S, 2 * line.patience)
+        return kind, message
 
     def _hear(self, line: _Line, reply: Message, request: Message | None) -> Message | None:
         """Takes a reply, trusting none of it; returns the answer to the request if it is one."""
         kind = line.asked.pop(reply.metadata.reply_to_message_id, "")
-        record = reply.content.get(SEALED) if not reply.has_error() else None
-        pieces = {name: array.data for name, array in record.items()} if isinstance(record, ArrayRecord) else {}
+        pieces = _pieces_of(reply.content) if not reply.has_error() else {}
         try:
             if kind == "hello" and line.session is None:
                 line.session, line.accept = self._epoch.accept(line.member.public_key, pieces.get("offer", b""))
@@ -415,6 +439,16 @@ class SealedGrid(Grid):
 
 def _round_of(message: Message) -> int:
     return int(message.metadata.group_id or 0)
+
+
+def _pieces_of(content: RecordDict) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for record in content.values():
+        if isinstance(record, ConfigRecord):
+            found |= {name: piece for name, piece in record.items() if isinstance(piece, bytes)}
+        elif isinstance(record, ArrayRecord):
+            found |= {name: array.data for name, array in record.items()}
+    return found
 
 
 def _row(piece: bytes | memoryview) -> Array:

@@ -7,7 +7,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.courier import content_of, pieces_of
@@ -406,7 +407,7 @@ def test_what_a_relay_that_was_away_may_have_lost_is_said_again(tmp_path, monkey
 
     def pushed(self, messages):
         asked.append(self)
-        if len(asked) == 5:
+        if len(asked) == 3:
             # A round's request: half of it was there when the relay fell.
             raise httpx.ConnectError("connection refused")
         return push(self, messages)
@@ -570,11 +571,24 @@ def test_terms_have_one_text_and_say_what_they_cost(tmp_path):
     assert not cost_of(terms, half._holder.book.accounts["mine"]).affordable
 
 
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
+def test_pieces_long_and_short_are_carried_whole_and_a_short_message_is_three_objects(size):
+    pieces = {"message": bytes(size), "wrap": b"w"}
+    message = Message(content_of(pieces), 1, "train")
+    assert pieces_of(message) == pieces == sealed._pieces_of(message.content)
+    # A message, its records, and what they hold: a relay is asked for each by itself.
+    assert len(get_all_nested_objects(message)) == (3 if size <= 1 << 20 else 6)
+
+
 def test_a_message_with_anything_else_than_sealed_pieces_is_not_handed_on():
     for content in (
         RecordDict(),
         RecordDict({"sealed": ArrayRecord({"secret": Array(np.zeros(3, np.uint8))})}),
         RecordDict({"sealed": ArrayRecord(), "more": ArrayRecord()}),
+        RecordDict({"sealed": ConfigRecord({"message": b"x"}), "more": ConfigRecord()}),
+        RecordDict({"sealed": ConfigRecord({"message": "text"})}),
+        RecordDict({"sealed": ConfigRecord({"secret": b"x"})}),
+        RecordDict({"sealed": ConfigRecord({"message": b"x"}), "shared": ConfigRecord({"message": b"y"})}),
     ):
         with pytest.raises(RunError, match="sealed message"):
             pieces_of(Message(content, 1, "train"))
