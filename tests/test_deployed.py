@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -21,12 +22,11 @@ from typing import Self
 import numpy as np
 import pytest
 
+from privacy.identity.loopback import write_loopback
 from privacy.verify import Result, verify_files
 from server.app import CHECKPOINT
 from server.checkpoint import load
 from tests.deploying import LOOPBACK, Client, Federation, until
-
-pytestmark = pytest.mark.slow
 
 OWN = ("--epsilon", 3, "--delta", 1e-5, "--records-bound", 2000)
 RICH = ("--epsilon", 60, "--delta", 1e-5, "--records-bound", 2000)
@@ -141,6 +141,47 @@ def found_in(content: bytes, words: dict[str, bytes]) -> list[str]:
     return [name for name, word in words.items() if word in content]
 
 
+def test_a_recorder_finds_what_passes_in_clear_inside_tls_and_outside_it_does_not(tmp_path: Path) -> None:
+    write_loopback(tmp_path, now=time.time())
+    certificate, authority = tmp_path / "loopback.pem", tmp_path / "loopback-ca.pem"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with socket.create_server((LOOPBACK, 0)) as listener:
+
+        def echo() -> None:
+            connection, _ = listener.accept()
+            with context.wrap_socket(connection, server_side=True) as inside:
+                inside.sendall(inside.recv(1000))
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        inner = Recorder(listener.getsockname()[1], certificate, authority)
+        outer = Recorder(inner.port)
+        trusting = ssl.create_default_context(cafile=str(authority))
+        with (
+            socket.create_connection((LOOPBACK, outer.port)) as raw,
+            trusting.wrap_socket(raw, server_hostname=LOOPBACK) as client,
+        ):
+            client.sendall(MARKER.encode())
+            assert client.recv(1000) == MARKER.encode()
+        thread.join()
+    outer.close()
+    inner.close()
+    assert found_in(inner.seen, {"note": MARKER.encode()}) == ["note"]
+    assert inner.seen.count(MARKER.encode()) == 2
+    assert not found_in(outer.seen, {"note": MARKER.encode()})
+    assert outer.seen
+
+
+def test_a_watch_finds_a_word_that_was_in_a_file_for_a_moment_only(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, {"note": MARKER.encode(), "never": b"never"})
+    (tmp_path / "state.db-wal").write_bytes(b"..." + MARKER.encode())
+    until(lambda: watch.found["note"], "the word")
+    (tmp_path / "state.db-wal").unlink()
+    watch.close()
+    assert set(watch.found) == {"note"}
+
+
 MARKER, VALUE = "zebra-marker-in-a-note", "71.23456789"
 SCHEMA = """\
 target = "outcome"
@@ -169,6 +210,7 @@ def write_table(folder: Path, name: str, rows: int, seed: int, note: str) -> Non
     (folder / name).write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 def test_g19_from_invitation_to_report_and_neither_records_nor_updates_are_on_the_relays_disk_or_wire(
     tmp_path: Path,
 ) -> None:
@@ -234,6 +276,7 @@ def model_of(federation: Federation, name: str) -> dict[str, np.ndarray]:
     return dict(load(federation.folder / name / CHECKPOINT).model)
 
 
+@pytest.mark.slow
 def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_with_the_model_of_a_calm_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +334,7 @@ def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_wi
 # -- clients that are slow, shut out, or gone --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rounds_go_on_without_a_client_that_is_slow_one_that_is_revoked_and_one_that_is_gone_for_ever(
     tmp_path: Path,
 ) -> None:
@@ -391,6 +435,7 @@ class Network:
         self._ip("-n", self._switch, "link", "set", f"port{self.machines.index(machine) + 1}", state)
 
 
+@pytest.mark.slow
 def test_across_networks_a_link_that_is_cut_and_healed_costs_no_reply(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
