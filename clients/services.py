@@ -109,7 +109,8 @@ def parts_of(places: Places) -> list[Part]:
         Part(name="worker", command=[*tacit, "worker", *home], ready=lambda: _serves(places.worker), grace_s=60.0),
         Part(name="tunnel", command=[*tacit, "tunnel", *home], ready=lambda: _answers(tunnel)),
         Part(name="supernode", command=supernode, environment=flower, ready=lambda: _answers(runtime)),
-        Part(name="courier", command=[*tacit, "courier", *home], environment=flower),
+        # A SuperNode waits a minute for the answer of a courier that is gone, and takes no other message meanwhile.
+        Part(name="courier", command=[*tacit, "courier", *home], environment=flower, takes_along=("supernode",)),
     ]
 
 
