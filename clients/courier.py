@@ -61,8 +61,10 @@ SHARED: Final = "shared"
 _SHORT_BYTES: Final = 1 << 20
 
 _ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
-# Seconds. The runtime interface is on loopback, so asking often costs little; Flower asks once a second.
+# Seconds. While a job goes on, asking often makes rounds short; a client that waits for days should cost next to nothing.
 _POLL_S: Final = 0.02
+_IDLE_POLL_S: Final = 0.25
+_IDLE_AFTER_S: Final = 60.0
 _OBJECT_POLL_S: Final = 0.02
 _AWAY_S: Final = 1.0
 # A message that has not come by then does not come any more.
@@ -122,7 +124,6 @@ class Courier:
         self._tasks = self._client(
             "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)
         )
-        self._bundles: dict[str, str] = {}
         self.carried = 0
 
     def _client(self, name: str, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
@@ -136,6 +137,7 @@ class Courier:
     def run(self, stopping: Callable[[], bool]) -> None:
         """Carries one message after the other; a SuperNode that is away is asked again."""
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        busy = time.monotonic()
         while not stopping():
             try:
                 task = self._tasks.AcquireTask(request)
@@ -144,7 +146,7 @@ class Courier:
                 time.sleep(_AWAY_S)
                 continue
             if not task.token:
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_S if time.monotonic() - busy < _IDLE_AFTER_S else _IDLE_POLL_S)
                 continue
             try:
                 self.carry(task.token)
@@ -152,6 +154,7 @@ class Courier:
             except Exception:
                 # One message that cannot be carried is the server's to send again; the next one may be fine.
                 _log.exception("a message was not carried")
+            busy = time.monotonic()
 
     def carry(self, token: str) -> None:
         """Carries the message of one task to the worker, and its answer back."""
