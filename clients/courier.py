@@ -61,7 +61,7 @@ SHARED: Final = "shared"
 _SHORT_BYTES: Final = 1 << 20
 
 _ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
-# Seconds. While a job goes on, asking often makes rounds short; a client that waits for days should cost next to nothing.
+# Seconds. While a job goes on, asking often makes rounds short; a client that waits for days should cost little.
 _POLL_S: Final = 0.02
 _IDLE_POLL_S: Final = 0.25
 _IDLE_AFTER_S: Final = 60.0
