@@ -1373,13 +1373,15 @@ def _one_job(places: Any, digits: str) -> Any:
     from clients.jobs import Jobs
     from privacy.errors import PlanError
 
-    found = [job for job in Jobs(places.jobs) if job.terms.job.startswith(digits)] if digits else []
+    # By name alone: another job whose file is damaged is no reason not to withdraw from this one.
+    jobs = Jobs(places.jobs)
+    found = [name for name in jobs.names() if name.startswith(digits)] if digits else []
     if len(found) != 1:
         raise PlanError(
             f"expected the first digits of one job, got {digits[:40]!r}, which {len(found)} jobs begin with; "
             "list them with: tacit client jobs"
         )
-    return found[0]
+    return jobs.get(found[0])
 
 
 def _client_plan(arguments: argparse.Namespace) -> int:
@@ -1440,10 +1442,11 @@ def _client_policy(arguments: argparse.Namespace) -> int:
 
     places = _places(arguments)
     joined = places.home.settings.policy
-    policy = Policy.load(places.policy)
-    if arguments.nothing:
-        policy = Policy()
-    elif arguments.accept or arguments.epsilon is not None:
+    if arguments.nothing and (arguments.accept or arguments.epsilon is not None):
+        raise PlanError("expected --nothing alone, or --accept and --epsilon, got both; say one")
+    # Who wants to accept nothing may have a policy that cannot be read.
+    policy = Policy() if arguments.nothing else Policy.load(places.policy)
+    if arguments.accept or arguments.epsilon is not None:
         tasks = frozenset(find_task(name).name for name in arguments.accept or []) or policy.tasks
         epsilon = policy.epsilon if arguments.epsilon is None else arguments.epsilon
         if not tasks or epsilon <= 0:

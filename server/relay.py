@@ -237,14 +237,17 @@ class Relay:
         insecure, root = self._authority is None, _pem(self._authority)
         grid = HttpGrid(self._address, insecure=insecure, root_certificates=root, token=self._token())
         client = grid._runtime_client
-        self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        self._grid, self._heartbeat = grid, HeartbeatSender(make_task_heartbeat_fn_http(client))
         self._heartbeat.start()
-        given = client.PullTaskInput(PullTaskInputRequest())
+        try:
+            given = client.PullTaskInput(PullTaskInputRequest())
+        except (httpx.HTTPError, ValueError) as error:
+            self.close(failed=True)
+            raise RunError(f"expected the SuperLink at {self._address} to hand over its run, got: {error}") from None
         # Flower's messages take their run and their sender from here.
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run_from_proto(given.run))
-        self._grid = grid
 
     def _token(self) -> str:
         """Takes the run's task; one that a killed process left behind is finished on the way."""

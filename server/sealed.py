@@ -32,6 +32,7 @@ from flwr.supercore.run import Run
 
 from privacy.errors import PlanError, RunError, SealError
 from privacy.identity import Identity
+from privacy.plan import canonical
 from privacy.seal import MOST_BYTES, Broadcast, ServerEpoch, ServerSession
 from privacy.terms import Terms
 from privacy.wire import Floats, Packet, array_of, floats_of, pack, unpack
@@ -279,7 +280,10 @@ class SealedGrid(Grid):
         try:
             lines = {message_id: self._lines[number] for number in wanted for message_id in self._lines[number].asked}
             for reply in self._relay.pull(list(lines)):
-                line = lines[reply.metadata.reply_to_message_id]
+                line = lines.get(reply.metadata.reply_to_message_id)
+                if line is None:
+                    _log.warning("the relay handed over a reply to nothing that was asked")
+                    continue
                 answer = self._hear(line, reply, wanted[line.member.number])
                 if answer is not None:
                     replies[line.member.number] = answer
@@ -334,9 +338,9 @@ class SealedGrid(Grid):
     def _hear(self, line: _Line, reply: Message, request: Message | None) -> Message | None:
         """Takes a reply, trusting none of it; returns the answer to the request if it is one."""
         kind = line.asked.pop(reply.metadata.reply_to_message_id, "")
-        record = reply.content.get(SEALED) if not reply.has_error() else None
-        pieces = {name: array.data for name, array in record.items()} if isinstance(record, ArrayRecord) else {}
         try:
+            record = reply.content.get(SEALED) if reply.has_content() else None
+            pieces = {name: array.data for name, array in record.items()} if isinstance(record, ArrayRecord) else {}
             if kind == "hello" and line.session is None:
                 line.session, line.accept = self._epoch.accept(line.member.public_key, pieces.get("offer", b""))
                 # Older answers belong to an older session.
@@ -358,8 +362,7 @@ class SealedGrid(Grid):
                 line.due = 0.0 if line.agreed else time.monotonic() + _WAITING_S
                 return None
             if opened.kind == kind == PAPERS and self._papers is not None:
-                if len(opened.body) <= _MOST_PAPERS_BYTES:
-                    self._papers[line.member.name] = dict(json.loads(bytes(opened.body)))
+                self._papers[line.member.name] = _papers_of(opened.body)
                 return None
             if (opened.kind, kind) == (REPLY, ROUND) and request is not None and opened.round == _round_of(request):
                 line.word = "answered"
@@ -370,6 +373,18 @@ class SealedGrid(Grid):
             line.word, line.due = "said something else", min(line.due, time.monotonic() + _PAUSE_S)
             _log.warning("a reply of %s was not taken: %s", line.member.name, error)
         return None
+
+
+def _papers_of(body: bytes | memoryview) -> dict[str, Any]:
+    """Returns a member's papers, which nothing later can choke on; whether they are true is seen in the report.
+
+    Papers that are none are none: the member is not asked again, and the report says that they are missing.
+    """
+    try:
+        papers = json.loads(bytes(body)) if len(body) <= _MOST_PAPERS_BYTES else {}
+        return papers if isinstance(papers, dict) and canonical(papers) == bytes(body) else {}
+    except (ValueError, RecursionError):
+        return {}
 
 
 def _round_of(message: Message) -> int:
