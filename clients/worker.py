@@ -311,17 +311,7 @@ class Doorway:
                     raise RunError(f"expected no worker at {path} yet, got one; stop it first")
                 path.unlink()
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            before = os.umask(0o177)
-            try:
-                self._socket.bind(str(path))
-            finally:
-                os.umask(before)
-            if group is not None:
-                os.chown(path, -1, group)
-                path.chmod(0o660)
-            self._socket.listen(8)
-            self._socket.settimeout(0.5)
+            self._socket = _bound(path, group)
         except OSError as error:
             raise RunError(f"expected to make the worker's socket at {path}, got: {error.strerror or error}") from None
 
@@ -346,6 +336,25 @@ class Doorway:
         """Takes the socket away."""
         self._socket.close()
         self._path.unlink(missing_ok=True)
+
+
+def _bound(path: Path, group: int | None) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        before = os.umask(0o177)
+        try:
+            made.bind(str(path))
+        finally:
+            os.umask(before)
+        if group is not None:
+            os.chown(path, -1, group)
+            path.chmod(0o660)
+        made.listen(8)
+        made.settimeout(0.5)
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 def _is_left(path: Path) -> bool:

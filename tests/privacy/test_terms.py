@@ -111,7 +111,7 @@ TEXT = make_terms().to_json()
         *(
             json.dumps(json.loads(TEXT) | {name: value}, sort_keys=True, separators=(",", ":"))
             for name in ("plan", "local", "inputs", "job", "task")
-            for value in (None, 5, [], {}, [[]], "x", True)
+            for value in (None, 5, [], {}, [[]], True)
         ),
         TEXT + "x" * 32 * 1024,
     ],
