@@ -1255,7 +1255,9 @@ def _stop(status_file: Path, what: str, as_json: bool) -> int:
 
 
 def _client_stop(arguments: argparse.Namespace) -> int:
-    return _stop(_places(arguments).status, "client", arguments.json)
+    places = _places(arguments)
+    _ = places.home.settings
+    return _stop(places.status, "client", arguments.json)
 
 
 def _parts_table(status: Mapping[str, Any] | None) -> Any:
@@ -1373,6 +1375,8 @@ def _one_job(places: Any, digits: str) -> Any:
     from clients.jobs import Jobs
     from privacy.errors import PlanError
 
+    # Where nobody has joined there are no jobs either, but that is not what is wrong.
+    _ = places.home.settings
     # By name alone: another job whose file is damaged is no reason not to withdraw from this one.
     jobs = Jobs(places.jobs)
     found = [name for name in jobs.names() if name.startswith(digits)] if digits else []
