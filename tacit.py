@@ -981,6 +981,9 @@ def _report_page(kinds: Any) -> None:
     page.add_argument("places", metavar="RUN|LEDGER", type=Path, nargs="+", help="a run folder, or ledgers or exports")
     page.add_argument("--out", metavar="DIR", type=Path, help="where to write a report over ledgers (default: here)")
     page.add_argument(
+        "--home", metavar="DIR", type=Path, help="the server's folder, for a run on machines (default ~/.tacit/server)"
+    )
+    page.add_argument(
         "--records-per-person",
         metavar="N",
         type=int,
@@ -993,7 +996,13 @@ def _report_page(kinds: Any) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     persons = tuple(arguments.records_per_person)
-    if len(arguments.places) == 1 and not _is_ledger_place(arguments.places[0]):
+    place = arguments.places[0]
+    if len(arguments.places) == 1 and (place / "members.json").exists() and (place / "job.json").exists():
+        from server.home import ServerHome
+        from simulations.deployment import render_deployed
+
+        path = render_deployed(place, ServerHome.open(_server_folder(arguments)), persons)
+    elif len(arguments.places) == 1 and not _is_ledger_place(place):
         run = importlib.import_module("simulations.run")
         path = run.render(arguments.places[0], *([persons] if persons else []))
     else:
@@ -1451,7 +1460,10 @@ def _client_policy(arguments: argparse.Namespace) -> int:
     # Who wants to accept nothing may have a policy that cannot be read.
     policy = Policy() if arguments.nothing else Policy.load(places.policy)
     if arguments.accept or arguments.epsilon is not None:
-        tasks = frozenset(find_task(name).name for name in arguments.accept or []) or policy.tasks
+        try:
+            tasks = frozenset(find_task(name).name for name in arguments.accept or []) or policy.tasks
+        except LookupError as error:
+            raise PlanError(str(error)) from None
         epsilon = policy.epsilon if arguments.epsilon is None else arguments.epsilon
         if not tasks or epsilon <= 0:
             raise PlanError("expected --accept TASK and --epsilon X > 0 together, got one of them; say both")

@@ -163,7 +163,7 @@ class Processes:
                     stderr=subprocess.STDOUT,
                     # A Ctrl-C in the terminal is ours to hand on, in order.
                     start_new_session=True,
-                    preexec_fn=_leave_with_parent,  # noqa: PLW1509 -- one system call, prepared before
+                    preexec_fn=_leave_with_parent,
                 )
         except OSError as error:
             raise RunError(f"expected to start {part.name} ({part.command[0]}), got: {error.strerror}") from None

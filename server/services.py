@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -191,8 +191,9 @@ class Roster:
             except IdentityError as error:
                 faults.append(error)
         there = control.nodes()
-        steps = [functools.partial(control.unregister, there[key]) for key in sorted(there.keys() - wanted)]
-        steps += [functools.partial(control.register, key) for key in sorted(wanted - there.keys())]
+        out, new = sorted(there.keys() - wanted), sorted(wanted - there.keys())
+        steps: list[Callable[[], object]] = [functools.partial(control.unregister, there[key]) for key in out]
+        steps += [functools.partial(control.register, key) for key in new]
         for step in steps:
             try:
                 step()

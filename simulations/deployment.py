@@ -53,9 +53,8 @@ from simulations.evidence import (
 )
 from simulations.run import Observer
 from simulations.scenario import Scenario
-from simulations.world import Settled, code_hash, now, settle
+from simulations.world import MEMBERS, Settled, code_hash, now, settle
 
-MEMBERS: Final = "members.json"
 PAPERS: Final = "papers.json"
 STATUS: Final = "status.json"
 # Seconds to wait for a round's replies where the scenario gives no limit.
@@ -324,9 +323,7 @@ def _members_in(folder: Path) -> list[Member]:
         raise RunError(f"expected members in {folder / MEMBERS}, got something else; restore a backup") from None
 
 
-def _is_of(
-    paper: Mapping[str, Any], account: str, key: str, lines: Sequence[Countersigned], settled: Settled
-) -> bool:
+def _is_of(paper: Mapping[str, Any], account: str, key: str, lines: Sequence[Countersigned], settled: Settled) -> bool:
     """Whether papers are those of an account that committed to exactly this plan; signed by the key of its receipts."""
     grant, commit, changes = paper.get("grant"), paper.get("commit"), paper.get("changes")
     if not lines or not isinstance(grant, dict) or not isinstance(commit, dict) or not isinstance(changes, list):
@@ -387,9 +384,7 @@ def _spend_of(
             "peer": ordered[-1].peer,
             "countersignature": ordered[-1].countersignature,
         },
-        changes=tuple(
-            (iso(change["time"]), change["body"]["before"], change["body"]["epsilon"]) for change in changes
-        ),
+        changes=tuple((iso(change["time"]), change["body"]["before"], change["body"]["epsilon"]) for change in changes),
     )
 
 
@@ -399,6 +394,8 @@ def _settled(scenario: Scenario, folder: Path, resume: bool) -> tuple[Settled, S
         settled = Settled.load(folder)
         if settled.code[-64:] != code_hash():
             raise RunError("expected the program that the job began with, got another; clients approved that one")
+        if (folder / CHECKPOINT).exists() and not (folder / MEMBERS).exists():
+            raise RunError(f"expected a run on separate machines in {folder}, got a simulation; simulate --resume it")
         return settled, Scenario.from_run(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"expected a new run folder, got {folder} which is in use; choose another or --resume it")

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 import tacit
-from clients.home import ClientHome
+from clients.home import ClientHome, Settings
 from clients.home import Policy as JoinPolicy
-from clients.home import Settings
 from clients.jobs import Decision, Jobs, Policy
 from clients.services import Places
 from privacy.enrolment import Address
@@ -194,7 +193,10 @@ def test_a_job_whose_file_is_damaged_keeps_nobody_from_withdrawing_from_another(
 def test_policy_is_shown_set_and_taken_back(says: Any, home: Path) -> None:
     assert says("client", "policy", "--home", home)[1] == "accepts nothing without asking\n"
     code, out, _ = says("client", "policy", "--accept", "digits", "--epsilon", "0.5", "--home", home, "--json")
-    assert (code, json.loads(out)) == (0, {"accepts": ["digits"], "epsilon": 0.5, "metrics": ["loss"], "central": False})
+    assert (code, json.loads(out)) == (
+        0,
+        {"accepts": ["digits"], "epsilon": 0.5, "metrics": ["loss"], "central": False},
+    )
     assert Policy.load(home / "policy.json") == Policy(tasks=frozenset({"digits"}), epsilon=0.5)
     assert (home / "policy.json").stat().st_mode & 0o777 == 0o600
     assert "epsilon 0.5" in says("client", "policy", "--home", home)[1]

@@ -86,7 +86,9 @@ def charged(folder: Path, terms: Terms, times: int) -> Account:
 
 # -- what a policy covers ---------------------------------------------------------------------------------------------
 
-MEASURED = dataclasses.replace(PLAN, noise_multiplier=9.0, metrics=Metrics(words=(Metric.ACCURACY,), noise=20.0, loss_bound=5.0))
+MEASURED = dataclasses.replace(
+    PLAN, noise_multiplier=9.0, metrics=Metrics(words=(Metric.ACCURACY,), noise=20.0, loss_bound=5.0)
+)
 
 
 def test_a_policy_covers_what_it_says() -> None:
@@ -334,9 +336,7 @@ DAMAGED = [
     canonical({"terms": "{}", "decision": "approved", "by": "hand", "time": 1}),
     canonical({"terms": make_terms().to_json(), "decision": "maybe", "by": "hand", "time": 1}),
     canonical({"terms": make_terms().to_json(), "decision": "approved", "by": "hand"}),
-    json.dumps(
-        {"terms": make_terms().to_json(), "decision": "approved", "by": "hand", "time": float("inf")}
-    ).encode(),
+    json.dumps({"terms": make_terms().to_json(), "decision": "approved", "by": "hand", "time": float("inf")}).encode(),
     # The file of another job, which was approved.
     canonical({"terms": make_terms(2).to_json(), "decision": "approved", "by": "hand", "time": 1}),
 ]

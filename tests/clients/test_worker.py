@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -300,9 +300,7 @@ def empty() -> Records:
 
 
 def faulty() -> Records:
-    return Records(
-        torch.full((40, *SHAPE.inputs), torch.nan), torch.full((40,), 99), torch.ones(40, dtype=torch.bool)
-    )
+    return Records(torch.full((40, *SHAPE.inputs), torch.nan), torch.full((40,), 99), torch.ones(40, dtype=torch.bool))
 
 
 def full_disk(*_: Any) -> None:
@@ -366,7 +364,7 @@ CASES: list[tuple[Case, Word | None]] = [
 
 
 @pytest.fixture(params=[None, MEASURED], ids=["updates", "metrics"])
-def servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], tuple[Server, Worker]]]:
+def servers(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], tuple[Server, Worker]]:
     """Makes a session with a worker of its own, under a plan with metrics or without."""
 
     def make(name: str) -> tuple[Server, Worker]:
@@ -378,7 +376,7 @@ def servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
         assert server.agree() == "ready"
         return server, worker
 
-    yield make
+    return make
 
 
 def test_g12_every_answer_to_a_round_is_as_long_as_a_release_whatever_happened(

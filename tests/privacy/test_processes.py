@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -150,7 +151,7 @@ def test_a_part_that_ends_is_started_again_later_and_later(run: Fixture, tmp_pat
     thread.join(20)
     assert not thread.is_alive()
     moments = [float(line) for line in times.read_text().splitlines()]
-    pauses = [later - earlier - 0.1 for earlier, later in zip(moments, moments[1:], strict=False)]
+    pauses = [later - earlier - 0.1 for earlier, later in itertools.pairwise(moments)]
     # 0.02, 0.04, 0.08, 0.16 at least; other processes can only make them longer.
     assert all(pause > 0.8 * 0.02 * 2**number for number, pause in enumerate(pauses))
     assert is_gone(steady)
@@ -208,8 +209,8 @@ def test_of_a_log_that_has_grown_only_the_end_is_read(run: Fixture) -> None:
     (run.folder / "logs").mkdir()
     with (run.folder / "logs" / "one.log").open("wb") as log:
         log.truncate(1 << 32)
-    with pytest.raises(RunError, match="its log: .*the reason"):
-        run.make(part("one", "echo; echo the reason; exit 1")).start()
+    with pytest.raises(RunError, match=r"its log: .*the reason"):
+        run.make(part("one", "echo; echo the reason; exit 1", ready=lambda: False)).start()
     with (run.folder / "logs" / "one.log").open("wb"):
         pass
 

@@ -96,7 +96,7 @@ def test_a_superlink_that_answers_something_else_is_one_sentence(superlink: Any,
         lambda: control.unregister(5),
         lambda: control.start(b"bundle", "signature"),
     ):
-        with pytest.raises(RunError, match="expected an answer of the SuperLink at 127.0.0.1"):
+        with pytest.raises(RunError, match="expected an answer of the SuperLink"):
             ask()
 
 
@@ -104,7 +104,7 @@ def test_no_superlink_is_one_sentence_and_a_run_that_is_not_opened_says_so() -> 
     with pytest.raises(RunError, match="tacit server start"):
         Control("127.0.0.1:9").nodes()
     run = Relay("127.0.0.1:9", b"s" * 32, SERVER)
-    with pytest.raises(RunError, match="SuperLink at 127.0.0.1:9"), run:
+    with pytest.raises(RunError, match="an answer of the SuperLink"), run:
         pytest.fail("it opened")
     with pytest.raises(RunError, match="open it first"):
         run.nodes()

@@ -32,7 +32,7 @@ from server.app import METRICS, RECEIPTS
 from server.home import ServerHome
 from server.services import Places
 from simulations import deployment
-from simulations.deployment import MEMBERS, PAPERS, STATUS, deploy, facts_of_deployed, render_deployed
+from simulations.deployment import MEMBERS, PAPERS, STATUS, deploy, facts_of_deployed, prices_of, render_deployed
 from simulations.scenario import Scenario
 from simulations.world import code_hash
 from tests.apps.seeded import SeededSources
@@ -124,9 +124,7 @@ class Machines:
             node: make_worker(folder / f"client-{node}", number, server, sources=sources)
             for number, node in enumerate((501, 502), start=1)
         }
-        self.enrolled = {
-            f"hospital-{number}": node for number, node in enumerate(sorted(self.workers), start=1)
-        }
+        self.enrolled = {f"hospital-{number}": node for number, node in enumerate(sorted(self.workers), start=1)}
         self.runs = 6
         self.away: set[int] = set()
 
@@ -348,8 +346,11 @@ def test_g11_test_noise_is_infinity_in_a_deployed_report(tmp_path: Path, monkeyp
     assert {client["spent_epsilon"] for client in report["clients"]} == {"infinity"}
 
 
-def test_g3_another_job_in_the_same_ledger_is_in_the_figure_whenever_it_began(tmp_path: Path) -> None:
+def test_g3_another_job_in_the_same_ledger_is_in_the_figure_whenever_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its charges lie between the receipts of this one, so that the first receipt does not tell of it."""
+    monkeypatch.setattr(deployment, "prices_of", prices_of)
     machines = Machines(tmp_path)
     small = dataclasses.replace(SCENARIO, rounds=1, retries=0, epsilon=0.9)
     machines.deploy("first", small)
@@ -405,9 +406,7 @@ def test_receipts_of_another_server_are_refused(machines: Machines, run: Path, t
     assert facts_of_deployed(run, other).clients[0].spent_epsilon == Receipt.from_json(lines[-1]["receipt"]).spent
 
 
-def test_a_job_goes_on_under_the_program_that_it_began_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_goes_on_under_the_program_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(tmp_path)
     told = machines.deploy(stop=True)
     assert (told["status"], told["rounds"]) == ("interrupted", 1)
@@ -489,3 +488,34 @@ def test_a_holder_that_withdraws_leaves_no_small_figure(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     epsilon = report["headline"]["epsilon"]
     assert epsilon == "unknown" or (math.isfinite(epsilon) and len(report["clients"]) == 2)
+
+
+def test_a_deployed_run_is_never_gone_on_with_as_a_simulation_nor_the_other_way_round(
+    machines: Machines, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simulations.evidence import render
+    from simulations.run import simulate
+
+    before = sorted(path.name for path in run.iterdir())
+    for go_on in (lambda: render(run), lambda: simulate(SCENARIO, resume=run)):
+        with pytest.raises(RunError, match="tacit server run --resume"):
+            go_on()
+    assert sorted(path.name for path in run.iterdir()) == before
+    (run / MEMBERS).unlink()
+    monkeypatch.setattr(machines, "folder", run.parent)
+    charges = [worker._holder.book.accounts["mine"].charges for worker in machines.workers.values()]
+    with pytest.raises(RunError, match="got a simulation"):
+        machines.deploy(resume=True)
+    assert [worker._holder.book.accounts["mine"].charges for worker in machines.workers.values()] == charges
+
+
+def test_the_command_writes_the_report_of_a_deployed_run_again(
+    machines: Machines, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tacit
+
+    (run / "report.json").unlink()
+    assert tacit.main(["report", str(run), "--home", str(machines.home.folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["headline"]["epsilon"] <= 3.0
+    assert tacit.main(["verify", str(run / "report.json"), "--key", machines.home.settings.application]) == 0
+    assert tacit.main(["report", str(run), "--home", str(run.parent / "nowhere")]) == 10
