@@ -21,7 +21,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import httpx
@@ -169,8 +169,14 @@ class SealedGrid(Grid):
                 raise RunError(f"expected {wanted} clients to be ready, got {len(ready)} ({said}); start them")
             time.sleep(_POLL_S)
 
-    def papers(self, *, patience_s: float = 10.0) -> dict[str, dict[str, Any]]:
+    def papers(
+        self, *, patience_s: float = 10.0, among: Callable[[Member, str], bool] = lambda member, word: True
+    ) -> dict[str, dict[str, Any]]:
         """Asks the members what their ledgers say of their budgets and of this job, for the report.
+
+        Args:
+            patience_s: Longest wait in seconds.
+            among: Says of a member and its last word whether it is asked.
 
         Returns:
             Ledger entries as the holders signed them, by member: ``grant``, ``commit``. Nothing here is trusted: who
@@ -179,10 +185,11 @@ class SealedGrid(Grid):
         found: dict[str, dict[str, Any]] = {}
         self._papers = found
         deadline = time.monotonic() + patience_s
-        for line in self._lines.values():
+        lines = [line for line in self._lines.values() if among(line.member, line.word)]
+        for line in lines:
             line.due, line.patience = 0.0, patience_s
         while time.monotonic() < deadline:
-            open_ = [line for line in self._lines.values() if line.member.name not in found and not line.refused]
+            open_ = [line for line in lines if line.member.name not in found and not line.refused]
             if not open_:
                 break
             self._turn({line.member.number: None for line in open_})

@@ -59,6 +59,8 @@ PAPERS: Final = "papers.json"
 STATUS: Final = "status.json"
 # Seconds to wait for a round's replies where the scenario gives no limit.
 _ROUND_S: Final = 3600.0
+# Seconds to wait for the papers of clients that answered in this round.
+_PAPERS_S: Final = 5.0
 
 
 def deploy(
@@ -125,6 +127,15 @@ def deploy(
 
         def on_round(line: Mapping[str, Any]) -> None:
             lines.append(line)
+            # Who leaves later, or withdraws, has said by then what the report needs of it.
+            known = _papers_in(folder)
+            _keep_papers(
+                folder,
+                grid.papers(
+                    patience_s=_PAPERS_S,
+                    among=lambda member, word: word == "answered" and "commit" not in known.get(member.name, {}),
+                ),
+            )
             observer.round(line)
 
         relay = Relay(
@@ -460,6 +471,8 @@ def _fix(folder: Path, grid: SealedGrid) -> None:
 
 
 def _keep_papers(folder: Path, papers: Mapping[str, Mapping[str, Any]]) -> None:
+    if not papers:
+        return
     known = _papers_in(folder)
     # Papers that came earlier are not lost to a member that has none now.
     kept = {name: dict(paper) for name, paper in papers.items() if paper or name not in known}

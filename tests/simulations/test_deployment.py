@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from privacy.verify import passed, verify_files
 from server import sealed
 from server.app import METRICS, RECEIPTS
 from server.home import ServerHome
+from server.sealed import SealedGrid
 from server.services import Places
 from simulations import deployment
 from simulations.deployment import MEMBERS, PAPERS, STATUS, deploy, facts_of_deployed, prices_of, render_deployed
@@ -151,6 +151,8 @@ class Machines:
             for constant in ("_POLL_S", "_PAUSE_S", "_WAITING_S"):
                 patched.setattr(sealed, constant, 0.002)
             patched.setattr(sealed, "_FIRST_PATIENCE_S", 0.2)
+            papers = SealedGrid.papers
+            patched.setattr(SealedGrid, "papers", lambda *given, **named: papers(*given, **named | {"patience_s": 0.5}))
             patched.setattr(deployment, "Relay", self.relay)
             patched.setattr(deployment, "members_of", self.members)
             TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
@@ -474,20 +476,31 @@ def test_the_noise_is_solved_at_the_order_that_holders_count_at(machines: Machin
     assert not grant.affords(0.0, Event.all_of_schedule(less))
 
 
-def test_a_holder_that_withdraws_leaves_no_small_figure(tmp_path: Path) -> None:
-    machines = Machines(tmp_path)
-    jobs = machines.workers[502]._jobs
+def test_a_holder_that_withdraws_or_leaves_takes_no_report_with_it(tmp_path: Path) -> None:
+    """What the report needs of a client is asked as soon as it has been charged."""
 
-    def withdraw(line: Any) -> None:
-        for job in jobs:
-            jobs.decide(job.terms.job, Decision.REFUSED)
+    class Withdrawing(Quiet):
+        def round(self, line: Any) -> None:
+            for job in jobs:
+                jobs.decide(job.terms.job, Decision.REFUSED)
 
-    watching = Quiet()
-    watching.round = withdraw  # type: ignore[method-assign]
-    machines.deploy(scenario=dataclasses.replace(SCENARIO, min_replies=1), observer=watching)
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    epsilon = report["headline"]["epsilon"]
-    assert epsilon == "unknown" or (math.isfinite(epsilon) and len(report["clients"]) == 2)
+    class Leaving(Quiet):
+        def round(self, line: Any) -> None:
+            machines.away.add(502)
+
+    scenario = dataclasses.replace(SCENARIO, min_replies=1, round_timeout=0.5)
+    for watching in (Withdrawing(), Leaving()):
+        folder = tmp_path / type(watching).__name__
+        machines = Machines(folder)
+        jobs = machines.workers[502]._jobs
+        machines.deploy(scenario=scenario, observer=watching)
+        report = json.loads((folder / "run" / "report.json").read_text())
+        assert [client["rounds_joined"] for client in report["clients"]] == [2, 1]
+        assert 0 < report["headline"]["epsilon"] <= 3.0
+        assert passed(verify_files([folder / "run" / "report.json"], [machines.home.settings.application]))
+        # Twin: without its papers nothing is known of what it promised.
+        papers_of_one_missing(folder / "run")
+        assert headline(folder / "run", machines.home)["epsilon"] == "unknown"
 
 
 def test_a_deployed_run_is_never_gone_on_with_as_a_simulation_nor_the_other_way_round(
@@ -497,7 +510,7 @@ def test_a_deployed_run_is_never_gone_on_with_as_a_simulation_nor_the_other_way_
     from simulations.run import simulate
 
     before = sorted(path.name for path in run.iterdir())
-    for go_on in (lambda: render(run), lambda: simulate(SCENARIO, resume=run)):
+    for go_on in (lambda: render(run), lambda: simulate(Scenario.from_run(run), resume=run, observer=Quiet())):
         with pytest.raises(RunError, match="tacit server run --resume"):
             go_on()
     assert sorted(path.name for path in run.iterdir()) == before
