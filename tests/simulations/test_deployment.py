@@ -19,7 +19,7 @@ from clients.holder import Holder, Kept, SecureSources
 from clients.jobs import Decision, Jobs, Policy
 from clients.worker import Worker
 from privacy.accounting import Grant, best_affordable_order
-from privacy.errors import PlanError, RunError
+from privacy.errors import LedgerError, PlanError, RunError, VaultError
 from privacy.identity import COUNTERSIGN, Secret
 from privacy.ledger import Book, Receipt
 from privacy.plan import Unit, canonical
@@ -391,9 +391,10 @@ def test_damaged_files_of_a_run_are_one_sentence(machines: Machines, run: Path) 
 
 
 def test_receipts_of_another_server_are_refused(machines: Machines, run: Path, tmp_path: Path) -> None:
-    from privacy.errors import LedgerError
-
     other = make_home(tmp_path / "other")
+    with pytest.raises(VaultError, match="expected a key that opens"):
+        facts_of_deployed(run, other)
+    shutil.copy(machines.home.folder / "application" / "vault.keys", other.folder / "application")
     with pytest.raises(LedgerError, match="own server"):
         facts_of_deployed(run, other)
     # Twin: the same receipts, countersigned by that one, are read; its report still names the holders' own spend.
