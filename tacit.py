@@ -1001,6 +1001,9 @@ def _report_page(kinds: Any) -> None:
     page.add_argument("places", metavar="RUN|LEDGER", type=Path, nargs="+", help="a run folder, or ledgers or exports")
     page.add_argument("--out", metavar="DIR", type=Path, help="where to write a report over ledgers (default: here)")
     page.add_argument(
+        "--home", metavar="DIR", type=Path, help="the server's folder, for a run on machines (default ~/.tacit/server)"
+    )
+    page.add_argument(
         "--records-per-person",
         metavar="N",
         type=int,
@@ -1013,7 +1016,13 @@ def _report_page(kinds: Any) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     persons = tuple(arguments.records_per_person)
-    if len(arguments.places) == 1 and not _is_ledger_place(arguments.places[0]):
+    place = arguments.places[0]
+    if len(arguments.places) == 1 and (place / "members.json").exists() and (place / "job.json").exists():
+        from server.home import ServerHome
+        from simulations.deployment import render_deployed
+
+        path = render_deployed(place, ServerHome.open(_server_folder(arguments)), persons)
+    elif len(arguments.places) == 1 and not _is_ledger_place(place):
         run = importlib.import_module("simulations.run")
         path = run.render(arguments.places[0], *([persons] if persons else []))
     else:
@@ -1275,7 +1284,9 @@ def _stop(status_file: Path, what: str, as_json: bool) -> int:
 
 
 def _client_stop(arguments: argparse.Namespace) -> int:
-    return _stop(_places(arguments).status, "client", arguments.json)
+    places = _places(arguments)
+    _ = places.home.settings
+    return _stop(places.status, "client", arguments.json)
 
 
 def _parts_table(status: Mapping[str, Any] | None) -> Any:
@@ -1393,13 +1404,17 @@ def _one_job(places: Any, digits: str) -> Any:
     from clients.jobs import Jobs
     from privacy.errors import PlanError
 
-    found = [job for job in Jobs(places.jobs) if job.terms.job.startswith(digits)] if digits else []
+    # Where nobody has joined there are no jobs either, but that is not what is wrong.
+    _ = places.home.settings
+    # By name alone: another job whose file is damaged is no reason not to withdraw from this one.
+    jobs = Jobs(places.jobs)
+    found = [name for name in jobs.names() if name.startswith(digits)] if digits else []
     if len(found) != 1:
         raise PlanError(
             f"expected the first digits of one job, got {digits[:40]!r}, which {len(found)} jobs begin with; "
             "list them with: tacit client jobs"
         )
-    return found[0]
+    return jobs.get(found[0])
 
 
 def _client_plan(arguments: argparse.Namespace) -> int:
@@ -1460,11 +1475,15 @@ def _client_policy(arguments: argparse.Namespace) -> int:
 
     places = _places(arguments)
     joined = places.home.settings.policy
-    policy = Policy.load(places.policy)
-    if arguments.nothing:
-        policy = Policy()
-    elif arguments.accept or arguments.epsilon is not None:
-        tasks = frozenset(find_task(name).name for name in arguments.accept or []) or policy.tasks
+    if arguments.nothing and (arguments.accept or arguments.epsilon is not None):
+        raise PlanError("expected --nothing alone, or --accept and --epsilon, got both; say one")
+    # Who wants to accept nothing may have a policy that cannot be read.
+    policy = Policy() if arguments.nothing else Policy.load(places.policy)
+    if arguments.accept or arguments.epsilon is not None:
+        try:
+            tasks = frozenset(find_task(name).name for name in arguments.accept or []) or policy.tasks
+        except LookupError as error:
+            raise PlanError(str(error)) from None
         epsilon = policy.epsilon if arguments.epsilon is None else arguments.epsilon
         if not tasks or epsilon <= 0:
             raise PlanError("expected --accept TASK and --epsilon X > 0 together, got one of them; say both")

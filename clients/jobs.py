@@ -9,8 +9,11 @@ its charge stays spent.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -25,8 +28,10 @@ from privacy.plan import Metric, Unit, canonical, is_number, require
 from privacy.terms import Cost, Terms, cost_of
 
 _JOB: Final = re.compile(r"[0-9a-f]{32}")
-# A server that could make the holder's disk fill up with offers would stop it; decided jobs do not count.
+# A server that could make the holder's disk fill up with offers would stop it. What a person decided does not count,
+# nor what was charged for; what a policy accepted does, or an accepted task would be a way around the bound.
 _MOST_OPEN: Final = 100
+_HAND: Final = "hand"
 
 
 class Decision(StrEnum):
@@ -79,13 +84,16 @@ class Policy:
         """
         try:
             fields: dict[str, Any] = json.loads(path.read_bytes())
-            metrics = frozenset(Metric(word) for word in fields["metrics"])
-            if not all(isinstance(name, str) for name in fields["tasks"]) or type(fields["central"]) is not bool:
+            tasks, metrics = fields["tasks"], fields["metrics"]
+            # A text is a sequence of letters too, and none of them is a task.
+            lists = isinstance(tasks, list) and isinstance(metrics, list) and all(isinstance(n, str) for n in tasks)
+            if not lists or type(fields["central"]) is not bool:
                 raise TypeError("fields of other types")
-            return cls(**fields | {"tasks": frozenset(fields["tasks"]), "metrics": metrics})
+            words = frozenset(Metric(word) for word in metrics)
+            return cls(**fields | {"tasks": frozenset(tasks), "metrics": words})
         except FileNotFoundError:
             return cls()
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, PlanError) as error:
             raise PlanError(f"expected a policy in {path}, got something else ({error}); write it again") from None
 
     def covers(self, terms: Terms, account: Account) -> bool:
@@ -95,9 +103,11 @@ class Policy:
             cost = cost_of(terms, account)
         except PlanError:
             return False
-        alone = cost_of(terms, dataclasses.replace(account, spent_rdp=0.0)).after
+        # All of the job: what it has charged already is part of what it costs.
+        alone = cost_of(terms, dataclasses.replace(account, spent_rdp=0.0, jobs={})).after
         return (
             terms.task in self.tasks
+            and 0 < self.epsilon
             and alone <= self.epsilon
             and cost.affordable
             and words <= self.metrics
@@ -127,7 +137,12 @@ class Job:
 
 
 class Jobs:
-    """The jobs of one holder, in a folder; several processes may use it, each write replaces one whole file."""
+    """The jobs of one holder, in a folder; several processes may use it.
+
+    Guarantees:
+        Kept: each write replaces one whole file, and no two processes decide at once, so that no decision of a person
+            is lost to one of the policy.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Opens the folder, which is made when the first job is offered."""
@@ -146,21 +161,55 @@ class Jobs:
         path = self._path(job)
         try:
             fields = json.loads(path.read_bytes())
+            terms = Terms.from_json(fields["terms"])
+            if terms.job != job:
+                raise ValueError("the file of another job")
             return Job(
-                terms=Terms.from_json(fields["terms"]),
+                terms=terms,
                 decision=Decision(fields["decision"]),
                 by=str(fields["by"]),
                 time=int(fields["time"]),
             )
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, PlanError) as error:
             raise RunError(f"expected a job in {path}, got something else ({error}); restore a backup") from None
 
+    def names(self) -> list[str]:
+        """Returns the identities of all jobs that were offered, whether their files are whole or not."""
+        return sorted(path.stem for path in self._folder.glob("*.json") if _JOB.fullmatch(path.stem))
+
     def __iter__(self) -> Iterator[Job]:
-        """Yields all jobs, the newest decision last."""
-        found = [self.get(path.stem) for path in self._folder.glob("*.json") if _JOB.fullmatch(path.stem)]
+        """Yields all jobs, the newest decision last.
+
+        Raises:
+            RunError: A file is damaged.
+        """
+        found = [self.get(name) for name in self.names()]
         yield from sorted((job for job in found if job is not None), key=lambda job: (job.time, job.terms.job))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other processes from deciding meanwhile."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def _open(self, account: Account) -> int:
+        """Returns how many offers nobody decided about and nothing was charged for; a damaged file is one."""
+        count = 0
+        for name in self.names():
+            try:
+                job = self.get(name)
+            except RunError:
+                count += 1
+                continue
+            count += job is not None and job.by != _HAND and name not in account.jobs
+        return count
 
     def _put(self, job: Job) -> Job:
         fields = {"terms": job.terms.to_json(), "decision": job.decision.value, "by": job.by, "time": job.time}
@@ -173,16 +222,17 @@ class Jobs:
         Raises:
             PlanError: The same job was offered before on other terms, or too many offers wait.
         """
-        known = self.get(terms.job)
-        if known is not None and known.terms != terms:
-            raise PlanError("expected the terms on which this job was offered first, got others")
         covered = policy.covers(terms, account)
-        if known is not None and (known.decision is not Decision.WAITING or not covered):
-            return known
-        waiting = sum(job.decision is Decision.WAITING for job in self) if known is None else 0
-        require(waiting < _MOST_OPEN, f"expected fewer than {_MOST_OPEN} offers that wait, got one more; decide them")
-        decision, by = (Decision.APPROVED, "policy") if covered else (Decision.WAITING, "")
-        return self._put(Job(terms=terms, decision=decision, by=by, time=int(time.time())))
+        with self._alone():
+            known = self.get(terms.job)
+            if known is not None and known.terms != terms:
+                raise PlanError("expected the terms on which this job was offered first, got others")
+            if known is not None and (known.decision is not Decision.WAITING or not covered):
+                return known
+            waiting = self._open(account) if known is None else 0
+            require(waiting < _MOST_OPEN, f"expected fewer than {_MOST_OPEN} open offers, got one more; decide them")
+            decision, by = (Decision.APPROVED, "policy") if covered else (Decision.WAITING, "")
+            return self._put(Job(terms=terms, decision=decision, by=by, time=int(time.time())))
 
     def decide(self, job: str, decision: Decision) -> Job:
         """Writes down what a person decided.
@@ -190,9 +240,10 @@ class Jobs:
         Raises:
             PlanError: The job was never offered.
         """
-        known = self.get(job)
-        if known is None:
-            raise PlanError(f"expected a job that was offered here, got {job}; list them with: tacit client jobs")
-        if decision is Decision.REFUSED and known.decision in (Decision.APPROVED, Decision.WITHDRAWN):
-            decision = Decision.WITHDRAWN
-        return self._put(dataclasses.replace(known, decision=decision, by="hand", time=int(time.time())))
+        with self._alone():
+            known = self.get(job)
+            if known is None:
+                raise PlanError(f"expected a job that was offered here, got {job}; list them with: tacit client jobs")
+            if decision is Decision.REFUSED and known.decision in (Decision.APPROVED, Decision.WITHDRAWN):
+                decision = Decision.WITHDRAWN
+            return self._put(dataclasses.replace(known, decision=decision, by=_HAND, time=int(time.time())))

@@ -67,7 +67,7 @@ def hand_over(socket_path: Path, letter: Letter, *, timeout_s: float | None = No
             _write(channel, {"run": letter.run, "bundle": letter.bundle}, letter.pieces)
             channel.settimeout(timeout_s)
             return _read(channel)[1]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise RunError(f"expected an answer from the worker at {socket_path}, got: {error}; start the worker") from None
 
 
@@ -75,8 +75,8 @@ def read_letter(channel: socket.socket) -> Letter:
     """Reads one letter, trusting none of it.
 
     Raises:
-        ValueError, TypeError: It is not one, too long, or its sender stopped in the middle of it.
-        OSError: The channel broke.
+        ValueError, TypeError, KeyError, RecursionError: It is not one, too long, or its sender stopped in the middle.
+        OSError: The channel broke, or was silent for too long.
     """
     channel.settimeout(_PATIENCE_S)
     fields, pieces = _read(channel)
@@ -113,11 +113,11 @@ def _read(channel: socket.socket) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def _exactly(channel: socket.socket, count: int) -> bytes:
     """Returns exactly so many bytes; memory grows with what came, not with what was announced."""
-    parts = []
-    while count > 0:
-        part = channel.recv(min(count, 1 << 20))
+    # Not a list of parts: a sender that dribbles would make many objects of few bytes.
+    found = bytearray()
+    while len(found) < count:
+        part = channel.recv(min(count - len(found), 1 << 20))
         if not part:
             raise ValueError("a frame that ends early")
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+        found += part
+    return bytes(found)

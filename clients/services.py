@@ -116,6 +116,7 @@ def parts_of(places: Places) -> list[Part]:
 
 def _serves(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
         try:
             probe.connect(str(path))
         except OSError:

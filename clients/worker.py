@@ -5,7 +5,7 @@ Flower ``ClientApp`` that a simulation runs, and seals what that answers. Data a
 
     hello     -> offer     the server's identity is the pinned one, run and bundle are those that the courier saw
     terms     -> word      ready, waiting, refused, other-program or other-task: `clients.jobs`
-    papers    -> papers    the ledger's grant, and its commitment to this job, for the report
+    papers    -> papers    the ledger's grant, and its commitment to a job that was approved, for the report
     round     -> reply     only under terms that are approved and unchanged; else a fixed word, as long as a release
 
 Anything that does not open gets the answer "lost", whatever the reason; the server then makes a new session. Nothing
@@ -138,7 +138,7 @@ class Worker:
         opened = session.read(pieces[_name(Step.MESSAGE)])
         if opened.kind == TERMS:
             return {_name(Step.MESSAGE): session.seal(WORD, 0, self._consider(opened, session, epoch).encode())}
-        if opened.kind == PAPERS:
+        if opened.kind == PAPERS and epoch.terms is not None and self._took_part(epoch.terms):
             return {_name(Step.MESSAGE): session.seal(PAPERS, 0, self._papers(session.binding.job))}
         if opened.kind == ROUND and epoch.terms is not None:
             return {_name(Step.MESSAGE): self._play(opened, session, epoch.terms, pieces)}
@@ -192,6 +192,11 @@ class Worker:
             case Decision.WAITING:
                 return "waiting"
         return "refused"
+
+    def _took_part(self, terms: Terms) -> bool:
+        """Whether the holder takes part in a job, or did so until it withdrew."""
+        decided = self._jobs.get(terms.job)
+        return decided is not None and decided.decision in (Decision.APPROVED, Decision.WITHDRAWN)
 
     def _papers(self, job: str) -> bytes:
         """Returns what the ledger says of the account's budget and of one job, as it was signed; of no other job."""
@@ -302,22 +307,11 @@ class Doorway:
             if path.exists() or path.is_symlink():
                 if not stat.S_ISSOCK(path.lstat().st_mode):
                     raise RunError(f"expected no file at {path}, got one that is no socket; move it away")
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
-                    probe.connect(str(path))
-                    raise RunError(f"expected no worker at {path} yet, got one that answers; stop it first")
+                if not _is_left(path):
+                    raise RunError(f"expected no worker at {path} yet, got one; stop it first")
                 path.unlink()
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            before = os.umask(0o177)
-            try:
-                self._socket.bind(str(path))
-            finally:
-                os.umask(before)
-            if group is not None:
-                os.chown(path, -1, group)
-                path.chmod(0o660)
-            self._socket.listen(8)
-            self._socket.settimeout(0.5)
+            self._socket = _bound(path, group)
         except OSError as error:
             raise RunError(f"expected to make the worker's socket at {path}, got: {error.strerror or error}") from None
 
@@ -331,7 +325,8 @@ class Doorway:
             with channel:
                 try:
                     letter = read_letter(channel)
-                except (ValueError, TypeError, KeyError, OSError):
+                except Exception:
+                    # Whatever it was, it is no reason to end.
                     _log.exception("something that is no letter was handed in")
                     continue
                 with contextlib.suppress(OSError):
@@ -341,3 +336,35 @@ class Doorway:
         """Takes the socket away."""
         self._socket.close()
         self._path.unlink(missing_ok=True)
+
+
+def _bound(path: Path, group: int | None) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        before = os.umask(0o177)
+        try:
+            made.bind(str(path))
+        finally:
+            os.umask(before)
+        if group is not None:
+            os.chown(path, -1, group)
+            path.chmod(0o660)
+        made.listen(8)
+        made.settimeout(0.5)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def _is_left(path: Path) -> bool:
+    """Whether the socket is one that a worker left behind; one that trains does not answer, but it is there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False

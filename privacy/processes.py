@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +37,19 @@ _LONGEST_PAUSE_S: Final = 30.0
 # A process that ran so long was well: the next failure is a new one.
 _WELL_S: Final = 60.0
 _TICK_S: Final = 0.1
-# prctl(2): the signal that a process gets when its parent has died.
-_PR_SET_PDEATHSIG: Final = 1
+# Of a log that has grown for months, only the end says how a process ended.
+_TAIL_BYTES: Final = 4096
+_PDEATHSIG: Final = 1
+_LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _leave_with_parent() -> None:
+    """Lets the kernel end a child whose parent was killed: nobody would look after it, and a new one could not start.
+
+    Runs in the child between fork and exec.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PDEATHSIG, signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,26 +74,12 @@ class Part:
     takes_along: tuple[str, ...] = ()
 
 
-def _linked() -> Callable[[], None] | None:
-    """Returns what a new process does first, so that it does not outlive the one that looks after it; None off Linux.
-
-    Nobody could end, or find, parts whose keeper was killed; and others could not be started in their place.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        call = ctypes.CDLL(None).prctl
-
-        def link() -> None:
-            call(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-
-        return link
-    return None
-
-
 class Processes:
     """Keeps parts running until it is told to stop, and says in a file how they are.
 
     A part that ends is started again, after a pause that doubles with every failure. The status file says for each
-    part: its process id, since when it runs, how often it was started again, and how it ended last.
+    part: its process id, since when it runs, how often it was started again, and how it ended last. It holds a lock
+    while it lives, so that no process id of an earlier start is ever taken for it.
     """
 
     def __init__(self, parts: Sequence[Part], *, logs: Path, status: Path) -> None:
@@ -99,7 +98,7 @@ class Processes:
         self._due: dict[str, float] = {}
         self._pauses = dict.fromkeys((part.name for part in parts), _FIRST_PAUSE_S)
         self._stop = threading.Event()
-        self._link = _linked()
+        self._lock = -1
 
     def stop(self) -> None:
         """Asks the parts to end; `run` returns when they have."""
@@ -108,34 +107,56 @@ class Processes:
     def start(self, patience_s: float = 60.0) -> None:
         """Starts all parts, each when the one before is ready.
 
+        From here on SIGTERM and SIGINT end them in order, where this is the main thread.
+
         Raises:
-            RunError: A part cannot be started, ended at once, or is not ready in time; the others are ended.
+            RunError: A part cannot be started, ended at once, or is not ready in time, or they run here already; the
+                others are ended.
+            KeyboardInterrupt: It was told to stop; what had begun is ended.
         """
+        self._take()
         try:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, lambda *_: self.stop())
             for part in self._parts:
                 self._spawn(part)
                 self._await(part, patience_s)
+            self._tell()
         except BaseException:
             self.end()
             raise
-        self._tell()
 
     def run(self) -> None:
-        """Keeps the parts up until `stop`, or SIGTERM or SIGINT where this is the main thread; then ends them."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: self.stop())
+        """Keeps the parts up until `stop`, SIGTERM or SIGINT; then ends them."""
         try:
             while not self._stop.wait(_TICK_S):
                 if self._look_after():
-                    self._tell()
+                    # A full disk is no reason to end what runs; the next change is told.
+                    with contextlib.suppress(RunError):
+                        self._tell()
         finally:
             self.end()
 
+    def _take(self) -> None:
+        self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._status.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(_lock_of(self._status), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Whoever only looks holds it for a moment.
+        for _ in range(20):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = lock
+                return
+            time.sleep(0.05)
+        os.close(lock)
+        raise RunError(f"expected nobody to run {self._status.parent} yet, got somebody; stop them first")
+
     def _spawn(self, part: Part) -> None:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._began[part.name] = time.time()
         try:
+            self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open(os.open(self._logs / f"{part.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)) as log:
                 self._children[part.name] = subprocess.Popen(  # noqa: S603 -- our own commands
                     list(part.command),
@@ -146,11 +167,10 @@ class Processes:
                     # A Ctrl-C in the terminal is ours to hand on, in order.
                     start_new_session=True,
                     # No thread of ours holds a lock that this one call would take.
-                    preexec_fn=self._link,
+                    preexec_fn=_leave_with_parent,
                 )
         except OSError as error:
             raise RunError(f"expected to start {part.name} ({part.command[0]}), got: {error.strerror}") from None
-        self._began[part.name] = time.time()
 
     def _await(self, part: Part, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
@@ -159,6 +179,8 @@ class Processes:
                 raise RunError(f"expected {part.name} to run, it ended with {code}; its log: {self._log_tail(part)}")
             if part.ready is None or part.ready():
                 return
+            if self._stop.is_set():
+                raise KeyboardInterrupt
             if time.monotonic() > deadline:
                 raise RunError(
                     f"expected {part.name} to be ready within {patience_s:g} s; its log: {self._log_tail(part)}"
@@ -166,7 +188,12 @@ class Processes:
             time.sleep(0.05)
 
     def _log_tail(self, part: Part) -> str:
-        lines = (self._logs / f"{part.name}.log").read_text(errors="replace").strip().splitlines()
+        try:
+            with (self._logs / f"{part.name}.log").open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = log.read(_TAIL_BYTES).decode(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
         return " / ".join(line.strip()[:200] for line in lines[-3:]) or "empty"
 
     def _look_after(self) -> bool:
@@ -189,9 +216,15 @@ class Processes:
                         self._children[name].wait()
                 changed = True
             elif now >= self._due[part.name]:
-                del self._due[part.name]
                 self._restarts[part.name] += 1
-                self._spawn(part)
+                try:
+                    self._spawn(part)
+                    del self._due[part.name]
+                except RunError as error:
+                    # No memory, or a program that is being upgraded: the others run on, and it is tried again.
+                    self._due[part.name] = now + self._pauses[part.name]
+                    self._pauses[part.name] = min(_LONGEST_PAUSE_S, 2 * self._pauses[part.name])
+                    self._ended[part.name] = str(error)
                 changed = True
         return changed
 
@@ -209,6 +242,9 @@ class Processes:
                 child.wait()
         self._children = {name: child for name, child in self._children.items() if child.poll() is None}
         self._status.unlink(missing_ok=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _tell(self) -> None:
         told = {
@@ -224,19 +260,39 @@ class Processes:
         write_whole(self._status, json.dumps({"pid": os.getpid(), "parts": told}, indent=2).encode(), durable=False)
 
 
+def _lock_of(status: Path) -> Path:
+    return status.with_suffix(".lock")
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def read_status(path: Path) -> dict[str, object] | None:
-    """Returns what a status file says, or None where nothing runs: no file, or its process is gone.
+    """Returns what a status file says, or None where nothing runs: no file, or whoever wrote it is gone.
+
+    A process id alone would not do: after a crash or a restart of the machine it can be somebody else's, and whoever
+    is told to end it would end that.
 
     Raises:
         RunError: The file holds something else.
     """
     try:
         told: dict[str, object] = json.loads(path.read_bytes())
-        os.kill(int(str(told["pid"])), 0)
-    except (FileNotFoundError, ProcessLookupError):
+        if not isinstance(told["pid"], int) or told["pid"] <= 1 or not isinstance(told["parts"], dict):
+            raise TypeError("no status")
+        return told if _is_held(_lock_of(path)) else None
+    except FileNotFoundError:
         return None
-    except PermissionError:
-        pass
     except (ValueError, KeyError, TypeError, OSError):
         raise RunError(f"expected a status in {path}, got something else; remove it and start again") from None
-    return told

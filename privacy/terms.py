@@ -102,6 +102,8 @@ class Terms:
             fields: dict[str, Any] = json.loads(text)
             if set(fields) != {field.name for field in dataclasses.fields(cls)}:
                 raise PlanError(f"expected exactly the fields of terms, got {sorted(fields)!r:.200}")
+            # Other encodings of JSON would be second texts for the same terms.
+            plain = text if isinstance(text, str) else text.decode()
             terms = cls(
                 **fields
                 | {
@@ -114,7 +116,7 @@ class Terms:
             raise
         except (ValueError, TypeError, RecursionError) as error:
             raise PlanError(f"expected the terms of a job, got something else ({error})") from None
-        require(terms.to_json() == (text if isinstance(text, str) else text.decode()), "expected the canonical text")
+        require(terms.to_json() == plain, "expected the canonical text of terms, got another")
         return terms
 
     def digest(self) -> str:

@@ -279,14 +279,17 @@ class Relay:
                 return True
             return False
 
-        self._heartbeat = HeartbeatSender(beat)
+        self._grid, self._heartbeat = grid, HeartbeatSender(beat)
         self._heartbeat.start()
-        given = client.PullTaskInput(PullTaskInputRequest())
+        try:
+            given = client.PullTaskInput(PullTaskInputRequest())
+        except (httpx.HTTPError, ValueError) as error:
+            self.close(failed=True)
+            raise RunError(f"expected the SuperLink at {self._address} to hand over its run, got: {error}") from None
         # Flower's messages take their run and their sender from here.
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run_from_proto(given.run))
-        self._grid = grid
 
     def _token(self) -> str:
         """Takes the run's task; one that a killed process left behind is finished on the way."""

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import httpx
@@ -32,6 +32,7 @@ from flwr.supercore.run import Run
 
 from privacy.errors import PlanError, RunError, SealError
 from privacy.identity import Identity
+from privacy.plan import canonical
 from privacy.seal import MOST_BYTES, Broadcast, ServerEpoch, ServerSession
 from privacy.terms import Terms
 from privacy.wire import Floats, Packet, array_of, floats_of, pack, unpack
@@ -195,8 +196,14 @@ class SealedGrid(Grid):
                 raise RunError(f"expected {wanted} clients to be ready, got {len(ready)} ({said}); start them")
             time.sleep(_POLL_S)
 
-    def papers(self, *, patience_s: float = 10.0) -> dict[str, dict[str, Any]]:
+    def papers(
+        self, *, patience_s: float = 10.0, among: Callable[[Member, str], bool] = lambda member, word: True
+    ) -> dict[str, dict[str, Any]]:
         """Asks the members what their ledgers say of their budgets and of this job, for the report.
+
+        Args:
+            patience_s: Longest wait in seconds.
+            among: Says of a member and its last word whether it is asked.
 
         Returns:
             Ledger entries as the holders signed them, by member: ``grant``, ``commit``. Nothing here is trusted: who
@@ -205,10 +212,11 @@ class SealedGrid(Grid):
         found: dict[str, dict[str, Any]] = {}
         self._papers = found
         deadline = time.monotonic() + patience_s
-        for line in self._lines.values():
+        lines = [line for line in self._lines.values() if among(line.member, line.word)]
+        for line in lines:
             line.due, line.patience = 0.0, patience_s
         while time.monotonic() < deadline:
-            open_ = [line for line in self._lines.values() if line.member.name not in found and not line.refused]
+            open_ = [line for line in lines if line.member.name not in found and not line.refused]
             if not open_:
                 break
             self._turn({line.member.number: None for line in open_})
@@ -313,7 +321,10 @@ class SealedGrid(Grid):
         try:
             lines = {message_id: self._lines[number] for number in wanted for message_id in self._lines[number].asked}
             for reply in self._relay.pull(list(lines)):
-                line = lines[reply.metadata.reply_to_message_id]
+                line = lines.get(reply.metadata.reply_to_message_id)
+                if line is None:
+                    _log.warning("the relay handed over a reply to nothing that was asked")
+                    continue
                 answer = self._hear(line, reply, wanted[line.member.number])
                 if answer is not None:
                     replies[line.member.number] = answer
@@ -400,8 +411,8 @@ class SealedGrid(Grid):
     def _hear(self, line: _Line, reply: Message, request: Message | None) -> Message | None:
         """Takes a reply, trusting none of it; returns the answer to the request if it is one."""
         kind = line.asked.pop(reply.metadata.reply_to_message_id, "")
-        pieces = _pieces_of(reply.content) if not reply.has_error() else {}
         try:
+            pieces = _pieces_of(reply.content) if reply.has_content() else {}
             if kind == "hello" and line.session is None:
                 line.session, line.accept = self._epoch.accept(line.member.public_key, pieces.get("offer", b""))
                 # Older answers belong to an older session.
@@ -423,8 +434,7 @@ class SealedGrid(Grid):
                 line.due = 0.0 if line.agreed else time.monotonic() + _WAITING_S
                 return None
             if opened.kind == kind == PAPERS and self._papers is not None:
-                if len(opened.body) <= _MOST_PAPERS_BYTES:
-                    self._papers[line.member.name] = dict(json.loads(bytes(opened.body)))
+                self._papers[line.member.name] = _papers_of(opened.body)
                 return None
             if (opened.kind, kind) == (REPLY, ROUND) and request is not None and opened.round == _round_of(request):
                 line.word = "answered"
@@ -435,6 +445,18 @@ class SealedGrid(Grid):
             line.word, line.due = "said something else", min(line.due, time.monotonic() + _PAUSE_S)
             _log.warning("a reply of %s was not taken: %s", line.member.name, error)
         return None
+
+
+def _papers_of(body: bytes | memoryview) -> dict[str, Any]:
+    """Returns a member's papers, which nothing later can choke on; whether they are true is seen in the report.
+
+    Papers that are none are none: the member is not asked again, and the report says that they are missing.
+    """
+    try:
+        papers = json.loads(bytes(body)) if len(body) <= _MOST_PAPERS_BYTES else {}
+        return papers if isinstance(papers, dict) and canonical(papers) == bytes(body) else {}
+    except (ValueError, RecursionError):
+        return {}
 
 
 def _round_of(message: Message) -> int:

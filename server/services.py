@@ -9,13 +9,14 @@ The server application is not among them: it runs while a job does (``tacit serv
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -172,20 +173,34 @@ class Roster:
     def settle(self) -> None:
         """Makes the two lists agree, once.
 
+        Who is shut out comes first, and one node that cannot be let in or shut out holds up no other.
+
         Raises:
-            RunError: The relay does not answer.
-            IdentityError: The list of members is damaged.
+            RunError: The relay does not answer, or refuses a node.
+            IdentityError: The list of members is damaged, or a key in it.
         """
         members = self._registry.members()
         if members is self._settled:
             return
         control = Control(self._places.address, self._places.loopback_authority)
-        wanted = {supernode_pem(m.supernode) for m in members.values() if m.state is State.ENROLLED}
+        faults: list[TacitError] = []
+        wanted = set()
+        for member in members.values():
+            try:
+                wanted |= {supernode_pem(member.supernode)} if member.state is State.ENROLLED else set()
+            except IdentityError as error:
+                faults.append(error)
         there = control.nodes()
-        for key in wanted - there.keys():
-            control.register(key)
-        for key in there.keys() - wanted:
-            control.unregister(there[key])
+        out, new = sorted(there.keys() - wanted), sorted(wanted - there.keys())
+        steps: list[Callable[[], object]] = [functools.partial(control.unregister, there[key]) for key in out]
+        steps += [functools.partial(control.register, key) for key in new]
+        for step in steps:
+            try:
+                step()
+            except RunError as error:
+                faults.append(error)
+        if faults:
+            raise faults[0]
         self._settled = members
 
     def keep(self, stop: threading.Event) -> None:

@@ -56,13 +56,14 @@ from simulations.evidence import (
 )
 from simulations.run import Observer
 from simulations.scenario import Scenario
-from simulations.world import Settled, code_hash, now, settle
+from simulations.world import MEMBERS, Settled, code_hash, now, settle
 
-MEMBERS: Final = "members.json"
 PAPERS: Final = "papers.json"
 STATUS: Final = "status.json"
 # Seconds to wait for a round's replies where the scenario gives no limit.
 _ROUND_S: Final = 3600.0
+# Seconds to wait for the papers of clients that answered in this round.
+_PAPERS_S: Final = 5.0
 
 
 def deploy(
@@ -129,6 +130,15 @@ def deploy(
 
         def on_round(line: Mapping[str, Any]) -> None:
             lines.append(line)
+            # Who leaves later, or withdraws, has said by then what the report needs of it.
+            known = _papers_in(folder)
+            _keep_papers(
+                folder,
+                grid.papers(
+                    patience_s=_PAPERS_S,
+                    among=lambda member, word: word == "answered" and "commit" not in known.get(member.name, {}),
+                ),
+            )
             observer.round(line)
 
         relay = Relay(
@@ -141,9 +151,12 @@ def deploy(
         with relay:
             grid = SealedGrid(relay, _members(places, folder), identity, terms)
             observer.note(f"waiting for {scenario.clients} clients, at most {wait_s:g} s")
-            chosen = grid.gather(scenario.clients, patience_s=wait_s, stopping=stopping)
-            grid.keep(chosen)
-            _fix(folder, grid)
+            if (folder / MEMBERS).exists():
+                # They are fixed. One that is gone for ever is missing in every round, and holds up nobody's job.
+                grid.gather(scenario.min_replies or 1, patience_s=wait_s, stopping=stopping)
+            else:
+                grid.keep(grid.gather(scenario.clients, patience_s=wait_s, stopping=stopping))
+                _fix(folder, grid)
             job = Job(
                 id=settled.id,
                 plan=settled.plan,
@@ -236,10 +249,10 @@ def facts_of_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = (
     task = find_task(scenario.task)
     rounds, state = read_rounds(folder), load(folder / CHECKPOINT, [keyring_of(home)])
     lines = read_countersigned(folder, identity)
-    papers = json.loads((folder / PAPERS).read_bytes()) if (folder / PAPERS).exists() else {}
-    members = json.loads((folder / MEMBERS).read_bytes())
-    # A node's account is pinned by its first receipt; see `server.app.check`.
-    accounts = {number: identity.partition(":")[0] for number, identity in state.identities.items()}
+    papers, members = _papers_in(folder), _members_in(folder)
+    # A node's account and its key are pinned by its first receipt; see `server.app.check`.
+    pinned = {number: identity.partition(":")[::2] for number, identity in state.identities.items()}
+    accounts = {number: account for number, (account, _) in pinned.items()}
     of_account: dict[str, list[Countersigned]] = {account: [] for account in accounts.values()}
     doubts = [] if state.job == settled.id else ["The checkpoint is that of another job."]
     for line in lines:
@@ -253,20 +266,30 @@ def facts_of_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = (
     arrived = Counter(round for _, round in {(line.receipt.account, line.receipt.round) for line in lines})
     if lost := {line["round"] for line in rounds if arrived[line["round"]] < line["replies"]}:
         doubts.append(f"In {len(lost):,} rounds more updates arrived than there are receipts.")
-    clients, committed = [], True
+    clients, grants, committed = [], [], True
     for member in members:
-        account = accounts.get(member["number"], "")
+        account, key = pinned.get(member.number, ("", ""))
+        paper, mine = papers.get(member.name, {}), of_account.get(account, [])
         if not account:
+            if isinstance(paper.get("commit"), dict):
+                doubts.append(f"{member.name} has papers that it committed to this job, and no receipt of it is here.")
             continue
-        paper = papers.get(member["name"], {})
-        sound = _is_of(paper, account, of_account[account], settled)
+        sound = _is_of(paper, account, key, mine, settled)
         committed &= sound
-        declined = int(member["number"] in state.declined)
-        clients.append(_spend_of(member["name"], paper if sound else {}, of_account[account], declined, bool(lost)))
+        declined = int(member.number in state.declined)
+        if not mine:
+            doubts.append(f"No receipt of {member.name} is here, whose updates arrived.")
+            continue
+        if sound:
+            grants.append(grant_of(paper["grant"]["body"]))
+        clients.append(_spend_of(member.name, paper if sound else {}, mine, declined, bool(lost)))
+    if len({*accounts.values()}) < len(accounts):
+        doubts.append("Two clients have one account, so that one of them is not who it says.")
+    if strangers := accounts.keys() - {member.number for member in members}:
+        doubts.append(f"Updates of {len(strangers):,} clients arrived that are no members of this job.")
     if not committed:
         doubts.append("A client's commitment to this plan is not here: it did not send its papers, or sent others.")
-    status = json.loads((folder / STATUS).read_bytes()) if (folder / STATUS).exists() else {}
-    grants = [grant_of(paper["grant"]["body"]) for paper in papers.values() if "grant" in paper]
+    status = _json_in(folder / STATUS, dict) if (folder / STATUS).exists() else {}
     same = home.relay_is_server()
     return RunFacts(
         job=settled.id,
@@ -302,25 +325,58 @@ def facts_of_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = (
     )
 
 
-def _is_of(paper: Mapping[str, Any], account: str, lines: Sequence[Countersigned], settled: Settled) -> bool:
-    """Whether papers are those of an account that committed to exactly this plan; signed by the key of its receipts."""
-    grant, commit = paper.get("grant"), paper.get("commit")
-    if not lines or not isinstance(grant, dict) or not isinstance(commit, dict):
-        return False
-    key, plan = lines[0].receipt.public_key, settled.plan
+def _json_in(path: Path, kind: type) -> Any:
     try:
-        require_signed_entry(grant, key)
-        require_signed_entry(commit, key)
-        body = commit["body"]
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"expected {path}, got {error.strerror}; is it the folder of a run on machines?") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        raise RunError(f"expected a whole {path.name} in {path.parent}, got a damaged one; restore a backup")
+    return value
+
+
+def _papers_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the papers of a run by member; none of them is trusted."""
+    papers = _json_in(folder / PAPERS, dict) if (folder / PAPERS).exists() else {}
+    return {name: paper for name, paper in papers.items() if isinstance(paper, dict)}
+
+
+def _members_in(folder: Path) -> list[Member]:
+    """Returns those who take part in a run, as they were fixed before its first round; Flower's ids are not known.
+
+    Raises:
+        RunError: The file is missing or damaged.
+    """
+    try:
+        return [Member(**one, node_id=0) for one in _json_in(folder / MEMBERS, list)]
+    except TypeError:
+        raise RunError(f"expected members in {folder / MEMBERS}, got something else; restore a backup") from None
+
+
+def _is_of(paper: Mapping[str, Any], account: str, key: str, lines: Sequence[Countersigned], settled: Settled) -> bool:
+    """Whether papers are those of an account that committed to exactly this plan; signed by the key of its receipts."""
+    grant, commit, changes = paper.get("grant"), paper.get("commit"), paper.get("changes")
+    if not lines or not isinstance(grant, dict) or not isinstance(commit, dict) or not isinstance(changes, list):
+        return False
+    plan = settled.plan
+    try:
+        for entry in (grant, commit, *changes):
+            require_signed_entry(entry, key)
+        grant_of(grant["body"])
+        body, numbers = commit["body"], [change["seq"] for change in changes]
         return (
             (grant["account"], commit["account"], grant["kind"], commit["kind"])
             == (account, account, "grant", "commit")
             and (body["job"], body["plan"], body["joins"]) == (settled.id, plan.digest(), plan.joins)
             and events_from_json(body["event"]) == Event.all_of_round(plan)
+            and {(change["account"], change["kind"]) for change in changes} <= {(account, "budget")}
+            and numbers == sorted({*numbers})
             and {line.receipt.public_key for line in lines} == {key}
             and {line.receipt.events for line in lines} == {Event.all_of_round(plan)}
         )
-    except (LedgerError, KeyError, TypeError, ValueError):
+    except (LedgerError, PlanError, KeyError, TypeError, ValueError):
         return False
 
 
@@ -328,11 +384,13 @@ def _spend_of(
     name: str, paper: Mapping[str, Any], lines: Sequence[Countersigned], declined: int, lost: bool
 ) -> ClientSpend:
     """Returns what a client's receipts of this job say."""
-    ordered = sorted(lines, key=lambda line: line.receipt.seq)
+    ordered = sorted({line.receipt.seq: line for line in lines}.values(), key=lambda line: line.receipt.seq)
     first, last = ordered[0].receipt, ordered[-1].receipt
-    # Before the first charge of this job, others were made: how many runs they were of is the holder's business.
-    others = int(first.charges > 1)
-    changes = [entry["body"] | {"time": entry["time"]} for entry in paper.get("changes", [])]
+    changes = [entry for entry in paper.get("changes", []) if entry["seq"] <= last.seq]
+    # An account's entries are its grant, the changes of its budget, its charges, and one commitment for each job. So
+    # it shows if there is another job in it, whenever that began; a price that leaves it out would be too small.
+    others = max(0, last.seq - len(changes) - last.charges - 1)
+    unseen = last.charges if not others else last.charges - first.charges + 1
     return ClientSpend(
         name=name,
         granted_epsilon=last.granted,
@@ -344,7 +402,7 @@ def _spend_of(
         runs=1 + others,
         other_runs=others,
         receipts_missing=0,
-        undelivered=max(0, last.charges - first.charges + 1 - len(ordered)),
+        undelivered=max(0, unseen - len(ordered)),
         test_noise=last.test,
         history=tuple((line.receipt.round, line.receipt.spent) for line in ordered),
         public_key=last.public_key,
@@ -358,7 +416,7 @@ def _spend_of(
             "peer": ordered[-1].peer,
             "countersignature": ordered[-1].countersignature,
         },
-        changes=tuple((iso(change["time"]), change["before"], change["epsilon"]) for change in changes),
+        changes=tuple((iso(change["time"]), change["body"]["before"], change["body"]["epsilon"]) for change in changes),
     )
 
 
@@ -368,6 +426,8 @@ def _settled(scenario: Scenario, folder: Path, resume: bool) -> tuple[Settled, S
         settled = Settled.load(folder)
         if settled.code[-64:] != code_hash():
             raise RunError("expected the program that the job began with, got another; clients approved that one")
+        if (folder / CHECKPOINT).exists() and not (folder / MEMBERS).exists():
+            raise RunError(f"expected a run on separate machines in {folder}, got a simulation; simulate --resume it")
         return settled, Scenario.from_run(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"expected a new run folder, got {folder} which is in use; choose another or --resume it")
@@ -409,19 +469,11 @@ def _at_holders_order(settled: Settled, scenario: Scenario) -> Settled:
 def _members(places: Places, folder: Path) -> list[Member]:
     """Returns whom the job may be for: all enrolled members, or those that it began with."""
     enrolled = {member.name: (member, node) for member, node in members_of(places)}
-    path = folder / MEMBERS
-    if path.exists():
-        fixed = json.loads(path.read_bytes())
-        gone = [one["name"] for one in fixed if one["name"] not in enrolled]
+    if (folder / MEMBERS).exists():
         # A revoked member stays in the job's count, silent: the noise was solved for turns among all of them.
         return [
-            Member(
-                number=one["number"],
-                name=one["name"],
-                public_key=one["public_key"],
-                node_id=0 if one["name"] in gone else enrolled[one["name"]][1],
-            )
-            for one in fixed
+            dataclasses.replace(one, node_id=enrolled[one.name][1] if one.name in enrolled else 0)
+            for one in _members_in(folder)
         ]
     return [
         Member(number=number, name=member.name, public_key=member.application, node_id=node)
@@ -440,8 +492,12 @@ def _fix(folder: Path, grid: SealedGrid) -> None:
 
 
 def _keep_papers(folder: Path, papers: Mapping[str, Mapping[str, Any]]) -> None:
-    known = json.loads((folder / PAPERS).read_bytes()) if (folder / PAPERS).exists() else {}
-    write_whole(folder / PAPERS, canonical({**known, **papers}))
+    if not papers:
+        return
+    known = _papers_in(folder)
+    # Papers that came earlier are not lost to a member that has none now.
+    kept = {name: dict(paper) for name, paper in papers.items() if paper or name not in known}
+    write_whole(folder / PAPERS, canonical({**known, **kept}))
 
 
 @contextlib.contextmanager

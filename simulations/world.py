@@ -40,6 +40,8 @@ from server.app import CHECKPOINT, joins_of
 from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
 from simulations.scenario import CONFIG_FILE, Scenario
 
+# Who takes part in a run on separate machines; no simulation has it.
+MEMBERS: Final = "members.json"
 JOB_FILE: Final = "job.json"
 # Beyond this many clients, accounts are opened when a client is first asked, and data is checked when first used.
 _EAGER_CLIENTS: Final = 2000
@@ -171,6 +173,12 @@ class World:
         Raises:
             TacitError: The folder is no run folder, or its ledgers are damaged.
         """
+        # Its clients are elsewhere: simulated ones would go on with their job, and charge ledgers that are not theirs.
+        if (folder / MEMBERS).exists():
+            raise RunError(
+                f"expected the folder of a simulation, got {folder}, whose clients are on separate machines; "
+                "go on with: tacit server run --resume"
+            )
         scenario = scenario or Scenario.from_run(folder)
         if _unsettled(folder):
             # Killed while it started, before anything could be charged.
