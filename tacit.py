@@ -1176,7 +1176,11 @@ def _work_pages(acts: Any) -> None:
     worker.add_argument("--courier-group", metavar="GROUP", help="group of the user that the courier runs under")
     worker.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
     act("tunnel", "run the tunnel alone")
-    act("courier", "run the courier alone, under a user who may not read the data")
+    courier = act("courier", "run the courier alone, under a user who may not read the data")
+    for made in (worker, courier):
+        made.add_argument(
+            "--socket", metavar="FILE", type=Path, help="where the two meet (default: run/worker.sock in the home)"
+        )
 
 
 def _places(arguments: argparse.Namespace) -> Any:
@@ -1312,16 +1316,20 @@ def _client_account(places: Any) -> Any:
 
 
 def _client_status(arguments: argparse.Namespace) -> int:
+    from clients.isolation import look, read_note
     from clients.jobs import Jobs
     from privacy.processes import read_status
 
     places = _places(arguments)
     settings, status, account = places.home.settings, read_status(places.status), _client_account(places)
     jobs = [_job_facts(job, account) for job in Jobs(places.jobs)]
+    found, note = look(places.home), read_note(places.home)
     told = {
         "name": settings.name,
         "federation": settings.federation,
-        "running": status is not None,
+        "running": status is not None or note is not None,
+        "isolation": {"verdict": found.apart.value, "words": found.words, "fix": found.fix},
+        "rounds_answered": note.rounds if note else 0,
         "parts": status["parts"] if status else {},
         "spent": account.spent,
         "budget": account.grant.epsilon,
@@ -1335,7 +1343,10 @@ def _client_status(arguments: argparse.Namespace) -> int:
     console = _console()
     rows = {
         "client": f"{settings.name} of {settings.federation}",
-        "runs": f"yes, pid {status['pid']}" if status else "no; start it with: tacit client start",
+        "runs": f"yes, pid {status['pid']}"
+        if status
+        else (f"the worker alone, pid {note.pid}" if note else "no; start it with: tacit client start"),
+        "isolation": found.words,
         "spent": f"epsilon {_epsilon(account.spent)} of {_epsilon(account.grant.epsilon)} at delta "
         f"{account.grant.delta:g}, in {account.charges} charges",
         "jobs": f"{len(jobs)}, {sum(job['decision'] == 'waiting' for job in jobs)} of them wait for a decision",
@@ -1469,6 +1480,7 @@ def _client_policy(arguments: argparse.Namespace) -> int:
 def _client_worker(arguments: argparse.Namespace) -> int:
     import grp
 
+    from clients.isolation import Noted
     from clients.services import worker_of
     from clients.worker import Doorway
     from privacy.errors import PlanError
@@ -1481,12 +1493,14 @@ def _client_worker(arguments: argparse.Namespace) -> int:
         raise PlanError(f"expected a group of this machine, got {arguments.courier_group!r}; make it first") from None
     stop = _until_stopped()
     worker = worker_of(places, code=code_hash(), device=arguments.device)
-    door = Doorway(places.worker, group=group)
+    at = arguments.socket or places.worker
+    door, noted = Doorway(at, group=group), Noted(places.home)
     try:
-        print(json.dumps({"worker": str(places.worker)}) if arguments.json else "the worker is ready", flush=True)
-        door.serve(worker.answer, stop.is_set)
+        print(json.dumps({"worker": str(at)}) if arguments.json else "the worker is ready", flush=True)
+        door.serve(noted.around(worker), stop.is_set, noted.called)
     finally:
         door.close()
+        noted.close()
     return 0
 
 
@@ -1504,7 +1518,8 @@ def _client_courier(arguments: argparse.Namespace) -> int:
 
     _log_to_stderr()
     places, stop = _places(arguments), _until_stopped()
-    Courier(f"127.0.0.1:{places.ports[1]}", places.secret.read_bytes(), places.worker).run(stop.is_set)
+    at = arguments.socket or places.worker
+    Courier(f"127.0.0.1:{places.ports[1]}", places.secret.read_bytes(), at).run(stop.is_set)
     return 0
 
 
@@ -1687,7 +1702,7 @@ def _client_home(arguments: argparse.Namespace) -> Any:
 
 def _client_join(arguments: argparse.Namespace) -> int:
     from clients.join import Choices, join, policy_of, require_fresh, require_unexpired
-    from clients.preflight import Verdict, declared_bound, local, located, remote
+    from clients.preflight import Verdict, apart, declared_bound, local, located, remote
     from privacy.enrolment import Invitation
 
     token = sys.stdin.read(4096) if arguments.token == "-" else arguments.token  # noqa: S105 -- the word for standard input
@@ -1719,9 +1734,10 @@ def _client_join(arguments: argparse.Namespace) -> int:
     if not any(finding.verdict is Verdict.FAILED for finding in findings):
         settings, greeting = join(invitation, home, choices, version=__version__)
         told |= {"joined": True, "federation": settings.federation, "data_set": settings.data_set}
-        for finding in remote(home, version=__version__, greeting=greeting):
-            findings.append(finding)
-            _print_finding(finding, arguments.json)
+        for look in (remote(home, version=__version__, greeting=greeting), apart(home)):
+            for finding in look:
+                findings.append(finding)
+                _print_finding(finding, arguments.json)
     code = _close_preflight(findings, arguments.json, told)
     if not arguments.json:
         if told["joined"]:
@@ -1732,11 +1748,11 @@ def _client_join(arguments: argparse.Namespace) -> int:
 
 
 def _client_preflight(arguments: argparse.Namespace) -> int:
-    from clients.preflight import choices_of, local, remote
+    from clients.preflight import apart, choices_of, local, remote
 
     home = _client_home(arguments)
     findings = []
-    for look in (local(home, choices_of(home.settings)), remote(home, version=__version__)):
+    for look in (local(home, choices_of(home.settings)), remote(home, version=__version__), apart(home)):
         for finding in look:
             findings.append(finding)
             _print_finding(finding, arguments.json)

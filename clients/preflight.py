@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from clients.home import ClientHome, Settings
+from clients.isolation import Apart, look
 from clients.join import Choices, Greeting, call
 from privacy.enrolment import Address, key_fingerprint, older
 from privacy.errors import DataError, IdentityError, LedgerError, PlanError, RunError, TacitError
@@ -133,6 +134,14 @@ def remote(home: ClientHome, *, version: str, greeting: Greeting | None = None) 
     else:
         yield _ok("server version", f"it takes Tacit {version}")
     yield _guarded("gateway", lambda: _gateway(home, settings.addresses))
+
+
+def apart(home: ClientHome) -> Iterator[Finding]:
+    """Looks whether Flower's processes run apart from what the holder keeps (guarantee G15); see `clients.isolation`.
+
+    Where they do not, or where that cannot be seen, it is a warning: the holder may accept it, and the report says so.
+    """
+    yield _guarded("isolation", lambda: _isolation(home))
 
 
 def choices_of(settings: Settings) -> Choices:
@@ -261,6 +270,11 @@ def _data(choices: Choices) -> Finding:
     if found:
         return _warning("data", f"{words}; {found[0]}", "mend them: faulty records take part as nothing")
     return _ok("data", words)
+
+
+def _isolation(home: ClientHome) -> Finding:
+    found = look(home)
+    return _ok("isolation", found.words) if found.apart is Apart.YES else _warning("isolation", found.words, found.fix)
 
 
 # -- what was got by joining, and the server --------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import json
 import os
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -321,8 +322,19 @@ class Doorway:
         except OSError as error:
             raise RunError(f"expected to make the worker's socket at {path}, got: {error.strerror or error}") from None
 
-    def serve(self, answer: Callable[[Letter], Mapping[str, Buffer]], stopping: Callable[[], bool]) -> None:
-        """Answers letters until told to stop; a letter that came before is answered first."""
+    def serve(
+        self,
+        answer: Callable[[Letter], Mapping[str, Buffer]],
+        stopping: Callable[[], bool],
+        called: Callable[[int], None] = lambda user: None,
+    ) -> None:
+        """Answers letters until told to stop; a letter that came before is answered first.
+
+        Args:
+            answer: Answers one letter.
+            stopping: Asked between two letters.
+            called: Is told the user of whoever called, as the kernel knows it (guarantee G15).
+        """
         while not stopping():
             try:
                 channel, _ = self._socket.accept()
@@ -334,6 +346,8 @@ class Doorway:
                 except (ValueError, TypeError, KeyError, OSError):
                     _log.exception("something that is no letter was handed in")
                     continue
+                # Only who hands in a letter is a courier; others look whether somebody is there.
+                called(_caller(channel))
                 with contextlib.suppress(OSError):
                     answer_letter(channel, answer(letter))
 
@@ -341,3 +355,9 @@ class Doorway:
         """Takes the socket away."""
         self._socket.close()
         self._path.unlink(missing_ok=True)
+
+
+def _caller(channel: socket.socket) -> int:
+    """Returns the user at the other end of a Unix socket."""
+    _, user, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)
