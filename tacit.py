@@ -1145,6 +1145,9 @@ def _client(arguments: argparse.Namespace) -> int:
         "worker": _client_worker,
         "tunnel": _client_tunnel,
         "courier": _client_courier,
+        "supernode": _client_supernode,
+        "prepare": _client_prepare,
+        "units": _client_units,
     }
     return acts[arguments.act](arguments)
 
@@ -1176,11 +1179,50 @@ def _work_pages(acts: Any) -> None:
     worker.add_argument("--courier-group", metavar="GROUP", help="group of the user that the courier runs under")
     worker.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
     act("tunnel", "run the tunnel alone")
+    act("supernode", "run Flower's SuperNode alone, under a user who may not read the data")
+    act("prepare", "choose ports and make certificates for parts that are started one by one")
     courier = act("courier", "run the courier alone, under a user who may not read the data")
+    units = act("units", "write systemd units, a compose file and an image recipe for these parts into a folder")
+    units.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
+    _units_flags(units)
     for made in (worker, courier):
         made.add_argument(
             "--socket", metavar="FILE", type=Path, help="where the two meet (default: run/worker.sock in the home)"
         )
+
+
+def _units_flags(page: Any) -> None:
+    page.add_argument("folder", metavar="DIR", type=Path, help="where the files are written")
+    page.add_argument("--user", metavar="NAME", help="who runs what reads secrets (default: who owns the home)")
+    page.add_argument("--program", metavar="FILE", type=Path, help="path of tacit there (default: this one's)")
+    page.add_argument("--force", action="store_true", help="replace files that are there")
+
+
+def _write_units(arguments: argparse.Namespace, home: Any, files_of: Any, **more: str) -> int:
+    from privacy.unit_files import owner_of, write_files
+
+    folder = arguments.folder.expanduser().absolute()
+    program = arguments.program or Path(sys.executable).with_name("tacit")
+    texts = files_of(
+        home,
+        owner=owner_of(home.folder, arguments.user),
+        program=str(program.absolute()),
+        folder=folder,
+        version=__version__,
+        **more,
+    )
+    written = write_files(folder, texts, force=arguments.force)
+    if arguments.json:
+        print(json.dumps({"files": [str(path) for path in written]}))
+        return 0
+    what = f"tacit-{arguments.verb}"
+    print("\n".join(_short(str(path)) for path in written))
+    print(
+        f"\nNext, as root: systemd-sysusers {folder}/{what}.sysusers; cp {folder}/{what}*.{{service,path,target"
+        f"{',timer' * (what == 'tacit-client')}}} /etc/systemd/system/; systemctl enable --now {what}.target"
+        f"\nOr, with containers: docker compose -f {folder}/compose.yaml up -d"
+    )
+    return 0
 
 
 def _places(arguments: argparse.Namespace) -> Any:
@@ -1513,6 +1555,26 @@ def _client_tunnel(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _client_units(arguments: argparse.Namespace) -> int:
+    from clients.units import files_of
+
+    return _write_units(arguments, _client_home(arguments), files_of, device=arguments.device)
+
+
+def _client_prepare(arguments: argparse.Namespace) -> int:
+    places = _places(arguments)
+    places.prepare()
+    print(json.dumps({"ports": places.ports}) if arguments.json else "the parts can be started")
+    return 0
+
+
+def _client_supernode(arguments: argparse.Namespace) -> int:
+    from clients.services import parts_of
+    from privacy.processes import become
+
+    become(next(part for part in parts_of(_places(arguments)) if part.name == "supernode"))
+
+
 def _client_courier(arguments: argparse.Namespace) -> int:
     from clients.courier import Courier
 
@@ -1689,6 +1751,7 @@ def _join_pages(acts: Any) -> None:
     renew = acts.add_parser(
         "renew", help="renew this client's certificate now", formatter_class=_Page, allow_abbrev=False
     )
+    renew.add_argument("--if-due", action="store_true", help="only where two thirds of its life are over")
     for act in (page, preflight, renew):
         act.add_argument("--home", metavar="DIR", type=Path, help="the client's folder (default ~/.tacit/client)")
         act.add_argument("--json", action="store_true", help="one JSON object, for programs")
@@ -1787,7 +1850,11 @@ def _client_renew(arguments: argparse.Namespace) -> int:
     from clients.join import renew
     from privacy.transcript import iso
 
-    until = renew(_client_home(arguments), version=__version__)
+    home = _client_home(arguments)
+    if arguments.if_due and not home.renewal_due(time.time()):
+        print(json.dumps({"renewed": False}) if arguments.json else "not due yet")
+        return 0
+    until = renew(home, version=__version__)
     print(json.dumps({"until": until}) if arguments.json else f"renewed; good until {iso(until)}")
     return 0
 
@@ -1835,13 +1902,16 @@ def _server_page(kinds: Any) -> None:
     act("stop", "end what start runs")
     act("status", "show what runs, who is enrolled, and who is connected")
     act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
+    act("relay", "run the relay alone, under a user who may read no key of the server's")
+    prepare = act("prepare", "choose ports and make certificates for parts that are started one by one")
+    _units_flags(act("units", "write systemd units, a compose file and an image recipe for these parts into a folder"))
     run = act("run", "run one job with the clients that are enrolled; Ctrl-C ends it after a round, to be resumed")
     run.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="scenario file")
     run.add_argument("--resume", metavar="RUN", type=Path, help="go on with the job in this folder")
     run.add_argument("--wait", metavar="TIME", default="10m", help="longest wait for the clients: 30m, 24h, 7d")
     run.add_argument("--quiet", action="store_true", help="print the closing summary only")
     _keys(run, _deployed_groups())
-    for made in (init, enrol, start):
+    for made in (init, enrol, start, prepare):
         made.add_argument(
             "--passphrase-file",
             metavar="FILE",
@@ -1861,6 +1931,9 @@ def _server(arguments: argparse.Namespace) -> int:
         "stop": _server_stop,
         "status": _server_status,
         "gateway": _server_gateway,
+        "relay": _server_relay,
+        "prepare": _server_prepare,
+        "units": _server_units,
         "run": _server_run,
     }
     return acts[arguments.act](arguments)
@@ -1959,6 +2032,31 @@ def _server_gateway(arguments: argparse.Namespace) -> int:
     finally:
         stop.set()
     return 0
+
+
+def _server_relay(arguments: argparse.Namespace) -> int:
+    from privacy.processes import become
+    from server.services import parts_of
+
+    parts = parts_of(_server_places(arguments), environment={})
+    become(next(part for part in parts if part.name == "relay"))
+
+
+def _server_prepare(arguments: argparse.Namespace) -> int:
+    from privacy.identity.authority import Authority
+
+    places = _server_places(arguments)
+    places.home.renew(Authority.read(places.home.folder / "authority", _passphrase(arguments)), now=time.time())
+    places.prepare()
+    print(json.dumps({"port": places.port}) if arguments.json else "the parts can be started")
+    return 0
+
+
+def _server_units(arguments: argparse.Namespace) -> int:
+    from server.home import ServerHome
+    from server.units import files_of
+
+    return _write_units(arguments, ServerHome.open(_server_folder(arguments)), files_of)
 
 
 def _server_run(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from privacy.errors import RunError
 from privacy.files import write_whole
@@ -52,6 +52,24 @@ class Part:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ready: Callable[[], bool] | None = None
     grace_s: float = 10.0
+
+
+def environment_of(part: Part) -> dict[str, str]:
+    """Returns what a part gets of our environment, and its own variables."""
+    common = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return common | _QUIET | dict(part.environment)
+
+
+def become(part: Part) -> NoReturn:
+    """Turns this process into a part, for whoever keeps parts up by other means than `Processes`.
+
+    Raises:
+        RunError: Its program is not there.
+    """
+    try:
+        os.execve(part.command[0], list(part.command), environment_of(part))  # noqa: S606 -- our own commands
+    except OSError as error:
+        raise RunError(f"expected to run {part.command[0]}, got: {error.strerror}; install Tacit again") from None
 
 
 class Processes:
@@ -110,13 +128,12 @@ class Processes:
             self.end()
 
     def _spawn(self, part: Part) -> None:
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             with open(os.open(self._logs / f"{part.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)) as log:
                 self._children[part.name] = subprocess.Popen(  # noqa: S603 -- our own commands
                     list(part.command),
-                    env=environment | _QUIET | dict(part.environment),
+                    env=environment_of(part),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
