@@ -1251,18 +1251,26 @@ def _log_to_stderr() -> None:
 
 
 def _client_start(arguments: argparse.Namespace) -> int:
+    from clients.isolation import read_note
+    from clients.join import renew_when_due
     from clients.services import parts_of
-    from privacy.processes import Processes, read_status
+    from privacy.errors import IdentityError
+    from privacy.processes import Chore, Processes, read_status
 
     places = _places(arguments)
     name, federation = places.home.settings.name, places.home.settings.federation
     _require_stopped(read_status(places.status), "client")
+    if (note := read_note(places.home)) is not None:
+        _require_stopped({"pid": note.pid}, "client")
     places.prepare()
-    if places.home.renewal_due(time.time()):
-        from clients.join import renew
-
-        renew(places.home, version=__version__)
-    processes = Processes(parts_of(places), logs=places.logs, status=places.status)
+    try:
+        renew_when_due(places.home, version=__version__)
+    except IdentityError as error:
+        # It is tried again while the client runs; until it expires, the old one serves.
+        print(f"tacit: the certificate is not renewed yet: {error}", file=sys.stderr)
+    _log_to_stderr()
+    renewal = Chore(name="renewal", do=lambda: renew_when_due(places.home, version=__version__), every_s=300)
+    processes = Processes(parts_of(places), logs=places.logs, status=places.status, chores=[renewal])
     processes.start()
     print(
         json.dumps({"started": True, "name": name, "federation": federation, "pid": os.getpid()})
@@ -1302,6 +1310,11 @@ def _stop(status_file: Path, what: str, as_json: bool) -> int:
 
 def _client_stop(arguments: argparse.Namespace) -> int:
     return _stop(_places(arguments).status, "client", arguments.json)
+
+
+def _faults(status: Mapping[str, Any] | None) -> dict[str, str]:
+    """Returns a row for each chore that could not be done the last time."""
+    return {name: f"failed, and is tried again: {words}" for name, words in (status or {}).get("faults", {}).items()}
 
 
 def _parts_table(status: Mapping[str, Any] | None) -> Any:
@@ -1373,6 +1386,7 @@ def _client_status(arguments: argparse.Namespace) -> int:
         "isolation": {"verdict": found.apart.value, "words": found.words, "fix": found.fix},
         "rounds_answered": note.rounds if note else 0,
         "parts": status["parts"] if status else {},
+        "faults": status.get("faults", {}) if status else {},
         "spent": account.spent,
         "budget": account.grant.epsilon,
         "delta": account.grant.delta,
@@ -1389,6 +1403,7 @@ def _client_status(arguments: argparse.Namespace) -> int:
         if status
         else (f"the worker alone, pid {note.pid}" if note else "no; start it with: tacit client start"),
         "isolation": found.words,
+        **_faults(status),
         "spent": f"epsilon {_epsilon(account.spent)} of {_epsilon(account.grant.epsilon)} at delta "
         f"{account.grant.delta:g}, in {account.charges} charges",
         "jobs": f"{len(jobs)}, {sum(job['decision'] == 'waiting' for job in jobs)} of them wait for a decision",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -33,6 +34,10 @@ _LONGEST_PAUSE_S: Final = 30.0
 # A process that ran so long was well: the next failure is a new one.
 _WELL_S: Final = 60.0
 _TICK_S: Final = 0.1
+# What a part gets where somebody asked twice.
+_HURRIED_S: Final = 10.0
+
+_log = logging.getLogger("tacit.processes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,21 +77,77 @@ def become(part: Part) -> NoReturn:
         raise RunError(f"expected to run {part.command[0]}, got: {error.strerror}; install Tacit again") from None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chore:
+    """Something to do every so often while the parts run, such as renewing a certificate.
+
+    Attributes:
+        name: What it is called in the status and in the log.
+        do: Does it, or finds that it is not due. What it raises is logged, and it is tried again.
+        every_s: Seconds between two times.
+        again_s: Seconds until it is tried again after a failure.
+    """
+
+    name: str
+    do: Callable[[], object]
+    every_s: float = 3600.0
+    again_s: float = 300.0
+
+
+class Chores:
+    """Does chores when they are due; a failure is logged and tried again, and never ends anything."""
+
+    def __init__(self, chores: Sequence[Chore], clock: Callable[[], float] = time.monotonic) -> None:
+        """Makes the first time of each one its ``every_s`` from now.
+
+        Args:
+            chores: What to do.
+            clock: Seconds by a clock that never goes back.
+        """
+        self._chores, self._clock = list(chores), clock
+        self._due = {chore.name: clock() + chore.every_s for chore in chores}
+        self.faults: dict[str, str] = {}
+        """What kept a chore from being done the last time, by name; those that were done have none."""
+
+    def look(self) -> bool:
+        """Does what is due; returns whether a fault came or went."""
+        before = dict(self.faults)
+        for chore in self._chores:
+            if self._clock() < self._due[chore.name]:
+                continue
+            try:
+                chore.do()
+            except Exception as error:
+                self.faults[chore.name] = str(error)[:500] or type(error).__name__
+                _log.exception("%s failed; it is tried again in %g s", chore.name, chore.again_s)
+                self._due[chore.name] = self._clock() + chore.again_s
+            else:
+                if self.faults.pop(chore.name, None) is not None:
+                    _log.info("%s is done at last", chore.name)
+                self._due[chore.name] = self._clock() + chore.every_s
+        return self.faults != before
+
+
 class Processes:
     """Keeps parts running until it is told to stop, and says in a file how they are.
 
     A part that ends is started again, after a pause that doubles with every failure. The status file says for each
     part: its process id, since when it runs, how often it was started again, and how it ended last.
+
+    Asked to stop, it gives each part the time that the part needs to finish what it is at; asked twice, ten seconds.
     """
 
-    def __init__(self, parts: Sequence[Part], *, logs: Path, status: Path) -> None:
+    def __init__(self, parts: Sequence[Part], *, logs: Path, status: Path, chores: Sequence[Chore] = ()) -> None:
         """Prepares the parts, in the order in which they are started; they are ended in the reverse order.
 
         Args:
             parts: What to run.
             logs: Folder of the logs, one ``NAME.log`` for each part, mode 0600.
             status: File that says how they are.
+            chores: What to do every so often meanwhile, in a thread of its own: one that waits for an answer over the
+                network must not keep a part from being started again.
         """
+        self._chores = Chores(chores)
         self._parts, self._logs, self._status = list(parts), logs, status
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._began: dict[str, float] = {}
@@ -94,10 +155,17 @@ class Processes:
         self._ended: dict[str, str] = {}
         self._due: dict[str, float] = {}
         self._pauses = dict.fromkeys((part.name for part in parts), _FIRST_PAUSE_S)
-        self._stop = threading.Event()
+        self._stop, self._hurry = threading.Event(), threading.Event()
+
+    @property
+    def restarts(self) -> Mapping[str, int]:
+        """How often each part was started again, by its name."""
+        return dict(self._restarts)
 
     def stop(self) -> None:
-        """Asks the parts to end; `run` returns when they have."""
+        """Asks the parts to end; `run` returns when they have. Asked again, they get ten seconds at most."""
+        if self._stop.is_set():
+            self._hurry.set()
         self._stop.set()
 
     def start(self, patience_s: float = 60.0) -> None:
@@ -120,12 +188,19 @@ class Processes:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.stop())
+        threading.Thread(target=self._do_chores, daemon=True).start()
+        faults: Mapping[str, str] = {}
         try:
             while not self._stop.wait(_TICK_S):
-                if self._look_after():
+                if self._look_after() or self._chores.faults != faults:
+                    faults = dict(self._chores.faults)
                     self._tell()
         finally:
             self.end()
+
+    def _do_chores(self) -> None:
+        while not self._stop.wait(_TICK_S):
+            self._chores.look()
 
     def _spawn(self, part: Part) -> None:
         self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -189,11 +264,14 @@ class Processes:
             if child is None or child.poll() is not None:
                 continue
             child.terminate()
-            try:
-                child.wait(part.grace_s)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            began = time.monotonic()
+            while child.poll() is None:
+                waited = time.monotonic() - began
+                if waited > (min(_HURRIED_S, part.grace_s) if self._hurry.is_set() else part.grace_s):
+                    child.kill()
+                    child.wait()
+                    break
+                time.sleep(0.02)
         self._children = {name: child for name, child in self._children.items() if child.poll() is None}
         self._status.unlink(missing_ok=True)
 
@@ -208,7 +286,8 @@ class Processes:
             }
             for part in self._parts
         }
-        write_whole(self._status, json.dumps({"pid": os.getpid(), "parts": told}, indent=2).encode(), durable=False)
+        whole = {"pid": os.getpid(), "parts": told, "faults": dict(self._chores.faults)}
+        write_whole(self._status, json.dumps(whole, indent=2).encode(), durable=False)
 
 
 def read_status(path: Path) -> dict[str, object] | None:
