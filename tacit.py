@@ -1161,8 +1161,9 @@ def _work_pages(acts: Any) -> None:
         made.add_argument("--json", action="store_true", help="one JSON object, for programs")
         return made
 
-    act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C")
-    act("stop", "end what start runs; the round that is on is finished first")
+    _metrics_flag(act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C"))
+    stop = act("stop", "end what start runs; the round that is on is finished first")
+    stop.add_argument("--now", action="store_true", help="wait for no round; it is spent, and may be lost")
     act("status", "show what runs, which jobs were offered, and what is left of the budget")
     act("jobs", "show the jobs that were offered, and what was decided")
     for name, text in (
@@ -1189,6 +1190,12 @@ def _work_pages(acts: Any) -> None:
         made.add_argument(
             "--socket", metavar="FILE", type=Path, help="where the two meet (default: run/worker.sock in the home)"
         )
+
+
+def _metrics_flag(page: Any) -> None:
+    page.add_argument(
+        "--metrics", metavar="HOST:PORT", help="serve figures for Prometheus there; a port alone is one on loopback"
+    )
 
 
 def _units_flags(page: Any) -> None:
@@ -1253,7 +1260,7 @@ def _log_to_stderr() -> None:
 def _client_start(arguments: argparse.Namespace) -> int:
     from clients.isolation import read_note
     from clients.join import renew_when_due
-    from clients.services import parts_of
+    from clients.services import figures_of, parts_of
     from privacy.errors import IdentityError
     from privacy.processes import Chore, Processes, read_status
 
@@ -1272,14 +1279,41 @@ def _client_start(arguments: argparse.Namespace) -> int:
     renewal = Chore(name="renewal", do=lambda: renew_when_due(places.home, version=__version__), every_s=300)
     processes = Processes(parts_of(places), logs=places.logs, status=places.status, chores=[renewal])
     processes.start()
+    with _metrics(arguments, processes, loopback=True, collect=lambda: figures_of(places.home)) as shown:
+        _say_started_client(arguments, name, federation, places, shown)
+        processes.run()
+    return 0
+
+
+def _say_started_client(arguments: argparse.Namespace, name: str, federation: str, places: Any, shown: str) -> None:
     print(
         json.dumps({"started": True, "name": name, "federation": federation, "pid": os.getpid()})
         if arguments.json
-        else f"{name} takes part in {federation}; logs in {_short(str(places.logs))}; Ctrl-C ends it",
+        else f"{name} takes part in {federation}; logs in {_short(str(places.logs))}{shown}; Ctrl-C ends it",
         flush=True,
     )
-    processes.run()
-    return 0
+
+
+@contextmanager
+def _metrics(arguments: argparse.Namespace, processes: Any, *, loopback: bool, collect: Any) -> Iterator[str]:
+    """Serves metrics while the block lasts, where they were asked for; yields words that say so."""
+    if arguments.metrics is None:
+        yield ""
+        return
+    from privacy.exposition import Exposition, of_processes, place
+
+    def figures() -> list[Any]:
+        return [*of_processes(processes.restarts, processes.running, len(processes.faults)), *collect()]
+
+    try:
+        shown = Exposition(*place(arguments.metrics, loopback=loopback), figures)
+    except BaseException:
+        processes.end()
+        raise
+    try:
+        yield f"; metrics at port {shown.port}"
+    finally:
+        shown.close()
 
 
 def _require_stopped(status: Mapping[str, object] | None, what: str) -> None:
@@ -1289,7 +1323,7 @@ def _require_stopped(status: Mapping[str, object] | None, what: str) -> None:
         raise RunError(f"expected no {what} to run here yet, got one (pid {status['pid']}); tacit {what} stop ends it")
 
 
-def _stop(status_file: Path, what: str, as_json: bool) -> int:
+def _stop(status_file: Path, what: str, as_json: bool, *, patience_s: float = 120.0, now: bool = False) -> int:
     import signal
 
     from privacy.errors import RunError
@@ -1298,18 +1332,25 @@ def _stop(status_file: Path, what: str, as_json: bool) -> int:
     status = read_status(status_file)
     if status is None:
         raise RunError(f"expected a {what} that runs here, got none; nothing to stop")
-    os.kill(int(str(status["pid"])), signal.SIGTERM)
-    deadline = time.monotonic() + 120
+    for word in range(1 + now):
+        # Told twice, it waits for no round.
+        time.sleep(0.5 * word)
+        with suppress(ProcessLookupError):
+            os.kill(int(str(status["pid"])), signal.SIGTERM)
+    deadline = time.monotonic() + patience_s
     while read_status(status_file) is not None:
         if time.monotonic() > deadline:
-            raise RunError(f"expected the {what} to end within 2 min, got none; look into its logs")
+            raise RunError(f"expected the {what} to end within {patience_s:g} s, got none; look into its logs")
         time.sleep(0.1)
     print(json.dumps({"stopped": True}) if as_json else f"the {what} is stopped")
     return 0
 
 
 def _client_stop(arguments: argparse.Namespace) -> int:
-    return _stop(_places(arguments).status, "client", arguments.json)
+    from clients.services import ROUND_S
+
+    patience_s = 120.0 if arguments.now else ROUND_S + 120.0
+    return _stop(_places(arguments).status, "client", arguments.json, patience_s=patience_s, now=arguments.now)
 
 
 def _faults(status: Mapping[str, Any] | None) -> dict[str, str]:
@@ -1914,6 +1955,7 @@ def _server_page(kinds: Any) -> None:
         "--listen", metavar="HOST:PORT", help="where to listen (default: the enrolment port, everywhere)"
     )
     start = act("start", "run the relay, the gateway and the enrolment, until Ctrl-C")
+    _metrics_flag(start)
     act("stop", "end what start runs")
     act("status", "show what runs, who is enrolled, and who is connected")
     act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
@@ -1970,7 +2012,7 @@ def _server_places(arguments: argparse.Namespace) -> Any:
 def _server_start(arguments: argparse.Namespace) -> int:
     from privacy.identity.authority import Authority
     from privacy.processes import Processes, read_status
-    from server.services import parts_of
+    from server.services import figures_of, parts_of
 
     places = _server_places(arguments)
     home, passphrase = places.home, _passphrase(arguments)
@@ -1988,8 +2030,9 @@ def _server_start(arguments: argparse.Namespace) -> int:
         f"logs in {_short(str(places.logs))}; Ctrl-C ends it"
         + ("\nrelay = server: one user of this machine reads both folders, so the relay counts as the server" * same)
     )
-    print(json.dumps(told) if arguments.json else words, flush=True)
-    processes.run()
+    with _metrics(arguments, processes, loopback=False, collect=lambda: figures_of(places)) as shown:
+        print(json.dumps(told) if arguments.json else words + shown, flush=True)
+        processes.run()
     return 0
 
 
@@ -2000,7 +2043,7 @@ def _server_stop(arguments: argparse.Namespace) -> int:
 def _server_status(arguments: argparse.Namespace) -> int:
     from privacy.errors import RunError
     from privacy.processes import read_status
-    from server.services import connected
+    from server.services import connected, job_of
 
     places = _server_places(arguments)
     status = read_status(places.status)
@@ -2008,11 +2051,14 @@ def _server_status(arguments: argparse.Namespace) -> int:
         members: list[dict[str, Any]] = connected(places) if status else []
     except RunError as error:
         members = [{"name": "unknown", "connected": False, "words": str(error)}]
+    job = job_of(places)
     told = {
         "federation": places.home.settings.name,
         "running": status is not None,
         "parts": status["parts"] if status else {},
+        "faults": status.get("faults", {}) if status else {},
         "members": members,
+        "job": job,
     }
     if arguments.json:
         print(json.dumps(told))
@@ -2025,6 +2071,8 @@ def _server_status(arguments: argparse.Namespace) -> int:
             "runs": f"yes, pid {status['pid']}" if status else "no; start it with: tacit server start",
             "connected": ", ".join(one["name"] for one in members if one["connected"]) or "nobody",
             "away": ", ".join(one["name"] for one in members if not one["connected"]) or "nobody",
+            **_faults(status),
+            **_job_rows(job),
         },
     )
     if status:
@@ -2033,17 +2081,41 @@ def _server_status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# What an operator does where a client answers a job with one of these words.
+_REMEDIES: Final = {
+    "other-program": "runs another Tacit than this server; bring both to one version",
+    "other-task": "joined with another task, or its data has another shape",
+    "refused": "was refused by its holder",
+    "waiting": "waits for its holder's decision",
+}
+
+
+def _job_rows(job: Mapping[str, Any] | None) -> dict[str, str]:
+    """Returns what the last job said, for people."""
+    if job is None:
+        return {}
+    state = job["status"] if job["on"] or job["status"] not in ("waiting", "running") else "ended without a word"
+    words = f"; {job['words']}" if job.get("words") else ""
+    rows = {"job": f"{str(job['job'])[:12]}, {job['task']}, round {job['round']} of {job['rounds']}: {state}{words}"}
+    said = [
+        f"{name}: {word}" + f" ({_REMEDIES.get(word)})" * (word in _REMEDIES) for name, word in job["members"].items()
+    ]
+    return rows | ({"said": "; ".join(said)} if said else {})
+
+
 def _server_gateway(arguments: argparse.Namespace) -> int:
     import threading
 
     from server.gateway import run
-    from server.services import Roster, gateway_of
+    from server.services import Counted, Roster, gateway_of
 
     _log_to_stderr()
     places, stop = _server_places(arguments), threading.Event()
-    threading.Thread(target=Roster(places).keep, args=(stop,), daemon=True).start()
+    gateway = gateway_of(places)
+    for keep in (Roster(places).keep, Counted(places, gateway).keep):
+        threading.Thread(target=keep, args=(stop,), daemon=True).start()
     try:
-        run(gateway_of(places))
+        run(gateway)
     finally:
         stop.set()
     return 0

@@ -162,6 +162,16 @@ class Processes:
         """How often each part was started again, by its name."""
         return dict(self._restarts)
 
+    @property
+    def running(self) -> Mapping[str, bool]:
+        """Which parts run, by their names."""
+        return {name: child.poll() is None for name, child in dict(self._children).items()}
+
+    @property
+    def faults(self) -> Mapping[str, str]:
+        """What kept chores from being done the last time, by their names."""
+        return dict(self._chores.faults)
+
     def stop(self) -> None:
         """Asks the parts to end; `run` returns when they have. Asked again, they get ten seconds at most."""
         if self._stop.is_set():
