@@ -1137,6 +1137,7 @@ def _client(arguments: argparse.Namespace) -> int:
         "start": _client_start,
         "stop": _client_stop,
         "status": _client_status,
+        "logs": _client_logs,
         "jobs": _client_jobs,
         "plan": _client_plan,
         "approve": _client_approve,
@@ -1165,6 +1166,9 @@ def _work_pages(acts: Any) -> None:
     stop = act("stop", "end what start runs; the round that is on is finished first")
     stop.add_argument("--now", action="store_true", help="wait for no round; it is spent, and may be lost")
     act("status", "show what runs, which jobs were offered, and what is left of the budget")
+    _logs_page(
+        act("logs", "show what the processes wrote; holder: the sealed log, which alone says what concerns data")
+    )
     act("jobs", "show the jobs that were offered, and what was decided")
     for name, text in (
         ("plan", "show what one job asks, and what it would cost"),
@@ -1351,6 +1355,65 @@ def _client_stop(arguments: argparse.Namespace) -> int:
 
     patience_s = 120.0 if arguments.now else ROUND_S + 120.0
     return _stop(_places(arguments).status, "client", arguments.json, patience_s=patience_s, now=arguments.now)
+
+
+def _logs_page(page: Any) -> None:
+    page.add_argument("name", nargs="?", metavar="NAME", help="one process (default: all)")
+    page.add_argument("--lines", metavar="N", type=int, default=20, help="how many of each (default 20)")
+    page.add_argument("--follow", action="store_true", help="go on with what is written, until Ctrl-C")
+
+
+def _show_logs(arguments: argparse.Namespace, folder: Path) -> int:
+    """Shows the ends of the parts' logs, each line after the name of its process."""
+    from privacy.errors import RunError
+    from privacy.processes import tail
+
+    there = sorted(path.stem for path in folder.glob("*.log"))
+    names = [name for name in there if arguments.name in (None, name)]
+    if not names:
+        raise RunError(
+            f"expected a log in {_short(str(folder))}, got {arguments.name or 'none'}; there is: "
+            f"{', '.join(there) or 'nothing yet'}"
+        )
+    shown = {name: tail(folder / f"{name}.log", max(1, arguments.lines)) for name in names}
+    if arguments.json:
+        print(json.dumps(shown))
+        return 0
+    width = max(map(len, names))
+    for name, lines in shown.items():
+        for line in lines:
+            print(f"{name:<{width}}  {line}")
+    places = {name: (folder / f"{name}.log").stat().st_size for name in names}
+    with suppress(KeyboardInterrupt):
+        while arguments.follow:
+            time.sleep(0.5)
+            for name, place in places.items():
+                size = (folder / f"{name}.log").stat().st_size
+                if size != place:
+                    # A log that was begun anew is shown from there.
+                    grown = size - place if size > place else size
+                    for line in tail(folder / f"{name}.log", _lines_in(folder / f"{name}.log", grown)):
+                        print(f"{name:<{width}}  {line}", flush=True)
+                    places[name] = size
+    return 0
+
+
+def _lines_in(path: Path, last_bytes: int) -> int:
+    """Returns how many lines the last bytes of a file hold."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+        return max(1, file.read().count(b"\n"))
+
+
+def _client_logs(arguments: argparse.Namespace) -> int:
+    if arguments.name == "holder":
+        from privacy.vault import read_log
+
+        home = _client_home(arguments)
+        lines = list(read_log(home.folder / "log", home.secret()))[-max(1, arguments.lines) :]
+        print(json.dumps({"holder": lines}) if arguments.json else "\n".join(lines))
+        return 0
+    return _show_logs(arguments, _places(arguments).logs)
 
 
 def _faults(status: Mapping[str, Any] | None) -> dict[str, str]:
@@ -1958,6 +2021,7 @@ def _server_page(kinds: Any) -> None:
     _metrics_flag(start)
     act("stop", "end what start runs")
     act("status", "show what runs, who is enrolled, and who is connected")
+    _logs_page(act("logs", "show what the processes wrote"))
     act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
     act("relay", "run the relay alone, under a user who may read no key of the server's")
     prepare = act("prepare", "choose ports and make certificates for parts that are started one by one")
@@ -1987,6 +2051,7 @@ def _server(arguments: argparse.Namespace) -> int:
         "start": _server_start,
         "stop": _server_stop,
         "status": _server_status,
+        "logs": _server_logs,
         "gateway": _server_gateway,
         "relay": _server_relay,
         "prepare": _server_prepare,
@@ -2038,6 +2103,10 @@ def _server_start(arguments: argparse.Namespace) -> int:
 
 def _server_stop(arguments: argparse.Namespace) -> int:
     return _stop(_server_places(arguments).status, "server", arguments.json)
+
+
+def _server_logs(arguments: argparse.Namespace) -> int:
+    return _show_logs(arguments, _server_places(arguments).logs)
 
 
 def _server_status(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,8 @@ import dataclasses
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -36,6 +38,11 @@ _WELL_S: Final = 60.0
 _TICK_S: Final = 0.1
 # What a part gets where somebody asked twice.
 _HURRIED_S: Final = 10.0
+# A log that is longer becomes NAME.log.1, in place of the one before.
+MOST_LOG_BYTES: Final = 8 * 1024 * 1024
+_LOG_LOOK_S: Final = 5.0
+
+_ESCAPE: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 _log = logging.getLogger("tacit.processes")
 
@@ -57,6 +64,41 @@ class Part:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ready: Callable[[], bool] | None = None
     grace_s: float = 10.0
+
+
+def shorten(path: Path, most_bytes: int = MOST_LOG_BYTES) -> bool:
+    """Puts a log that is too long aside as ``NAME.1`` and begins it anew; a full disk changes nothing.
+
+    The process that writes it keeps it open, for appending: it goes on at the new beginning. What it writes in the
+    moment between the two is lost.
+
+    Returns:
+        Whether it was too long.
+    """
+    try:
+        if path.stat().st_size <= most_bytes:
+            return False
+        older = path.with_name(f"{path.name}.1")
+        with open(path, "rb") as log, open(os.open(older, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            shutil.copyfileobj(log, file)
+        os.truncate(path, 0)
+    except OSError as error:
+        _log.warning("the log %s could not be begun anew: %s", path.name, error.strerror)
+        return False
+    return True
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """Returns the last lines of a log, as a person can read them; none where there is no log."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - lines * 400))
+            content = file.read()
+    except OSError:
+        return []
+    # No colours, and nothing that could move a terminal's cursor: some of it was said by others.
+    text = _ESCAPE.sub("", content.decode(errors="replace"))
+    return ["".join(c for c in line if c.isprintable() or c == "\t") for line in text.splitlines()[-lines:]]
 
 
 def environment_of(part: Part) -> dict[str, str]:
@@ -201,7 +243,12 @@ class Processes:
         threading.Thread(target=self._do_chores, daemon=True).start()
         faults: Mapping[str, str] = {}
         try:
+            looked = time.monotonic()
             while not self._stop.wait(_TICK_S):
+                if time.monotonic() - looked >= _LOG_LOOK_S:
+                    looked = time.monotonic()
+                    for part in self._parts:
+                        shorten(self._logs / f"{part.name}.log")
                 if self._look_after() or self._chores.faults != faults:
                     faults = dict(self._chores.faults)
                     self._tell()

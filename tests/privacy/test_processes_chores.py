@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from privacy.errors import RunError
-from privacy.processes import Chore, Chores, Part, Processes, read_status
+from privacy.processes import Chore, Chores, Part, Processes, read_status, shorten, tail
 
 
 class Clock:
@@ -141,3 +141,45 @@ def test_a_part_that_takes_longer_than_its_grace_or_when_asked_twice_is_killed(
         thread.join(10)
         assert not thread.is_alive()
         assert (tmp_path / "file").read_text() == "ready"
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+WRITES = """
+import sys, time
+for number in range(400):
+    print(f"line {number} " + 90 * "x", flush=True)
+    time.sleep(0.005)
+time.sleep(60)
+"""
+
+
+def test_a_log_that_grows_too_long_begins_anew_while_its_process_goes_on_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("privacy.processes._LOG_LOOK_S", 0.1)
+    monkeypatch.setattr("privacy.processes.shorten.__defaults__", (10_000,))
+    processes, thread = started(tmp_path, Part(name="writer", command=[sys.executable, "-c", WRITES]), chores=[])
+    log = tmp_path / "logs" / "writer.log"
+    try:
+        until(lambda: "line 399" in log.read_text(), 20)
+        kept = sum(path.stat().st_size for path in log.parent.iterdir())
+        assert kept < 40_000
+        assert log.with_name("writer.log.1").stat().st_mode & 0o777 == 0o600
+        # It goes on at the new beginning: no hole where the old lines were.
+        assert b"\0" not in log.read_bytes()
+    finally:
+        processes.stop()
+        thread.join(20)
+
+
+def test_a_short_log_stays_and_a_tail_is_plain_text(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    assert not shorten(log)
+    assert tail(log, 3) == []
+    log.write_bytes(b"one\n\x1b[92mtwo\x1b[0m\nthr\x07ee\nfour\n")
+    assert not shorten(log)
+    assert tail(log, 3) == ["two", "three", "four"]
+    assert shorten(log, 5)
+    assert log.read_bytes() == b""
+    assert b"four" in (tmp_path / "a.log.1").read_bytes()
