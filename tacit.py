@@ -1166,9 +1166,7 @@ def _work_pages(acts: Any) -> None:
     stop = act("stop", "end what start runs; the round that is on is finished first")
     stop.add_argument("--now", action="store_true", help="wait for no round; it is spent, and may be lost")
     act("status", "show what runs, which jobs were offered, and what is left of the budget")
-    _logs_page(
-        act("logs", "show what the processes wrote; holder: the sealed log, which alone says what concerns data")
-    )
+    _logs_page(act("logs", "show what the processes wrote; holder: the sealed log, which says what concerns data"))
     act("jobs", "show the jobs that were offered, and what was decided")
     for name, text in (
         ("plan", "show what one job asks, and what it would cost"),
