@@ -202,7 +202,7 @@ def look(home: ClientHome, *, processes: Mapping[str, int] | None = None) -> Iso
         words += (
             "; they may be in another container" if note is not None else "; tacit client start runs all under one user"
         )
-        return Isolation(Apart.UNKNOWN, words, "look again when a job has begun: tacit client status. " + _FIX)
+        return Isolation(Apart.UNKNOWN, words, f"look again when a job has begun; {_FIX}")
     names = ", ".join(sorted({_named(user) for _, user in users}))
     return Isolation(Apart.YES, f"courier and SuperNode run under {names}, who can read nothing of {_named(owner)}'s")
 
