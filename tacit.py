@@ -1503,7 +1503,7 @@ def _client_status(arguments: argparse.Namespace) -> int:
         "client": f"{settings.name} of {settings.federation}",
         "runs": f"yes, pid {status['pid']}"
         if status
-        else (f"the worker alone, pid {note.pid}" if note else "no; start it with: tacit client start"),
+        else (f"yes, its worker has pid {note.pid}" if note else "no; start it with: tacit client start"),
         "isolation": found.words,
         **_faults(status),
         "spent": f"epsilon {_epsilon(account.spent)} of {_epsilon(account.grant.epsilon)} at delta "

@@ -111,7 +111,7 @@ COPY simulations ./simulations
 # The versions that Tacit was tested with, and no others.
 RUN pip install --no-cache-dir --constraint constraints.txt .
 WORKDIR /
-ENV FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
 # Never root: a command that needs another user says so in the compose file.
 USER 10001:10001
 ENTRYPOINT []
