@@ -186,10 +186,10 @@ def look(home: ClientHome, *, processes: Mapping[str, int] | None = None) -> Iso
     if note is not None:
         users |= {("courier", user) for user in note.callers}
     if same := sorted({name for name, user in users if user in (owner, 0)}):
-        who = "root, who reads everything" if any(user == 0 != owner for _, user in users) else f"{_named(owner)}, too"
-        return Isolation(
-            Apart.NO, f"{' and '.join(same)} run under the user who owns the data ({who}): not apart", _FIX
+        who = (
+            _named(owner) + ", who owns the data" if any(user == owner for _, user in users) else "root, who reads all"
         )
+        return Isolation(Apart.NO, f"{' and '.join(same)} run under {who}: not apart", _FIX)
     secret = [home.folder, home.folder / "keys" / "application.key", Path(settings.ledger)]
     secret += [Path(settings.data)] if settings.data else []
     for _, user in sorted(users):

@@ -53,6 +53,8 @@ PAPERS: Final = "papers"
 _MOST_TERMS_BYTES: Final = 64 * 1024
 # A receipt's text is shorter: see `privacy.ledger`.
 _MOST_RECEIPT: Final = "r" * 16 * 1024
+# Seconds until a caller at the socket says something.
+_FIRST_BYTE_S: Final = 30.0
 
 _log = private_logger("tacit.client")
 
@@ -342,6 +344,10 @@ class Doorway:
                 continue
             with channel:
                 try:
+                    channel.settimeout(_FIRST_BYTE_S)
+                    if not channel.recv(1, socket.MSG_PEEK):
+                        # Somebody looked whether we are there.
+                        continue
                     letter = read_letter(channel)
                 except (ValueError, TypeError, KeyError, OSError):
                     _log.exception("something that is no letter was handed in")
