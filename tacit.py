@@ -2110,18 +2110,22 @@ def _server_logs(arguments: argparse.Namespace) -> int:
 def _server_status(arguments: argparse.Namespace) -> int:
     from privacy.errors import RunError
     from privacy.processes import read_status
-    from server.services import connected, job_of
+    from server.services import answers, connected, job_of
 
     places = _server_places(arguments)
     status = read_status(places.status)
+    relay = False
+    with suppress(RunError):
+        # Parts that units or containers keep up have no supervisor of ours.
+        relay = answers("127.0.0.1", places.port)
     try:
-        members: list[dict[str, Any]] = connected(places) if status else []
+        members: list[dict[str, Any]] = connected(places) if relay else []
     except RunError as error:
         members = [{"name": "unknown", "connected": False, "words": str(error)}]
     job = job_of(places)
     told = {
         "federation": places.home.settings.name,
-        "running": status is not None,
+        "running": status is not None or relay,
         "parts": status["parts"] if status else {},
         "faults": status.get("faults", {}) if status else {},
         "members": members,
@@ -2135,7 +2139,9 @@ def _server_status(arguments: argparse.Namespace) -> int:
         console,
         {
             "federation": places.home.settings.name,
-            "runs": f"yes, pid {status['pid']}" if status else "no; start it with: tacit server start",
+            "runs": f"yes, pid {status['pid']}"
+            if status
+            else ("yes, its relay answers" if relay else "no; start it with: tacit server start"),
             "connected": ", ".join(one["name"] for one in members if one["connected"]) or "nobody",
             "away": ", ".join(one["name"] for one in members if not one["connected"]) or "nobody",
             **_faults(status),
