@@ -4,8 +4,8 @@ Everything heavy is imported where it is used, so that ``tacit --help`` and ``im
 of a second: neither PyTorch nor Flower nor Opacus is loaded before a job starts.
 
 Exit codes: 0 done, 1 unexpected, 2 bad plan or flag, 3 bad data, 4 bad ledger, 5 budget exceeded, 6 run
-folder, engine or disk, 7 an audit contradicts a promise, 10 an invitation, key or certificate is refused, 130
-stopped with Ctrl-C (and resumable).
+folder, engine or disk, 7 an audit contradicts a promise, 8 a sealed file or its keys, 9 a sealed message, 10 an
+invitation, key or certificate is refused, 130 stopped with Ctrl-C (and resumable).
 """
 
 from __future__ import annotations
@@ -131,6 +131,21 @@ is yours to set, whatever the invitation asks for. Data, disk, versions and perm
 fault costs no invitation; the server, clocks and certificates afterwards.
 """
 
+_VAULT: Final = """\
+Seal files and folders, so that who copies or finds them learns nothing; a data set that is sealed is trained on as it
+is. Passphrases are asked for, or come from --passphrase-file, TACIT_VAULT_PASSPHRASE_FILE or TACIT_VAULT_PASSPHRASE;
+keys come from --keys or TACIT_VAULT_KEYS.
+"""
+
+_VAULT_EXAMPLES: Final = """\
+examples:
+  tacit vault keygen keys                       a keyring, sealed if a passphrase is given
+  tacit vault encrypt clinic --keys keys        the folder clinic as one file, clinic.sealed
+  tacit vault decrypt clinic.sealed --keys keys
+  tacit vault rotate . --keys keys --new-key    a new key for every sealed file below; started again, it goes on
+  tacit vault inspect clinic.sealed             what it is, and for which keys
+"""
+
 _METAVARS: Final = {str: "TEXT", int: "N", float: "X"}
 
 
@@ -215,6 +230,7 @@ def _dispatch(argv: list[str]) -> int:
         "audit": _audit,
         "client": _client,
         "server": _server,
+        "vault": _vault,
         "tasks": _tasks,
     }
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
@@ -228,6 +244,7 @@ def _dispatch(argv: list[str]) -> int:
     _audit_page(kinds)
     _client_page(kinds)
     _server_page(kinds)
+    _vault_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
     if not argv:
@@ -317,6 +334,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
         raise PlanError("expected --app-config only with --app DIR, got no --app; a task takes flags instead")
     flags = _flags(arguments)
+    if flags.get("vault"):
+        # A run may be resumed from another folder.
+        flags["vault"] = str(Path(str(flags["vault"])).expanduser().resolve())
     if arguments.resume is not None:
         scenario = _resumed(arguments.resume, arguments.scenario, flags)
     else:
@@ -2078,7 +2098,7 @@ def _server_start(arguments: argparse.Namespace) -> int:
     from server.services import figures_of, parts_of
 
     places = _server_places(arguments)
-    home, passphrase = places.home, _passphrase(arguments)
+    home, passphrase = places.home, _authority_passphrase(arguments)
     # Here, where somebody reads it: the enrolment would only write it to its log.
     home.renew(Authority.read(home.folder / "authority", passphrase), now=time.time())
     _require_stopped(read_status(places.status), "server")
@@ -2229,6 +2249,10 @@ def _server_run(arguments: argparse.Namespace) -> int:
         scenario = _resumed(arguments.resume, arguments.scenario, flags)
     else:
         scenario = Scenario.layered(arguments.scenario, flags)
+    import logging
+
+    # Flower tells of every connection; what matters here is in the rounds.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     silent = arguments.json or arguments.quiet
     display = _Silent() if silent else _Display(scenario)
     stop = _until_stopped()
@@ -2264,7 +2288,7 @@ def _server_folder(arguments: argparse.Namespace) -> Path:
     return Path(arguments.home or default_home()).expanduser().absolute()
 
 
-def _passphrase(arguments: argparse.Namespace) -> str:
+def _authority_passphrase(arguments: argparse.Namespace) -> str:
     if arguments.passphrase_file is None:
         return os.environ.get("TACIT_PASSPHRASE", "")
     from privacy.identity.authority import read_private
@@ -2279,7 +2303,7 @@ def _server_init(arguments: argparse.Namespace) -> int:
     addresses = [Address.parse(text) for text in arguments.address]
     port = arguments.enrol_port if arguments.enrol_port is not None else addresses[0].port + 1
     enrol = [Address.parse(str(Address(host, port))) for host in dict.fromkeys(one.host for one in addresses)]
-    passphrase = _passphrase(arguments)
+    passphrase = _authority_passphrase(arguments)
     home = ServerHome.create(
         _server_folder(arguments), name=arguments.name, addresses=addresses, enrol=enrol, passphrase=passphrase
     )
@@ -2381,7 +2405,7 @@ def _server_enrol(arguments: argparse.Namespace) -> int:
     from server.home import ServerHome
 
     home = ServerHome.open(_server_folder(arguments))
-    authority = Authority.read(home.folder / "authority", _passphrase(arguments))
+    authority = Authority.read(home.folder / "authority", _authority_passphrase(arguments))
     at = Address.parse(arguments.listen) if arguments.listen else Address("", home.settings.enrol[0].port)
     listener = listen(at.host, at.port)
     if not arguments.json:
@@ -2393,6 +2417,293 @@ def _server_enrol(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     serve(home, authority, listener, stop=stop)
     return 0
+
+
+def _vault_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "vault",
+        help="seal files and folders, open them, change their keys",
+        description=_VAULT,
+        epilog=_VAULT_EXAMPLES,
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    acts = page.add_subparsers(title="verbs", dest="act", metavar="VERB", required=True, parser_class=_Parser)
+
+    def act(name: str, text: str, place: str, told: str, *, many: bool = False) -> Any:
+        made = acts.add_parser(name, help=text, description=text, formatter_class=_Page, allow_abbrev=False)
+        made.add_argument(place.lower(), metavar=place, type=Path, help=told, **({"nargs": "+"} if many else {}))
+        made.add_argument("--json", action="store_true", help="one JSON object, for programs")
+        made.add_argument("--passphrase-file", metavar="FILE", type=Path, help="private file that holds a passphrase")
+        if name != "keygen":
+            made.add_argument("--keys", metavar="KEYS", type=Path, help="file of keys (default TACIT_VAULT_KEYS)")
+        return made
+
+    made = act("keygen", "make a file of keys, mode 0600", "KEYS", "where")
+    made.add_argument("--passphrase", action="store_true", help="ask for a passphrase to seal it under")
+    made.add_argument("--recovery", action="store_true", help="a recovery key; its public half goes to KEYS.pub")
+    made = act("encrypt", "seal a file, or a folder as one file", "PATH", "what; it stays where it is")
+    made.add_argument("--out", metavar="FILE", type=Path, help="where (default PATH.sealed)")
+    made.add_argument("--passphrase", action="store_true", help="ask for a passphrase to seal under, without keys")
+    made.add_argument(
+        "--recovery", metavar="FILE", type=Path, action="append", default=[], help="public recovery key; repeatable"
+    )
+    made.add_argument("--purpose", metavar="WORD", default="data", help="what it is for (default data)")
+    made.add_argument("--run", metavar="TEXT", default="", help="the run that it belongs to")
+    made.add_argument("--replace", action="store_true", help="replace a sealed file: its next generation")
+    made = act("decrypt", "open a sealed file; it appears once all of it was verified", "FILE", "the sealed file")
+    made.add_argument("--out", metavar="PATH", type=Path, help="where (default FILE without .sealed)")
+    made.add_argument("--purpose", metavar="WORD", help="what it must be for")
+    made.add_argument("--object", metavar="HEX", help="which object it must be")
+    made.add_argument("--run", metavar="TEXT", help="which run it must belong to")
+    made.add_argument("--generation", metavar="N", type=int, default=0, help="which generation it must be")
+    made.add_argument("--at-least", metavar="N", type=int, default=0, help="the oldest generation it may be")
+    made.add_argument("--replace", action="store_true", help="replace a file that is there")
+    made = act(
+        "rotate",
+        "move sealed files to the newest key; their content is not touched",
+        "PATH",
+        "sealed files, and folders of them",
+        many=True,
+    )
+    made.add_argument("--new-key", action="store_true", help="make a new key first")
+    made.add_argument("--revoke", action="store_true", help="forget the older keys, if every file was moved")
+    made.add_argument("--new-passphrase", action="store_true", help="ask for a passphrase in place of the files' own")
+    made.add_argument("--new-passphrase-file", metavar="FILE", type=Path, help="the same, from a private file")
+    made.add_argument(
+        "--recovery", metavar="FILE", type=Path, action="append", default=[], help="public recovery key to add"
+    )
+    made = act(
+        "inspect",
+        "say what sealed files are, or which keys a keyring has",
+        "PATH",
+        "sealed files, folders of them, or a keyring",
+        many=True,
+    )
+    made.add_argument("--verify", action="store_true", help="open each and check all of it")
+
+
+def _vault(arguments: argparse.Namespace) -> int:
+    acts = {
+        "keygen": _vault_keygen,
+        "encrypt": _vault_encrypt,
+        "decrypt": _vault_decrypt,
+        "rotate": _vault_rotate,
+        "inspect": _vault_inspect,
+    }
+    return acts[arguments.act](arguments)
+
+
+def _vault_keygen(arguments: argparse.Namespace) -> int:
+    from privacy.vault.command import keygen
+    from privacy.vault.unlock import passphrase_from
+
+    passphrase = passphrase_from(arguments.passphrase_file, _new_passphrase if arguments.passphrase else None)
+    told = keygen(arguments.keys, passphrase, recovery=arguments.recovery)
+    words = [f"{told['file']}: key {told['key'][:8]}, {'sealed' if told['sealed'] else 'private by its mode alone'}"]
+    if "public" in told:
+        words.append(f"{told['public']}: its public half, for --recovery; keep the private one elsewhere")
+    else:
+        words.append("Back it up: what it seals is lost without it.")
+    print(json.dumps(told) if arguments.json else "\n".join(words))
+    return 0
+
+
+def _vault_encrypt(arguments: argparse.Namespace) -> int:
+    from privacy.errors import VaultError
+    from privacy.vault.command import encrypt, recovery_in
+    from privacy.vault.keys import Keyring, Passphrase, Recipient
+
+    recipients: list[Recipient] = [recovery_in(path) for path in arguments.recovery]
+    if arguments.passphrase and arguments.keys is None:
+        recipients.append(Passphrase(_new_passphrase()))
+    else:
+        for key in _openers(arguments, required=not recipients):
+            if not isinstance(key, Keyring | Passphrase):
+                raise VaultError("expected a keyring to seal for, got a recovery key; name its .pub with --recovery")
+            recipients.append(key)
+    with _progress(arguments, "sealing", _size_of(arguments.path)) as progress:
+        told = encrypt(
+            arguments.path,
+            arguments.out,
+            recipients,
+            purpose=arguments.purpose,
+            run=arguments.run,
+            replace=arguments.replace,
+            progress=progress,
+        )
+    words = (
+        f"{told['file']}: sealed for {', '.join(told['sealed_for'])}, object {told['object'][:8]}, "
+        f"generation {told['generation']}\n{told['source']} is still there in clear."
+    )
+    print(json.dumps(told) if arguments.json else words)
+    return 0
+
+
+def _vault_decrypt(arguments: argparse.Namespace) -> int:
+    from privacy.vault.command import decrypt
+    from privacy.vault.container import Wanted
+
+    wanted = Wanted(
+        purpose=arguments.purpose,
+        object=arguments.object,
+        run=arguments.run,
+        generation=arguments.generation,
+        at_least=arguments.at_least,
+    )
+    with _progress(arguments, "opening", _size_of(arguments.file)) as progress:
+        told = decrypt(
+            arguments.file, arguments.out, _openers(arguments), wanted, replace=arguments.replace, progress=progress
+        )
+    words = f"{told['file']}: {told['content']}, generation {told['generation']}, verified; it is in clear now"
+    print(json.dumps(told) if arguments.json else words)
+    return 0
+
+
+def _vault_rotate(arguments: argparse.Namespace) -> int:
+    from privacy.errors import PlanError, VaultError
+    from privacy.vault.command import recovery_in, rotate
+    from privacy.vault.keys import Passphrase
+    from privacy.vault.unlock import passphrase_in
+
+    keys = arguments.keys or (Path(named).expanduser() if (named := os.environ.get("TACIT_VAULT_KEYS")) else None)
+    new = None
+    if arguments.new_passphrase_file is not None:
+        new = passphrase_in(arguments.new_passphrase_file)
+    elif arguments.new_passphrase:
+        new = Passphrase(_new_passphrase())
+    if keys is None and (arguments.new_key or arguments.revoke):
+        raise PlanError("expected --keys KEYS with --new-key and --revoke, got none; name the keyring")
+    with _progress(arguments, "changing keys", 0) as progress:
+        told = rotate(
+            arguments.path,
+            keys,
+            lambda: _passphrase(arguments),
+            new_key=arguments.new_key,
+            revoke=arguments.revoke,
+            new_passphrase=new,
+            recoveries=[recovery_in(path) for path in arguments.recovery],
+            progress=progress,
+        )
+    if arguments.json:
+        print(json.dumps(told))
+    else:
+        for path, sentence in told["failed"].items():
+            print(f"{path}: {sentence}", file=sys.stderr)
+        print(
+            f"{len(told['changed'])} files changed, {told['unchanged']} had the right keys, "
+            f"{len(told['failed'])} failed"
+        )
+        if told["revoked"]:
+            print(f"revoked: {', '.join(kid[:8] for kid in told['revoked'])}")
+    return VaultError.exit_code if told["failed"] else 0
+
+
+def _vault_inspect(arguments: argparse.Namespace) -> int:
+    from privacy.errors import VaultError
+    from privacy.vault.command import is_key_file, look, ring_facts
+
+    rings = {
+        str(path): ring_facts(path, lambda: _passphrase(arguments))
+        for path in arguments.path
+        if is_key_file(path) and not arguments.verify
+    }
+    paths = [path for path in arguments.path if str(path) not in rings]
+    with _progress(arguments, "looking", 0) as progress:
+        rows = look(paths, _openers(arguments) if arguments.verify else None, progress) if paths else []
+    if arguments.json:
+        print(json.dumps({"files": rows, "keyrings": rings}))
+    else:
+        console = _console()
+        for path, keys in rings.items():
+            console.print(f"{path}: keyring", soft_wrap=True)
+            _print_rows(console, {key["key"][:8]: f"{key['state']}, made {key['created']}" for key in keys})
+        for row in rows:
+            result = row["fault"] or ("whole and unaltered" if row["verified"] else "not verified")
+            console.print(f"{row['file']}: {result}", soft_wrap=True)
+            if "purpose" in row:
+                told = {
+                    "is": f"{row['purpose']}, {row['content']}, generation {row['generation']} of {row['object']}"
+                    + (f", run {row['run']}" if row["run"] else ""),
+                    "sealed for": ", ".join(row["sealed_for"]) or "nobody that can be read",
+                    "content": f"{row['content_bytes']} bytes, sealed {row['created']}",
+                }
+                if row["interrupted"]:
+                    told["keys"] = "a change of keys was interrupted; rotate goes on with it"
+                _print_rows(console, told)
+    return VaultError.exit_code if any(row["fault"] for row in rows) else 0
+
+
+def _openers(arguments: argparse.Namespace, *, required: bool = True) -> list[Any]:
+    """Returns what opens, from flags, environment or a person."""
+    from privacy.vault.unlock import openers_from
+
+    if (
+        not required
+        and arguments.keys is None
+        and not any(
+            name in os.environ for name in ("TACIT_VAULT_KEYS", "TACIT_VAULT_PASSPHRASE", "TACIT_VAULT_PASSPHRASE_FILE")
+        )
+        and arguments.passphrase_file is None
+    ):
+        return []
+    return list(openers_from(arguments.keys, lambda: _passphrase(arguments)))
+
+
+def _passphrase(arguments: argparse.Namespace) -> Any:
+    from privacy.errors import VaultError
+    from privacy.vault.unlock import passphrase_from
+
+    ask = (lambda: _asked("Passphrase: ")) if sys.stdin.isatty() else None
+    # Asked once for a command, however many files need it.
+    if not hasattr(arguments, "found_passphrase"):
+        arguments.found_passphrase = passphrase_from(arguments.passphrase_file, ask)
+    if arguments.found_passphrase is None:
+        raise VaultError(
+            "expected --keys KEYS or a passphrase, got none; use --passphrase-file FILE, TACIT_VAULT_PASSPHRASE or a "
+            "terminal"
+        )
+    return arguments.found_passphrase
+
+
+def _asked(prompt: str) -> str:
+    import getpass
+
+    return getpass.getpass(prompt, stream=sys.stderr)
+
+
+def _new_passphrase() -> str:
+    from privacy.errors import VaultError
+
+    if not sys.stdin.isatty():
+        raise VaultError("expected a terminal to ask for a passphrase, got none; use --passphrase-file FILE")
+    first = _asked("New passphrase: ")
+    if _asked("Again: ") != first:
+        raise VaultError("expected the same passphrase twice, got two; try again")
+    return first
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+@contextmanager
+def _progress(arguments: argparse.Namespace, words: str, size: int) -> Iterator[Any]:
+    """Shows a bar where a person would wait: on a terminal, for more than 64 MB or an unknown amount."""
+    if arguments.json or not sys.stderr.isatty() or 0 < size < 64_000_000:
+        yield lambda done, total: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=_console_on_errors(), transient=True) as bar:
+        task = bar.add_task(words, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _console_on_errors() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def _console() -> Console:
@@ -2451,7 +2762,9 @@ class _Display(_Silent):
         cohort = f", {scenario.cohort} asked in a round" if scenario.cohort not in (0, scenario.clients) else ""
         rows = {
             "task": scenario.task,
-            "clients": f"{scenario.clients}, {scenario.partition} partition{cohort}",
+            "clients": f"{scenario.clients}, "
+            + ("each with its own data and ledger" if "relay" in info else f"{scenario.partition} partition")
+            + cohort,
             "promise": f"epsilon {known.get('epsilon', scenario.epsilon):g} at delta {scenario.delta:g} "
             f"for each client, add or remove {_protected(scenario.unit)}",
         }
@@ -2467,7 +2780,8 @@ class _Display(_Silent):
                 f"a record joins with probability {known['sample_rate']:g}, its gradient is clipped to "
                 f"{known['l2_clip']:g}, noise {known['noise_multiplier']:.3g} x clip"
             )
-        rows["runs on"] = f"{info.get('engine', scenario.engine)} engine, {info.get('device', scenario.device)}"
+        where = f"{info.get('engine', scenario.engine)} engine, {info.get('device', scenario.device)}"
+        rows["runs on"] = f"separate machines, by the relay at {info['relay']}" if "relay" in info else where
         rows["run folder"] = _short(self.run)
         _print_rows(self.console, rows)
         self.console.print()

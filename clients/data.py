@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
+from clients.places import Place, entries_of, place_of, stream_of
 from clients.records import Records, faults, sanitize
 from clients.tables import SUFFIXES, Schema, Table, encode, parse_schema, read_schema, read_table
 from models.shape import Shape
@@ -97,13 +98,15 @@ def load_source(
         task: Its ``data`` names a built-in source or is a callable.
         data: Where the data lies: a folder or a schema file for ``table``, a folder for ``image-folder``, the
             download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``. None or "" for the others. A
-            relative path is looked for in the current folder, then in `data_folder`.
+            relative path is looked for in the current folder, then in `data_folder`. The first two may be sealed
+            (`clients.places`); they are opened in memory.
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
             in the folder's ``images.toml``.
         strict: True in a simulation: a bad record is an error. False at a data holder: it is marked invalid.
 
     Raises:
         DataError: The data is missing, is not what its schema says, or, if strict, holds a bad record.
+        VaultError: It is sealed, and there is no key for it or it was altered.
     """
     options = dict(options or {})
     known = ("size", "mode") if task.data == SourceName.IMAGE_FOLDER else ()
@@ -170,14 +173,14 @@ def _no_place(task: Task, data: str | None) -> None:
         raise DataError(f"expected no data for task {task.name!r}, which brings its own, got {data!r}; leave it out")
 
 
-def _place(task: Task, data: str | None) -> Path:
+def _place(task: Task, data: str | None) -> Place:
     """The path where a task's data lies."""
     if not data:
         raise DataError(f"expected data=PATH for task {task.name!r}, got none; say where its data lies")
     given = Path(data).expanduser()
     for path in (given, data_folder() / given):
         if path.exists():
-            return path
+            return place_of(path)
     raise DataError(f"expected data at {given} or {data_folder() / given}, found neither; check data=PATH")
 
 
@@ -264,11 +267,11 @@ def _breast_cancer() -> Source:
     )
 
 
-def _tables(path: Path, strict: bool) -> Source:
+def _tables(path: Place, strict: bool) -> Source:
     """A schema with one training file, or one file a client; and a test file, or a share to set aside."""
     schema_path = path / "schema.toml" if path.is_dir() else path
     schema = read_schema(schema_path)
-    files = sorted(file for file in schema_path.parent.iterdir() if file.suffix in SUFFIXES)
+    files = [file for file in entries_of(schema_path.parent) if file.suffix in SUFFIXES]
     tests = [file for file in files if file.stem == "test"]
     trains = [file for file in files if file.stem == "train"]
     sites = [file for file in files if file.stem not in ("train", "test")]
@@ -358,7 +361,7 @@ class _ImageRules:
         return Shape(inputs=(3 if self.mode == "RGB" else 1, self.size, self.size), classes=len(self.classes))
 
 
-def _image_rules(folder: Path, options: Mapping[str, str]) -> _ImageRules:
+def _image_rules(folder: Place, options: Mapping[str, str]) -> _ImageRules:
     """The rules from ``images.toml``, where there is one, and the options over them."""
     path = folder / "images.toml"
     try:
@@ -389,7 +392,7 @@ def _image_rules(folder: Path, options: Mapping[str, str]) -> _ImageRules:
     return _ImageRules(size=int(size), mode=mode, classes=tuple(listed), records=records)
 
 
-def _image_folder(folder: Path, options: Mapping[str, str], strict: bool) -> Source:
+def _image_folder(folder: Place, options: Mapping[str, str], strict: bool) -> Source:
     """Images as train/CLASS/*.png|jpg and test/CLASS/*, resized and scaled to [-1, 1]."""
     rules = _image_rules(folder, options)
     if strict and not (folder / "test").is_dir():
@@ -404,18 +407,16 @@ def _image_folder(folder: Path, options: Mapping[str, str], strict: bool) -> Sou
     )
 
 
-def _images(folder: Path, rules: _ImageRules, strict: bool) -> Records:
+def _images(folder: Place, rules: _ImageRules, strict: bool) -> Records:
     """All images of a folder of classes, in the order of class and file name."""
-    found: list[tuple[Path, int]] = []
-    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+    found: list[tuple[Place, int]] = []
+    for place in entries_of(folder) if folder.is_dir() else ():
         if not place.is_dir():
             continue
         if place.name not in rules.classes:
             raise DataError(f"{place}: expected a class among {', '.join(rules.classes)}; list it in images.toml")
         target = rules.classes.index(place.name)
-        found += [
-            (file, target) for file in sorted(place.iterdir()) if file.suffix.lower() in (".png", ".jpg", ".jpeg")
-        ]
+        found += [(file, target) for file in entries_of(place) if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
     shape = rules.shape.inputs
     if len(found) * int(np.prod(shape)) > _MOST_VALUES:
         raise DataError(
@@ -435,19 +436,23 @@ def _images(folder: Path, rules: _ImageRules, strict: bool) -> Records:
     return Records(inputs, targets, valid)
 
 
-def _image(file: Path, rules: _ImageRules) -> Tensor:
+def _image(file: Place, rules: _ImageRules) -> Tensor:
     """One image, shape ``(C, size, size)`` in [-1, 1]; its size is read and checked before its pixels are."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        if file.stat().st_size > _MOST_FILE_BYTES:
-            raise DataError(f"{file}: expected an image file of at most {_MOST_FILE_BYTES} bytes; shrink or remove it")
-        with Image.open(file, formats=("PNG", "JPEG")) as image:
-            if image.width * image.height > _MOST_PIXELS:
+        with stream_of(file) as stream:
+            if stream.seek(0, os.SEEK_END) > _MOST_FILE_BYTES:
                 raise DataError(
-                    f"{file}: expected at most {_MOST_PIXELS} pixels, got {image.size}; shrink or remove it"
+                    f"{file}: expected an image file of at most {_MOST_FILE_BYTES} bytes; shrink or remove it"
                 )
-            picture = image.convert(rules.mode)
+            stream.seek(0)
+            with Image.open(stream, formats=("PNG", "JPEG")) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    raise DataError(
+                        f"{file}: expected at most {_MOST_PIXELS} pixels, got {image.size}; shrink or remove it"
+                    )
+                picture = image.convert(rules.mode)
         if picture.size != (rules.size, rules.size):
             picture = picture.resize((rules.size, rules.size), Image.Resampling.BILINEAR)
     except (

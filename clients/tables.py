@@ -41,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clients.places import Place, stream_of
 from clients.records import Records
 from models.shape import Shape
 from privacy.errors import DataError
@@ -160,7 +161,7 @@ class Table:
     clients: tuple[str, ...] | None = dataclasses.field(default=None, repr=False)
 
 
-def read_schema(path: Path) -> Schema:
+def read_schema(path: Place) -> Schema:
     """Reads a schema from a TOML file.
 
     Raises:
@@ -227,11 +228,11 @@ def parse_schema(content: Mapping[str, Any], where: str) -> Schema:
     )
 
 
-def read_table(path: Path, schema: Schema, *, strict: bool) -> Table:
+def read_table(path: Place, schema: Schema, *, strict: bool) -> Table:
     """Reads a CSV or Parquet file by its schema.
 
     Args:
-        path: The file; CSV is UTF-8 with a header line.
+        path: The file, sealed or not; CSV is UTF-8 with a header line.
         schema: What it must hold.
         strict: Whether a bad record is an error (a simulation) or marked invalid (a data holder, guarantee
             G12).
@@ -404,7 +405,7 @@ def _codes(cells: Cells, words: tuple[str, ...]) -> npt.NDArray[np.int64]:
     return np.fromiter((places.get(_word(cell), -1) for cell in cells), np.int64, len(cells))
 
 
-def _read_csv(path: Path, strict: bool) -> tuple[dict[str, Cells], Flags]:
+def _read_csv(path: Place, strict: bool) -> tuple[dict[str, Cells], Flags]:
     """A CSV file's columns, and which rows had as many cells as the header."""
     rows: list[list[str]] = []
     whole: list[bool] = []
@@ -437,7 +438,7 @@ def _read_csv(path: Path, strict: bool) -> tuple[dict[str, Cells], Flags]:
     return columns, np.array(whole, dtype=np.bool_)
 
 
-def _read_parquet(path: Path, schema: Schema) -> tuple[dict[str, Cells], None]:
+def _read_parquet(path: Place, schema: Schema) -> tuple[dict[str, Cells], None]:
     """A Parquet file's columns; only those that the schema reads are decoded."""
     try:
         import pyarrow
@@ -445,7 +446,7 @@ def _read_parquet(path: Path, schema: Schema) -> tuple[dict[str, Cells], None]:
     except ImportError as error:
         raise DataError(f"expected pyarrow to read {path}, got {error}; install pyarrow, or export CSV") from error
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else stream_of(path))
         names = file.schema_arrow.names
         if file.metadata.num_rows * max(1, len(names)) > _MOST_CELLS:
             raise DataError(

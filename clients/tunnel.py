@@ -20,15 +20,29 @@ import contextlib
 import dataclasses
 import logging
 import signal
-import socket
 import ssl
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Final, final
 
 from privacy.errors import LedgerError, PlanError, RunError
-from privacy.hop import REFUSAL, Answer, Asked, Gone, Limits, Pool, Refused, Request, Room, present, trust
+from privacy.hop import (
+    PULL,
+    REFUSAL,
+    Answer,
+    Asked,
+    Gone,
+    Limits,
+    Pool,
+    Refused,
+    Request,
+    Room,
+    loopback,
+    present,
+    trust,
+    watch,
+)
 from privacy.identity import verify_bundle
 
 _log: Final = logging.getLogger("tacit.tunnel")
@@ -88,7 +102,7 @@ class Tunnel:
     """
 
     def __init__(self, way: Way) -> None:
-        if not _loopback(way.host):
+        if not loopback(way.host):
             raise PlanError(f"expected a loopback address to listen on, got {way.host}; the tunnel is for this machine")
         self._way = way
         self._context = self._make_context()
@@ -102,7 +116,7 @@ class Tunnel:
         self._server: asyncio.Server | None = None
         self._pool: Pool | None = None
         self._room: Room | None = None
-        self._open = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self.counters: Counter[str] = Counter()
         """How often what happened, by word."""
         self.trouble: str = ""
@@ -135,7 +149,7 @@ class Tunnel:
         """
         way = self._way
         self._room = Room(way.limits.room_bytes)
-        self._pool = Pool(self._dial, f"{way.gateway_host}:{way.gateway_port}", way.limits, most=4)
+        self._pool = Pool(self._dial, f"{way.gateway_host}:{way.gateway_port}", way.limits, most=4, keep_s=60.0)
         try:
             self._server = await asyncio.start_server(self._serve, way.host, way.port, ssl=self._local)
         except OSError as error:
@@ -147,6 +161,10 @@ class Tunnel:
         """Stops listening and closes what is open."""
         if self._server is not None:
             self._server.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._pool is not None:
             self._pool.close()
 
@@ -174,8 +192,7 @@ class Tunnel:
         except OSError as error:
             self._trouble(f"the gateway cannot be reached: {error.strerror or type(error).__name__}")
             raise
-        connection = writer.get_extra_info("socket")
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        watch(writer.get_extra_info("socket"))
         return reader, writer
 
     def _trouble(self, words: str) -> None:
@@ -184,18 +201,35 @@ class Tunnel:
         self.trouble = words
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._served(reader, writer))
+        self._tasks.add(task)
+        try:
+            # Waited for, not awaited: asyncio reports a callback of its own that is cancelled as a fault.
+            await asyncio.wait((task,))
+            if not task.cancelled() and (fault := task.exception()) is not None:
+                self.counters["fault"] += 1
+                _log.error("a connection was closed by a fault of ours", exc_info=fault)
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _served(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert self._room is not None  # noqa: S101 -- set by start()
         asked = Asked(reader, writer, self._way.limits, self._room)
-        self._open += 1
         try:
-            if self._open > self._way.connections:
+            if len(self._tasks) > self._way.connections:
                 await asked.write(Refused(503, "too many connections").answer(), close=True)
                 return
             while not asked.closing:
                 async with asked.next() as request:
                     if request is None:
                         return
-                    async with self._carried(request) as answer:
+                    async with contextlib.AsyncExitStack() as stack:
+                        carried = self._carried(request)
+                        if request.path == PULL:
+                            answer = await self._while_there(asked, stack.enter_async_context(carried))
+                        else:
+                            answer = await stack.enter_async_context(carried)
                         self.counters[f"{request.path.rpartition(b'/')[2].decode()} {answer.status}"] += 1
                         await asked.write(answer)
         except Refused as refusal:
@@ -204,9 +238,22 @@ class Tunnel:
                 await asked.write(refusal.answer(), close=True)
         except (Gone, ConnectionError):
             self.counters["left"] += 1
+            writer.transport.abort()
+
+    async def _while_there(self, asked: Asked, asking: Coroutine[None, None, Answer]) -> Answer:
+        """Gives up a poll whose SuperNode has left: a message must not be fetched for nobody."""
+        work = asyncio.ensure_future(asking)
+        left = asyncio.ensure_future(asked.left())
+        try:
+            await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Gone
+            asked.closing = asked.closing or left.done()
+            return work.result()
         finally:
-            self._open -= 1
-            writer.close()
+            for task in (work, left):
+                task.cancel()
+            await asyncio.wait((work, left))
 
     @contextlib.asynccontextmanager
     async def _carried(self, request: Request) -> AsyncIterator[Answer]:
@@ -224,6 +271,10 @@ class Tunnel:
                     self._trouble("")
                     answer = self._inspected(request, answer)
             except Refused as refusal:
+                if refusal.word == "cut":
+                    self._trouble(
+                        "the gateway hangs up on us; has our certificate expired, or is it of another authority?"
+                    )
                 answer = refusal.answer()
             yield answer
 
@@ -271,10 +322,6 @@ class Tunnel:
             # 403 makes a SuperNode drop the message and stay in the federation.
             raise Refused(403, "bundle") from None
         return answer
-
-
-def _loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def run(tunnel: Tunnel, started: Callable[[], None] = lambda: None) -> None:

@@ -406,8 +406,9 @@ def second_rdp(event: Event, order: float) -> float:
 def second_filter(history: Sequence[Event], grant: Grant) -> tuple[float, float]:
     """Returns between which two figures a filter's epsilon lies by dp-accounting, its conversion included.
 
-    At a whole order the two are one figure but for rounding. Between whole orders dp-accounting gives only a bound from
-    above; from below, the divergence at the whole order beneath it is one, since divergence grows with the order.
+    At a whole order the two are one figure but for rounding. Between whole orders they are those of the whole orders
+    beneath and above it, since divergence grows with the order; dp-accounting's own figure there is a bound from above,
+    and the filter's may be the chord, which lies below that of the whole order above.
 
     Args:
         history: Everything that was charged.
@@ -422,7 +423,8 @@ def second_filter(history: Sequence[Event], grant: Grant) -> tuple[float, float]
 
     below = float(math.floor(grant.order))
     # Order 1 is the mean, which dp-accounting does not give: nothing is claimed from below.
-    return (epsilon(below) if below > 1 else 0.0), epsilon(float(grant.order))
+    high = max(epsilon(float(grant.order)), epsilon(float(math.ceil(grant.order))))
+    return (epsilon(below) if below > 1 else 0.0), high
 
 
 @functools.lru_cache(maxsize=4096)

@@ -51,6 +51,12 @@ class RunError(TacitError):
     exit_code = 6
 
 
+class VaultError(TacitError):
+    """A sealed file, or a file of keys, does not open, or must not be written."""
+
+    exit_code = 8
+
+
 class SealError(TacitError):
     """A handshake or a sealed message is refused; a fixed sentence for each step, whatever was wrong with the bytes."""
 

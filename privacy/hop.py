@@ -14,8 +14,10 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import ipaddress
 import os
 import re
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -64,6 +66,7 @@ _ANSWERED: Final = frozenset((b"content-type",))
 REFUSAL: Final = b"tacit-refusal"
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,11}")
 _READ: Final = 1 << 18
+_READ_HEAD: Final = 1 << 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +74,10 @@ class Limits:
     """What one peer may take of us.
 
     Attributes:
-        head_bytes: Longest request or status line with its header fields.
+        head_bytes: Longest request or status line with its header fields; one read of 4 KiB may come on top.
         body_bytes: Longest body. Flower cuts arrays into objects of 5 MiB, so 16 MiB lets everything of ours through.
-        room_bytes: Memory for all bodies together, once for requests and once for answers; whoever finds it full waits.
+        room_bytes: Bytes of all bodies together that are under way (each is held twice for a moment); whoever finds no
+            room waits. The gateway allows twice as many for requests.
         head_s: Seconds from the first byte of a head to its last.
         idle_s: Seconds a connection may stay open between two requests.
         body_s: Seconds a body may take on top of one second per ``floor_bytes`` of it.
@@ -231,6 +235,14 @@ def _checked(event: h11.Request, limits: Limits) -> tuple[Request, int]:
     return Request(event.target, crossing, b""), int(length)
 
 
+async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
+    """Writes in pieces: asyncio's TLS takes one write of any size at once, and holds back the next ones only."""
+    view = memoryview(data)
+    for start in range(0, len(view), _READ):
+        writer.write(view[start : start + _READ])
+        await writer.drain()
+
+
 @final
 class Asked:
     """The answering end of one connection: reads requests, one at a time, and writes their answers."""
@@ -259,7 +271,9 @@ class Asked:
                 return event
             try:
                 async with asyncio.timeout_at(deadline):
-                    data = await self._reader.read(_READ)
+                    # The parser bounds what is still incomplete, so a head must come in small pieces.
+                    inside = self._parser.their_state is h11.SEND_BODY
+                    data = await self._reader.read(_READ if inside else _READ_HEAD)
             except TimeoutError:
                 raise Refused(408, "time") from None
             except (OSError, ssl.SSLError):
@@ -282,7 +296,7 @@ class Asked:
         # Silence between two requests is no fault: it ends the connection without an answer.
         try:
             async with asyncio.timeout(self._limits.idle_s):
-                data = await self._reader.read(_READ)
+                data = await self._reader.read(_READ_HEAD)
         except OSError:  # a time-out is one too
             data = b""
         if not data:
@@ -309,7 +323,9 @@ class Asked:
             if self._parser.trailing_data[0]:
                 raise Refused(400, "pipelining")
             self.closing = self._parser.their_state is h11.MUST_CLOSE
-            yield dataclasses.replace(request, body=bytes(body))
+            request = dataclasses.replace(request, body=bytes(body))
+            del body  # not held twice while the answer is awaited
+            yield request
 
     async def left(self) -> None:
         """Returns when the peer leaves, or sends something while its answer is still due (which it must not)."""
@@ -333,8 +349,7 @@ class Asked:
             body = self._parser.send(h11.Data(data=answer.body))
             self._parser.send(h11.EndOfMessage())
             async with asyncio.timeout(self._limits.body_time(len(answer.body))):
-                self._writer.write((head or b"") + (body or b""))
-                await self._writer.drain()
+                await _send(self._writer, (head or b"") + (body or b""))
         except (OSError, h11.LocalProtocolError):  # a time-out is an OSError
             raise Gone from None
 
@@ -362,8 +377,7 @@ class _Link:
         async with asyncio.timeout(self._limits.body_time(len(request.body))):
             data = (self._parser.send(head) or b"") + (self._parser.send(h11.Data(data=request.body)) or b"")
             self._parser.send(h11.EndOfMessage())
-            self.writer.write(data)
-            await self.writer.drain()
+            await _send(self.writer, data)
         body: bytearray | None = None
         got: h11.Response | None = None
         deadline = clock.time() + wait_s
@@ -397,11 +411,10 @@ class _Link:
         crossing = {name: value for name, value in got.headers if name in _ANSWERED or name == REFUSAL}
         return Answer(got.status_code, crossing, bytes(body))
 
-    @property
-    def fresh(self) -> bool:
-        """Whether it may be used again; a server closes idle connections too (uvicorn after 5 s)."""
+    def fresh(self, keep_s: float) -> bool:
+        """Says whether it may be used again."""
         idle = time.monotonic() - self.used
-        return not self.writer.is_closing() and not self._reader.at_eof() and idle < 4.0
+        return not self.writer.is_closing() and not self._reader.at_eof() and idle < keep_s
 
     def close(self) -> None:
         self.writer.close()
@@ -416,6 +429,7 @@ class Pool:
         host: Value of the Host field.
         limits: Bounds on what comes back.
         most: Most connections at once; more requests wait.
+        keep_s: Seconds to keep an idle one; less than the other side does (uvicorn: 5).
     """
 
     def __init__(
@@ -424,7 +438,9 @@ class Pool:
         host: str,
         limits: Limits,
         most: int = 16,
+        keep_s: float = 4.0,
     ) -> None:
+        self._keep_s = keep_s
         self._dial = dial
         self._host = host.encode("ascii")
         self._limits = limits
@@ -455,7 +471,7 @@ class Pool:
             while True:
                 while self._idle and link is None:
                     link = self._idle.pop()
-                    if not link.fresh:
+                    if not link.fresh(self._keep_s):
                         link.close()
                         link = None
                 reused = link is not None
@@ -476,7 +492,7 @@ class Pool:
                         continue
                     raise
                 done = True
-                if link.fresh:
+                if link.fresh(self._keep_s):
                     self._idle.append(link)
                 return answer
         except TimeoutError:
@@ -491,6 +507,33 @@ class Pool:
         """Closes what is kept."""
         while self._idle:
             self._idle.pop().close()
+
+
+def loopback(host: str) -> bool:
+    """Says whether a host is this machine: ``localhost``, or an address and not a name that looks like one."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def watch(connection: socket.socket) -> None:
+    """Makes a connection whose other end has vanished fail after some 15 s, also while nobody sends.
+
+    A held poll is silent for longer than that, and a cut link says nothing to either side.
+    """
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", 5),
+        ("TCP_KEEPINTVL", 3),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 15_000),  # milliseconds
+    ):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def present(context: ssl.SSLContext, certificate: Path, key: Path | bytes) -> None:

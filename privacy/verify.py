@@ -12,6 +12,7 @@ whose it is said to be, unless the reader pins it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -152,7 +153,22 @@ class _Files:
         return list(self.report["clients"]) if self.report is not None else []
 
     def known(self) -> list[_Witnessed]:
-        """All receipts, those inside the report included, each once."""
+        """All receipts, those inside the report included, each once; asked once all files are read."""
+        return self._known
+
+    def known_of(self, account: str) -> list[Receipt]:
+        """The receipts of one account."""
+        return self._by_account.get(account, [])
+
+    @functools.cached_property
+    def _by_account(self) -> dict[str, list[Receipt]]:
+        found: dict[str, list[Receipt]] = {}
+        for one in self._known:
+            found.setdefault(one.receipt.account, []).append(one.receipt)
+        return found
+
+    @functools.cached_property
+    def _known(self) -> list[_Witnessed]:
         inside = []
         for client in self.clients:
             proof = client.get("proof") or {}
@@ -1148,8 +1164,7 @@ def _is_alone(files: _Files, client: Mapping[str, Any], plan: Plan) -> bool:
         # What came between grant and commitment may have been another run's charges.
         return False
     filter_, cost = grant_of(grant["body"]), rdp(Event.all_of_round(plan), grant["body"]["order"])
-    receipts = [found.receipt for found in files.known() if found.receipt.account == client["account"]]
-    for receipt in receipts:
+    for receipt in files.known_of(client["account"]):
         fits = receipt.job == report["run"]["job"] and receipt.charges <= plan.charges
         if not fits or not _near(receipt.spent, filter_.epsilon_of(receipt.charges * cost)):
             return False

@@ -42,6 +42,7 @@ from privacy.metrics import Sums, pooled, widths
 from privacy.noise import Keystream, RandomSource
 from privacy.plan import Local, Plan, Unit, require
 from privacy.vault import Safe
+from privacy.vault.keys import Keyring
 from privacy.wire import model_digest, read_float32, request_digest
 from server.aggregate import Aggregator, Arrays
 from server.checkpoint import State, load, save
@@ -105,6 +106,7 @@ class Job:
         identity: Countersigns receipts.
         folder: Where checkpoints, metrics and receipts go.
         device: Where evaluation runs.
+        vault: Seals checkpoints; None leaves them in clear.
         sources: Where the server's own coins and noise come from, where the plan protects clients: a fresh source for
             each use and round.
         safe: Seals the state of banded noise, which is as secret as a key; needed where the job is no simulation.
@@ -132,6 +134,7 @@ class Job:
     identity: Identity
     folder: Path
     device: str = "cpu"
+    vault: Keyring | None = None
     sources: Callable[[str, int], RandomSource] = lambda use, round: Keystream()
     safe: Safe | None = None
     simulated: bool = False
@@ -223,7 +226,8 @@ def run(job: Job, grid: Grid) -> Ending:
     first = trainable(model)
     path = job.folder / CHECKPOINT
     if path.exists():
-        state = load(path)
+        state = load(path, [job.vault] if job.vault is not None else ())
+        state.vault = job.vault
         require_same(job, state, first)
         if gone := set(state.witnesses) - set(grid.get_node_ids()):
             raise RunError(
@@ -235,7 +239,7 @@ def run(job: Job, grid: Grid) -> Ending:
         for name in (METRICS, RECEIPTS):
             _cut(job.folder / name, state.lines.get(name, 0))
     else:
-        state = State(job=job.id, round=0, model=first)
+        state = State(job=job.id, round=0, model=first, vault=job.vault)
         _require_newest(job, state, stored=False)
         save(state, path)
     with central.noise_of(job, grid, state) as noise:

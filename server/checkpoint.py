@@ -2,6 +2,7 @@
 
 One file per checkpoint, written whole or not at all: a line of JSON, then raw little-endian float32 arrays. Nothing in
 it is ever unpickled. A model is post-processing of releases that were paid for, so a checkpoint is not a new release.
+On request the file is sealed for a keyring (`privacy.vault.container`); then the line and the arrays are its content.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from privacy.errors import RunError
+from privacy.errors import RunError, VaultError
 from privacy.files import write_whole
 from privacy.plan import canonical
+from privacy.vault.container import Header, Reader, Wanted, is_sealed, write_file
+from privacy.vault.keys import Keyring, Opener
+from privacy.vault.unlock import openers_from
 from server.aggregate import Arrays
 
 _MAGIC: Final = b"tacit/checkpoint/1\n"
@@ -77,6 +82,8 @@ class State:
         spent: Per account, what its last receipt says.
         lines: Number of finished lines in the metrics and receipts files.
         central: Only where the plan protects clients.
+        vault: Seals what is stored of it; None leaves that in clear. Never stored.
+        generation: How often the job was stored sealed; stands in the sealed file's header only.
     """
 
     job: str
@@ -90,13 +97,20 @@ class State:
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
     central: Central | None = None
+    vault: Keyring | None = dataclasses.field(default=None, repr=False, compare=False)
+    generation: int = 0
 
 
 def save(state: State, path: Path) -> None:
     """Writes a checkpoint atomically and durably.
 
+    Args:
+        state: What to write, sealed for its vault where it has one.
+        path: Where.
+
     Raises:
         RunError: The disk is full or the folder cannot be written; the checkpoint before stays.
+        VaultError: The same, of a sealed one.
     """
     groups = {"model": state.model} | {f"moments/{name}": arrays for name, arrays in state.moments.items()}
     layout = [[group, name, list(value.shape)] for group, arrays in groups.items() for name, value in arrays.items()]
@@ -121,24 +135,47 @@ def save(state: State, path: Path) -> None:
         }
         # Without rows it is as it always was: a program that knows of none goes on with it.
         header["central"] = {name: value for name, value in central.items() if name != "rows" or value is not None}
-    write_whole(path, _MAGIC, canonical(header), b"\n", body)
+    if state.vault is None:
+        write_whole(path, _MAGIC, canonical(header), b"\n", body)
+        return
+    state.generation += 1
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sealed = Header(purpose="checkpoint", object=_object_of(state.job), generation=state.generation)
+    write_file(path, sealed, [state.vault], _MAGIC, canonical(header), b"\n", body, replace=True)
 
 
-def load(path: Path) -> State:
+def load(path: Path, keys: Sequence[Opener] = ()) -> State:
     """Reads a checkpoint.
+
+    Args:
+        path: Where; sealed or not.
+        keys: What opens it, which then must be sealed; by default a sealed one is opened with what the environment
+            names (`privacy.vault.unlock`).
 
     Raises:
         RunError: There is none, or it is damaged.
+        VaultError: It is sealed, and does not open; or it is not, and keys are given.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"expected a checkpoint at {path}, got {error.strerror}; is it a run folder?") from None
+    generation, named = 0, ""
+    if is_sealed(path):
+        with Reader(path, keys or openers_from(None), Wanted(purpose="checkpoint")) as reader:
+            content: bytes = bytes(reader.read())
+            generation, named = reader.header.generation, reader.header.object
+    elif keys and path.exists():
+        # Whoever has no key could otherwise put a model of his own in its place.
+        raise VaultError(f"expected a sealed checkpoint at {path}, got one in clear; resume it with --vault ''")
+    else:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"expected a checkpoint at {path}, got {error.strerror}; is it a run folder?") from None
     header, _, body = content.removeprefix(_MAGIC).partition(b"\n")
     try:
         fields: dict[str, Any] = json.loads(header)
         if not content.startswith(_MAGIC) or hashlib.sha256(body).hexdigest() != fields["sha256"]:
             raise ValueError("bytes do not match their hash")
+        if named and named != _object_of(fields["job"]):
+            raise ValueError("sealed as another job's")
         groups: dict[str, Arrays] = {}
         start = 0
         for group, name, shape in fields["layout"]:
@@ -158,11 +195,17 @@ def load(path: Path) -> State:
             spent=fields["spent"],
             lines=fields["lines"],
             central=_central(fields["central"]) if "central" in fields else None,
+            generation=generation,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"expected a whole checkpoint at {path}, got a damaged one ({error}); restore a backup"
         ) from None
+
+
+def _object_of(job: str) -> str:
+    """A job's object in sealed files: no other job's checkpoint can take its place."""
+    return hashlib.sha256(f"tacit/checkpoint/1/{job}".encode()).hexdigest()[:32]
 
 
 def _central(fields: dict[str, Any]) -> Central:

@@ -20,6 +20,7 @@ from clients.app import client_app
 from clients.holder import Holder, Sources
 from privacy.errors import PlanError
 from privacy.identity import Secret
+from privacy.vault.unlock import keyring_at
 from server.aggregate import Aggregator, Strategy
 from server.app import Ending, Job, Schedule, server_app
 from simulations.scenario import Scenario
@@ -104,6 +105,7 @@ def job_of(world: World, session: Session) -> Job:
         identity=Secret.load_or_create(world.folder / "server.key").identity("server"),
         folder=world.folder,
         device=settled.device,
+        vault=keyring_at(scenario.vault),
         # A test source of the clients is one of the server too: every ledger then says so.
         sources=lambda use, round: world.sources(holder=f"server/{use}", job=settled.id, round=round),
         simulated=True,

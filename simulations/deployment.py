@@ -25,7 +25,7 @@ from typing import Any, Final
 from clients.data import load_source
 from models.task import find_task
 from privacy.accounting import Event, best_affordable_order, events_from_json, solve_noise
-from privacy.errors import LedgerError, PlanError, RunError, TacitError
+from privacy.errors import LedgerError, PlanError, RunError, TacitError, VaultError
 from privacy.files import write_whole
 from privacy.ledger import grant_of, require_signed_entry
 from privacy.noise import SECURE_SOURCE, Keystream
@@ -33,6 +33,9 @@ from privacy.plan import Unit, canonical
 from privacy.report import ClientSpend, RunFacts, Verdict, write
 from privacy.terms import Terms
 from privacy.transcript import iso
+from privacy.vault.keyfiles import save_keys
+from privacy.vault.keys import Keyring
+from privacy.vault.unlock import keyring_at
 from privacy.wire import settings_digest
 from server.aggregate import Aggregator, Strategy
 from server.app import CHECKPOINT, METRICS, RECEIPTS, Ending, Job, Schedule, run
@@ -117,7 +120,7 @@ def deploy(
                 "clients": scenario.clients,
                 "rounds": settled.plan.rounds,
                 "plan": json.loads(settled.plan.to_json()),
-                "engine": f"separate machines, relay at {places.address}",
+                "relay": places.address,
                 "device": settled.device,
                 "resumed": resume,
             }
@@ -175,6 +178,7 @@ def deploy(
                 identity=identity,
                 folder=folder,
                 device=settled.device,
+                vault=keyring_of(home),
                 sources=lambda use, round: Keystream(),
                 on_round=on_round,
                 stopping=stopping,
@@ -196,6 +200,23 @@ def deploy(
     }
     observer.finished(summary)
     return summary
+
+
+def keyring_of(home: ServerHome) -> Keyring:
+    """Returns the keys that checkpoints of this home are sealed with; makes them where there are none.
+
+    They lie beside the server application's key: a copy of a run folder alone, or of the relay's, opens nothing.
+
+    Raises:
+        VaultError: They are damaged, or were given a passphrase that the environment does not hold.
+    """
+    path = home.folder / "application" / "vault.keys"
+    if not path.exists():
+        save_keys(path, Keyring(), None)
+    keys = keyring_at(str(path))
+    if keys is None:
+        raise VaultError(f"expected keys in {path}, got none; restore a backup")
+    return keys
 
 
 def render_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = ()) -> Path:
@@ -224,7 +245,7 @@ def facts_of_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = (
     """
     settled, scenario, identity = Settled.load(folder), Scenario.from_run(folder), home.application_identity()
     task = find_task(scenario.task)
-    rounds, state = read_rounds(folder), load(folder / CHECKPOINT)
+    rounds, state = read_rounds(folder), load(folder / CHECKPOINT, [keyring_of(home)])
     lines = read_countersigned(folder, identity)
     papers = json.loads((folder / PAPERS).read_bytes()) if (folder / PAPERS).exists() else {}
     members = json.loads((folder / MEMBERS).read_bytes())

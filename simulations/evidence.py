@@ -42,7 +42,7 @@ from privacy.transcript import iso
 from privacy.wire import settings_digest
 from server.app import CHECKPOINT, METRICS, RECEIPTS
 from server.checkpoint import State, load
-from simulations.world import JOB_FILE, World, now, population_words
+from simulations.world import JOB_FILE, World, now, population_words, vault_of
 
 STATUS: Final = "status.json"
 _PLD_EPSILON: Final = 100
@@ -88,7 +88,7 @@ def facts_of(world: World, persons: Sequence[int] = ()) -> RunFacts:
         RunError: The log of the rounds or the checkpoint is damaged.
     """
     settled, folder, scenario = world.settled, world.folder, world.scenario
-    rounds, state = read_rounds(folder), load(folder / CHECKPOINT)
+    rounds, state = read_rounds(folder), load(folder / CHECKPOINT, vault_of(scenario))
     lines = read_countersigned(folder, server_identity(world))
     receipts = [line.receipt for line in lines]
     countersigned = {line.receipt.head: line for line in lines}

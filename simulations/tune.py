@@ -40,7 +40,7 @@ from simulations.evidence import composed_epsilon, render
 from simulations.planning import read_only
 from simulations.run import _alone, simulate
 from simulations.scenario import BY_NAME, CONFIG_FILE, DATA, FOLDERS, MACHINE, Scenario, nearest
-from simulations.world import Settled, World, another_split, calibrate, code_hash, now, population_words
+from simulations.world import Settled, World, another_split, calibrate, code_hash, now, population_words, vault_of
 
 SCHEMA: Final = "tacit-search/1"
 SEARCH_FILE: Final = "search.json"
@@ -642,7 +642,7 @@ def _metrics(folder: Path, scenario: Scenario, source: Source, rows: torch.Tenso
     model = task.fresh(source.shape, scenario.seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in load(folder / CHECKPOINT).model.items():
+        for name, value in load(folder / CHECKPOINT, vault_of(scenario)).model.items():
             parameters[name].copy_(torch.from_numpy(value))
         model.eval()
         outputs = torch.cat([model(part) for part in torch.split(source.test.inputs[rows], 1024)])

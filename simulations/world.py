@@ -34,6 +34,8 @@ from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word, may_hold_charges
 from privacy.matrix import Matrix, matrix_event
 from privacy.plan import Banded, Local, Mode, Optimizer, Plan, Unit
+from privacy.vault.keys import Opener
+from privacy.vault.unlock import keyring_at
 from server.app import CHECKPOINT, joins_of
 from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
 from simulations.scenario import CONFIG_FILE, Scenario
@@ -134,6 +136,8 @@ class World:
             raise RunError(f"expected a new run folder, got {folder} which is in use; choose another or --resume it")
         sources = sources or SecureSources()
         task = _task(scenario.task)
+        # A keyring that does not open must be found before a ledger pays for anything.
+        vault_of(scenario)
         source, population = populate(scenario, task)
         published = source.declared_records if source is not None else None
         scenario = scenario.resolved(published)
@@ -420,6 +424,16 @@ def _forget(folder: Path, made: bool) -> None:
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     if made and folder.is_dir() and not _in(folder):
         folder.rmdir()
+
+
+def vault_of(scenario: Scenario) -> list[Opener]:
+    """Returns what opens a run's sealed checkpoints, by its scenario; empty where it names no keyring.
+
+    Raises:
+        VaultError: The keyring does not open.
+    """
+    ring = keyring_at(scenario.vault)
+    return [] if ring is None else [ring]
 
 
 def _task(name: str) -> Task:

@@ -714,7 +714,7 @@ def test_versions_are_those_that_the_package_asks_for(monkeypatch: pytest.Monkey
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     asked = {}
     for line in project["dependencies"]:
-        name, least, end = re.fullmatch(r"([a-z-]+)>=([0-9.]+)(?:,<([0-9.]+))?", line).groups()  # type: ignore[union-attr]
+        name, least, end = re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)(?:,<([0-9.]+))?", line).groups()  # type: ignore[union-attr]
         asked[name] = (least, end or "")
     assert {name: asked[name] for name in preflight.NEEDS} == preflight.NEEDS
     assert preflight._versions().verdict is Verdict.OK

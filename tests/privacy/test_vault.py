@@ -24,10 +24,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privacy import vault
 from privacy.errors import LedgerError, RunError
 from privacy.identity import Secret
 from privacy.vault import Safe, SealedLog, private_logger, read_log
+from privacy.vault import safe as vault
 
 SECRET = Secret(bytes(range(32)))
 OTHER = Secret(bytes(range(32, 64)))

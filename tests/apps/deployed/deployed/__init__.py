@@ -1,0 +1,1 @@
+"""An app that is shipped, signed and never run."""
