@@ -134,6 +134,17 @@ def dp_job(repeat: int) -> dict[str, object]:
     }
 
 
+def deployed(repeat: int) -> dict[str, object]:
+    """The peers' private job on two deployed clients, against a plain Flower app over SuperLink and SuperNodes."""
+    from bench.deployed import compared
+
+    _need_peers()
+    # Each deployed client holds the whole data set; the expected batch is the peers'.
+    job = PEER_JOB | {"records-per-client": 2 * 718, "sample-rate": 32 / (2 * 718)}
+    with scratch() as folder:
+        return compared(PEERS / "flower_app", folder, job, min(repeat, 2))
+
+
 # The peers' own command runs their two clients one after the other; told otherwise, Flower runs both at once.
 FLOWER_WAYS = {
     "as the peers run it": (),
@@ -564,6 +575,7 @@ BENCHES = {
     "accuracy": accuracy,
     "dp-job": dp_job,
     "flower": flower,
+    "deployed": deployed,
     "engine": engine,
     "scale": scale,
 }

@@ -5,12 +5,15 @@ runs nothing of a bundle: it takes tasks from the SuperNode's runtime interface 
 the holder's worker, and pushes what the worker answers. A bundle is a name to it, whose hash it computes and passes on,
 and the worker compares it with what the server signed (guarantees G15 and G22). It imports no torch and holds no key.
 
-Wire: a message's content is one ArrayRecord ``sealed`` of rows of bytes, each under the name of its step in
-`privacy.seal`. The broadcast, which all clients of a round share, is a row of its own: the relay stores it once.
+Wire: a message's content is pieces of bytes, each under the name of its step in `privacy.seal`. Pieces of up to 1 MiB
+are the values of a ConfigRecord ``sealed``; longer ones are arrays of bytes in an ArrayRecord ``long``, which Flower
+cuts up on its way. The broadcast, which all clients of a round share, is in a record ``shared`` of the one kind or the
+other: the relay stores it once. A relay takes a request for each object of a message; so there are few.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 import httpx
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import context_from_proto, context_to_proto, fab_from_proto, message_to_proto
 from flwr.proto.node_pb2 import Node
@@ -29,9 +32,10 @@ from flwr.proto.runtime_pb2 import (
     PullTaskInputRequest,
     PushAppMessagesRequest,
     PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
 )
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
@@ -52,12 +56,19 @@ from clients.post import LOST, PIECES, Letter, hand_over
 from privacy.errors import RunError
 
 SEALED: Final = "sealed"
+LONG: Final = "long"
+SHARED: Final = "shared"
+_SHORT_BYTES: Final = 1 << 20
 
 _ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
-# Seconds. The runtime interface is on loopback, so asking often costs little; Flower asks once a second.
+# Seconds. While a job goes on, asking often makes rounds short; a client that waits for days should cost little.
 _POLL_S: Final = 0.02
+_IDLE_POLL_S: Final = 0.25
+_IDLE_AFTER_S: Final = 60.0
 _OBJECT_POLL_S: Final = 0.02
 _AWAY_S: Final = 1.0
+# A message that has not come by then does not come any more.
+_MESSAGE_S: Final = 10.0
 # What the SuperNode gets to send the last answer on before it is ended too; it looks for answers twice a second.
 _SENT_S: Final = 3.0
 
@@ -70,17 +81,34 @@ def pieces_of(message: Message) -> dict[str, bytes]:
     Raises:
         RunError: The message holds anything else.
     """
-    content = message.content
-    record = content[SEALED] if set(content) == {SEALED} else None
-    if type(record) is not ArrayRecord or not set(record) <= PIECES:
+    content, found = message.content, dict[str, bytes]()
+    kinds = {SEALED: (ConfigRecord,), LONG: (ArrayRecord,), SHARED: (ConfigRecord, ArrayRecord)}
+    sound = SEALED in content
+    for place, record in content.items():
+        sound &= type(record) in kinds.get(place, ())
+        items = record.items() if sound else ()
+        for name, value in items:
+            piece = value.data if isinstance(value, Array) else value
+            sound &= name in PIECES and name not in found and isinstance(piece, bytes)
+            if isinstance(piece, bytes):
+                found[name] = piece
+    if not sound:
         raise RunError("expected a sealed message, got another; is the server a Tacit server?")
-    return {name: array.data for name, array in record.items()}
+    return found
 
 
 def content_of(pieces: Mapping[str, bytes]) -> RecordDict:
     """Returns sealed pieces as the content of a Flower message."""
-    arrays = {name: Array("uint8", (len(piece),), "numpy.ndarray", piece) for name, piece in pieces.items()}
-    return RecordDict({SEALED: ArrayRecord(arrays)})
+    short = {name: piece for name, piece in pieces.items() if len(piece) <= _SHORT_BYTES}
+    long = {
+        name: Array("uint8", (len(piece),), "numpy.ndarray", piece)
+        for name, piece in pieces.items()
+        if name not in short
+    }
+    content = RecordDict({SEALED: ConfigRecord(dict(short))})
+    if long:
+        content[LONG] = ArrayRecord(long)
+    return content
 
 
 class Courier:
@@ -98,7 +126,6 @@ class Courier:
         self._tasks = self._client(
             "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)
         )
-        self._bundles: dict[str, str] = {}
         self.carried = 0
         self._last = float("-inf")
 
@@ -117,6 +144,7 @@ class Courier:
         a round that is on is not lost by a stop or an upgrade.
         """
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        busy = time.monotonic()
         while not stopping():
             try:
                 task = self._tasks.AcquireTask(request)
@@ -125,7 +153,7 @@ class Courier:
                 time.sleep(_AWAY_S)
                 continue
             if not task.token:
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_S if time.monotonic() - busy < _IDLE_AFTER_S else _IDLE_POLL_S)
                 continue
             try:
                 self.carry(task.token)
@@ -134,13 +162,22 @@ class Courier:
             except Exception:
                 # One message that cannot be carried is the server's to send again; the next one may be fine.
                 _log.exception("a message was not carried")
+            busy = time.monotonic()
         time.sleep(max(0.0, self._last + _SENT_S - time.monotonic()))
 
     def carry(self, token: str) -> None:
         """Carries the message of one task to the worker, and its answer back."""
         client = self._client("flwr-clientapp", RuntimeTokenHttpInterceptor(token))
+
+        def beat() -> bool:
+            # A SuperNode that was started again does not know the task any more. Flower would end this process then;
+            # but the worker's answer is only lost, and the next task is another.
+            with contextlib.suppress(httpx.HTTPError):
+                client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            return True
+
         # Flower gives up on a task whose process is silent; training may take as long as it takes.
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat = HeartbeatSender(beat)
         heartbeat.start()
         status, context = "failed", None
         try:
@@ -154,11 +191,12 @@ class Courier:
             status = "completed"
         finally:
             # No detail: what went wrong at a data holder is nobody else's business (guarantee G12).
-            client.PushTaskOutput(
-                PushTaskOutputRequest(
-                    context=context_to_proto(context) if context else None, sub_status=status, details=""
+            with contextlib.suppress(httpx.HTTPError):
+                client.PushTaskOutput(
+                    PushTaskOutputRequest(
+                        context=context_to_proto(context) if context else None, sub_status=status, details=""
+                    )
                 )
-            )
             heartbeat.stop()
             client.close()
 
@@ -171,16 +209,22 @@ class Courier:
             return {LOST: b""}
 
     def _pull(self, client: RuntimeHttpClient, node_id: int, run_id: int) -> Message:
-        pulled, node = client.PullMessages(PullAppMessagesRequest()), Node(node_id=node_id)
-        if len(pulled.message_object_trees) != 1:
-            raise RunError(f"expected one message for a task, got {len(pulled.message_object_trees)}")
-        tree = pulled.message_object_trees[0]
+        node, deadline = Node(node_id=node_id), time.monotonic() + _MESSAGE_S
+        # A SuperNode makes the task first, and stores its message then.
+        while not (trees := client.PullMessages(PullAppMessagesRequest()).message_object_trees):
+            if time.monotonic() > deadline:
+                raise RunError(f"expected the message of a task within {_MESSAGE_S:g} s, got none")
+            time.sleep(_POLL_S)
+        if len(trees) != 1:
+            raise RunError(f"expected one message for a task, got {len(trees)}")
+        tree = trees[0]
         message = pull_and_inflate_object_from_tree(
             tree,
             make_pull_object_fn_protobuf(client.PullObject, node, run_id),
             make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run_id),
             return_type=Message,
             initial_backoff=_OBJECT_POLL_S,
+            backoff_cap=10 * _OBJECT_POLL_S,
         )
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message

@@ -117,8 +117,15 @@ def parts_of(places: Places) -> list[Part]:
         Part(name="worker", command=[*tacit, "worker", *home], ready=lambda: _serves(places.worker), grace_s=60.0),
         Part(name="tunnel", command=[*tacit, "tunnel", *home], ready=lambda: _answers(tunnel)),
         Part(name="supernode", command=supernode, environment=flower, ready=lambda: _answers(runtime)),
-        # It is ended first, and ends when the round that is on has been answered.
-        Part(name="courier", command=[*tacit, "courier", *home], environment=flower, grace_s=ROUND_S),
+        # It is ended first, and ends when the round that is on has been answered. A SuperNode waits a minute for the
+        # answer of a courier that is gone, and takes no other message meanwhile.
+        Part(
+            name="courier",
+            command=[*tacit, "courier", *home],
+            environment=flower,
+            grace_s=ROUND_S,
+            takes_along=("supernode",),
+        ),
     ]
 
 

@@ -7,6 +7,8 @@ list of environment variables and no open file, so that no secret of the one lea
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import logging
@@ -36,6 +38,8 @@ _LONGEST_PAUSE_S: Final = 30.0
 # A process that ran so long was well: the next failure is a new one.
 _WELL_S: Final = 60.0
 _TICK_S: Final = 0.1
+# prctl(2): the signal that a process gets when its parent has died.
+_PR_SET_PDEATHSIG: Final = 1
 # What a part gets where somebody asked twice.
 _HURRIED_S: Final = 10.0
 # A log that is longer becomes NAME.log.1, in place of the one before.
@@ -57,6 +61,8 @@ class Part:
         environment: Variables that it gets beside the common ones.
         ready: Says whether it serves; None where it is ready as soon as it runs.
         grace_s: Seconds that it gets to end by itself.
+        takes_along: Names of parts that are of no use to anybody once this one has ended: they are ended, and started
+            again, with it.
     """
 
     name: str
@@ -64,6 +70,22 @@ class Part:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ready: Callable[[], bool] | None = None
     grace_s: float = 10.0
+    takes_along: tuple[str, ...] = ()
+
+
+def _linked() -> Callable[[], None] | None:
+    """Returns what a new process does first, so that it does not outlive the one that looks after it; None off Linux.
+
+    Nobody could end, or find, parts whose keeper was killed; and others could not be started in their place.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        call = ctypes.CDLL(None).prctl
+
+        def link() -> None:
+            call(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+        return link
+    return None
 
 
 def shorten(path: Path, most_bytes: int = MOST_LOG_BYTES) -> bool:
@@ -198,6 +220,7 @@ class Processes:
         self._due: dict[str, float] = {}
         self._pauses = dict.fromkeys((part.name for part in parts), _FIRST_PAUSE_S)
         self._stop, self._hurry = threading.Event(), threading.Event()
+        self._link = _linked()
 
     @property
     def restarts(self) -> Mapping[str, int]:
@@ -271,6 +294,8 @@ class Processes:
                     stderr=subprocess.STDOUT,
                     # A Ctrl-C in the terminal is ours to hand on, in order.
                     start_new_session=True,
+                    # No thread of ours holds a lock that this one call would take.
+                    preexec_fn=self._link,
                 )
         except OSError as error:
             raise RunError(f"expected to start {part.name} ({part.command[0]}), got: {error.strerror}") from None
@@ -306,6 +331,11 @@ class Processes:
                 self._due[part.name] = now + self._pauses[part.name]
                 self._pauses[part.name] = min(_LONGEST_PAUSE_S, 2 * self._pauses[part.name])
                 self._ended[part.name] = f"ended with {code}: {self._log_tail(part)}"
+                for name in part.takes_along:
+                    # Killed: it waits for what will never come, and may not hear a kinder word.
+                    if name not in self._due and self._children[name].poll() is None:
+                        self._children[name].kill()
+                        self._children[name].wait()
                 changed = True
             elif now >= self._due[part.name]:
                 del self._due[part.name]

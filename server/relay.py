@@ -12,10 +12,11 @@ is what clients bind their sessions to (guarantees G15 and G22).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -25,11 +26,26 @@ from flwr.cli.build import build_fab_from_files
 from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    GetNodesRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+)
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -41,6 +57,7 @@ from flwr.superlink.grid import HttpGrid
 
 from privacy.errors import RunError
 from privacy.identity import Identity, sign_bundle
+from server.sealed import RunOverError
 
 # Where the signature of a run's bundle travels; see `clients.tunnel`.
 SIGNATURE: Final = "bundle-signature"
@@ -48,6 +65,10 @@ _ACQUIRE: Final = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 # Seconds between two questions for replies; on loopback each costs a few milliseconds.
 _POLL_S: Final = 0.05
 _PATIENCE_S: Final = 30.0
+# A reply whose sender went away in the middle of it never becomes whole; the server asks again.
+_HALF_S: Final = 60.0
+# What a SuperLink answers about a run that it has given up, because nobody served it for a minute, or was told to stop.
+_OVER: Final = frozenset({httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN})
 
 _log = logging.getLogger("tacit.server")
 
@@ -184,6 +205,16 @@ class Control:
             ) from None
 
 
+@dataclasses.dataclass
+class _Coming:
+    """A reply that the SuperLink has handed out, and as much of it as was there."""
+
+    id: str
+    tree: ObjectTree
+    until: float
+    contents: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+
 class Relay:
     """One run on a SuperLink, served by this process from `open` to `close`.
 
@@ -214,6 +245,7 @@ class Relay:
         self._authority, self._ring = authority, ring
         self._grid: HttpGrid | None = None
         self._heartbeat: HeartbeatSender | None = None
+        self._coming: dict[str, _Coming] = {}
         self.run_id = 0
         self.bundle = ""
 
@@ -236,8 +268,18 @@ class Relay:
         self.run_id = Control(self._address, self._authority).start(bundle, signature)
         insecure, root = self._authority is None, _pem(self._authority)
         grid = HttpGrid(self._address, insecure=insecure, root_certificates=root, token=self._token())
+        # Flower would try again by itself, after up to 20 s, and end this process where the run is over.
+        vars(grid)["_retry_invoker"] = None
         client = grid._runtime_client
-        self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+
+        def beat() -> bool:
+            # Whatever the answer: that a run is over is found out, and told, where its messages are asked for.
+            with contextlib.suppress(httpx.HTTPError):
+                client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+                return True
+            return False
+
+        self._heartbeat = HeartbeatSender(beat)
         self._heartbeat.start()
         given = client.PullTaskInput(PullTaskInputRequest())
         # Flower's messages take their run and their sender from here.
@@ -292,19 +334,85 @@ class Relay:
             raise RunError("expected an open run, got one that was not opened; open it first")
         return self._grid
 
-    def nodes(self) -> frozenset[int]:
-        """Returns the ids of the SuperNodes that are connected."""
-        return frozenset(self.grid.get_node_ids())
+    def nodes(self) -> Mapping[int, str]:
+        """Returns the ids of the SuperNodes that are connected, each with the time when it came, as the SuperLink says.
+
+        Raises:
+            RunOverError, httpx.HTTPError: As `pull`.
+        """
+        with self._serving():
+            there = self.grid._runtime_client.GetNodes(GetNodesRequest()).nodes
+        return {int(node.node_id): str(node.last_activated_at) for node in there}
 
     def push(self, messages: Sequence[Message]) -> list[str]:
-        """Hands messages over to be fetched by their nodes; returns their ids."""
-        ids = list(self.grid.push_messages(messages))
+        """Hands messages over to be fetched by their nodes; returns their ids.
+
+        Raises:
+            RunOverError, httpx.HTTPError: As `pull`.
+        """
+        with self._serving():
+            ids = list(self.grid.push_messages(messages))
         self._ring()
         return ids
 
     def pull(self, ids: Collection[str]) -> list[Message]:
-        """Returns those replies that have come, each once."""
-        return list(self.grid.pull_messages(list(ids))) if ids else []
+        """Returns those replies that have come, each once; never waits for one that is still on its way.
+
+        A SuperLink hands a reply out when it is announced, before its bytes are there, and once only. So one that is
+        not whole yet is remembered here, and looked at again the next time.
+
+        Raises:
+            RunOverError: The SuperLink has given the run up.
+            httpx.HTTPError: The SuperLink does not answer.
+        """
+        wanted = set(ids)
+        self._coming = {asked: coming for asked, coming in self._coming.items() if asked in wanted}
+        if not wanted:
+            return []
+        replies = []
+        with self._serving():
+            client, grid = self.grid._runtime_client, self.grid
+            if fresh := wanted - self._coming.keys():
+                pulled = client.PullMessages(PullAppMessagesRequest(message_ids=sorted(fresh)))
+                for head, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
+                    coming = _Coming(head.metadata.message_id, tree, time.monotonic() + _HALF_S)
+                    self._coming[head.metadata.reply_to_message_id] = coming
+            fetch = make_pull_object_fn_protobuf(client.PullObject, grid.node, self.run_id)
+            for asked, coming in list(self._coming.items()):
+                try:
+                    for piece in iterate_object_tree(coming.tree):
+                        if piece.object_id not in coming.contents:
+                            coming.contents[piece.object_id] = fetch(piece.object_id)
+                except ObjectUnavailableError:
+                    if time.monotonic() < coming.until:
+                        continue
+                    # Its sender is gone; what was asked will be asked again.
+                    del self._coming[asked]
+                    continue
+                except ObjectPullError:
+                    del self._coming[asked]
+                    continue
+                client.ConfirmMessageReceived(
+                    ConfirmMessageReceivedRequest(node=grid.node, run_id=self.run_id, message_object_id=coming.id)
+                )
+                del self._coming[asked]
+                message = inflate_object_from_contents(coming.id, coming.contents)
+                if isinstance(message, Message):
+                    message.metadata.__dict__["_message_id"] = coming.id
+                    replies.append(message)
+        return replies
+
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code not in _OVER:
+                raise
+            raise RunOverError(
+                f"expected the SuperLink at {self._address} to have run {self.run_id} still, it has ended it; "
+                "go on with the job: tacit server run --resume"
+            ) from None
 
     def close(self, *, failed: bool = False) -> None:
         """Ends the run: clients open no more messages of it."""

@@ -36,7 +36,11 @@ from privacy.seal import MOST_BYTES, Broadcast, ServerEpoch, ServerSession
 from privacy.terms import Terms
 from privacy.wire import Floats, Packet, array_of, floats_of, pack, unpack
 
+# The records of a message; see `clients.courier`.
 SEALED: Final = "sealed"
+LONG: Final = "long"
+SHARED: Final = "shared"
+_SHORT_BYTES: Final = 1 << 20
 # The word of a client on which nothing could open a message; see `clients.post`.
 LOST: Final = "lost"
 
@@ -47,6 +51,10 @@ _FIRST_PATIENCE_S: Final = 20.0
 _LONGEST_PATIENCE_S: Final = 600.0
 # Between two attempts with a member that answered, but not what was asked.
 _PAUSE_S: Final = 1.0
+# Between two looks at who is there: a node that came anew has lost what it was carrying.
+_LOOK_S: Final = 1.0
+# A round does not wait for a member that has not been connected for so long; a relay notices after up to a minute.
+_MOST_AWAY_S: Final = 60.0
 # Between two questions to a member whose holder has not decided yet.
 _WAITING_S: Final = 5.0
 # A relay that keeps what nobody fetches would fill its disk.
@@ -55,14 +63,18 @@ _TTL_S: Final = 3600.0
 _log = logging.getLogger("tacit.server")
 
 
+class RunOverError(RunError):
+    """The relay has ended the run; the job can go on in another one."""
+
+
 class Relay(Protocol):
     """What carries sealed bytes; see `server.relay.Relay`."""
 
     run_id: int
     bundle: str
 
-    def nodes(self) -> frozenset[int]:
-        """Returns the ids of the nodes that are connected."""
+    def nodes(self) -> Mapping[int, str]:
+        """Returns the ids of the nodes that are connected, each with a word that changes when it comes anew."""
 
     def push(self, messages: Sequence[Message]) -> list[str]:
         """Hands messages over; returns their ids."""
@@ -110,6 +122,10 @@ class _Line:
     accept: bytes = b""
     # Messages that may still be answered, by Flower's id, and what was asked by each.
     asked: dict[str, str] = dataclasses.field(default_factory=dict)
+    # When its node came, as it was when something was asked last.
+    came: str = ""
+    # Since when its node is not connected, by our clock; None while it is.
+    away: float | None = None
     due: float = 0.0
     patience: float = _FIRST_PATIENCE_S
     word: str = "not reached"
@@ -119,6 +135,15 @@ class _Line:
         self.session, self.accept, self.agreed = None, b"", False
         self.asked.clear()
         self.due = time.monotonic() + _PAUSE_S
+
+
+class _Shared:
+    """A broadcast, and the record that carries it to everybody."""
+
+    def __init__(self, broadcast: Broadcast) -> None:
+        self.broadcast, body = broadcast, bytes(broadcast.body)
+        short = len(body) <= _SHORT_BYTES
+        self.record = ConfigRecord({"broadcast": body}) if short else ArrayRecord({"broadcast": _row(body)})
 
 
 class SealedGrid(Grid):
@@ -137,6 +162,8 @@ class SealedGrid(Grid):
         self._epoch = ServerEpoch(identity, job=terms.job, run=relay.run_id, bundle=relay.bundle, terms=terms.digest())
         self._lines = {member.number: _Line(member) for member in members}
         self._run = Run.create_empty(relay.run_id)
+        self._there: Mapping[int, str] = {}
+        self._look = 0.0
         # Where papers are collected, while they are asked for.
         self._papers: dict[str, dict[str, Any]] | None = None
 
@@ -237,7 +264,8 @@ class SealedGrid(Grid):
             timeout: Seconds after which no further reply is waited for; None waits for all.
 
         Returns:
-            The replies that came, in the order of the messages; a member that refused the job has none.
+            The replies that came, in the order of the messages; a member that refused the job has none, nor has one
+            that has not been connected for a minute where others answered.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         asked = {message.metadata.dst_node_id: message for message in messages}
@@ -247,25 +275,31 @@ class SealedGrid(Grid):
             # A new request has its own patience, and no answer to an older one is an answer to it.
             self._lines[number].asked.clear()
             self._lines[number].due, self._lines[number].patience = 0.0, _FIRST_PATIENCE_S
+        self._look = 0.0
         while open_ := {n: asked[n] for n in asked if n not in replies and not self._lines[n].refused}:
+            began = time.monotonic()
             if heard := self._turn(open_, broadcast):
                 replies |= heard
                 continue
+            # If nobody is there, it is the relay or the gateway that is away: then all of them are waited for.
+            if replies and all(self._is_gone(self._lines[number]) for number in open_):
+                break
             if deadline is not None and time.monotonic() > deadline:
                 break
-            time.sleep(_POLL_S)
+            # A relay that answers slowly has work to do; asking it takes half of its time at most.
+            time.sleep(min(10 * _POLL_S, max(_POLL_S, time.monotonic() - began)))
         return [replies[number] for number in asked if number in replies]
 
-    def _broadcast(self, asked: Mapping[int, Message]) -> Broadcast | None:
+    def _broadcast(self, asked: Mapping[int, Message]) -> _Shared | None:
         """Encrypts what all requests share, once (guarantee G20)."""
         shared = {id(message.content.get("arrays")): message for message in asked.values()}
         if len(shared) != 1:
             return None
         (message,) = shared.values()
         arrays = {name: record for name, record in _parts_of(message.content)[1].items() if name == "arrays"}
-        return self._epoch.broadcast(_round_of(message), *pack({}, arrays)) if arrays else None
+        return _Shared(self._epoch.broadcast(_round_of(message), *pack({}, arrays))) if arrays else None
 
-    def _turn(self, wanted: Mapping[int, Message | None], broadcast: Broadcast | None = None) -> dict[int, Message]:
+    def _turn(self, wanted: Mapping[int, Message | None], broadcast: _Shared | None = None) -> dict[int, Message]:
         """Hears what has come, and says what is due, to each member that something is wanted of.
 
         Args:
@@ -283,19 +317,46 @@ class SealedGrid(Grid):
                 answer = self._hear(line, reply, wanted[line.member.number])
                 if answer is not None:
                     replies[line.member.number] = answer
-            due = [self._lines[number] for number in wanted if number not in replies]
-            due = [line for line in due if self._is_due(line, wanted[line.member.number])]
-            there = self._relay.nodes() if due else frozenset()
-            for line in due:
-                if line.member.node_id in there:
-                    self._say(line, wanted[line.member.number], broadcast)
+            rest = [self._lines[number] for number in wanted if number not in replies]
+            self._see(rest)
+            said = []
+            for line in [line for line in rest if self._is_due(line, wanted[line.member.number])]:
+                if line.member.node_id in self._there:
+                    said.append((line, *self._say(line, wanted[line.member.number], broadcast)))
                 else:
                     line.word, line.due = "not connected", time.monotonic() + _PAUSE_S
+            # All at once: what they share crosses to the relay once.
+            ids = self._relay.push([message for *_, message in said]) if said else []
+            for (line, kind, _), message_id in zip(said, ids, strict=False):
+                if message_id:
+                    line.asked[message_id] = kind
+        except RunOverError:
+            raise
         except (httpx.HTTPError, OSError, RunError) as error:
-            # The relay is away. What it lost is said again.
+            # The relay is away. Half of what was said may be lost with it, so all of it is said again.
             _log.warning("the relay does not answer (%s); asking again", error)
+            for number in wanted:
+                self._lines[number].due = 0.0
+            self._look = 0.0
             time.sleep(_PAUSE_S)
         return replies
+
+    def _see(self, lines: Iterable[_Line]) -> None:
+        """Looks who is there, now and then; a node that has come anew is told again at once what it is to do."""
+        now = time.monotonic()
+        if now < self._look:
+            return
+        self._there, self._look = self._relay.nodes(), now + _LOOK_S
+        for line in self._lines.values():
+            connected = line.member.node_id in self._there
+            line.away = None if connected else now if line.away is None else line.away
+        for line in lines:
+            came = self._there.get(line.member.node_id, "")
+            if line.asked and came and came != line.came:
+                line.due, line.patience = 0.0, _FIRST_PATIENCE_S
+
+    def _is_gone(self, line: _Line) -> bool:
+        return line.away is not None and time.monotonic() - line.away > _MOST_AWAY_S
 
     def _is_due(self, line: _Line, request: Message | None) -> bool:
         silent = request is None and self._papers is None
@@ -303,9 +364,10 @@ class SealedGrid(Grid):
             return False
         return time.monotonic() >= line.due
 
-    def _say(self, line: _Line, request: Message | None, broadcast: Broadcast | None) -> None:
-        """Sends a member what comes next in its conversation."""
-        session, pieces = line.session, {}
+    def _say(self, line: _Line, request: Message | None, broadcast: _Shared | None) -> tuple[str, Message]:
+        """Returns what comes next in a member's conversation: its kind, and the message."""
+        session, pieces = line.session, dict[str, bytes]()
+        shared: ArrayRecord | ConfigRecord | None = None
         if session is None:
             kind, pieces["hello"] = "hello", self._epoch.hello(line.member.public_key)
         else:
@@ -322,20 +384,23 @@ class SealedGrid(Grid):
                 configs, arrays = _parts_of(request.content)
                 if broadcast is not None:
                     arrays.pop("arrays", None)
-                    pieces["wrap"], pieces["broadcast"] = bytes(session.wrap(broadcast)), bytes(broadcast.body)
+                    pieces["wrap"], shared = bytes(session.wrap(broadcast.broadcast)), broadcast.record
                 pieces["message"] = bytes(session.seal(ROUND, number, *pack(configs, arrays)))
-        record = ArrayRecord({name: _row(piece) for name, piece in pieces.items()})
-        message = Message(RecordDict({SEALED: record}), line.member.node_id, "train", ttl=_TTL_S)
-        (message_id,) = self._relay.push([message])
-        if message_id:
-            line.asked[message_id] = kind
+        short = {name: piece for name, piece in pieces.items() if len(piece) <= _SHORT_BYTES}
+        content = RecordDict({SEALED: ConfigRecord(dict(short))})
+        if long := {name: _row(piece) for name, piece in pieces.items() if name not in short}:
+            content[LONG] = ArrayRecord(long)
+        if shared is not None:
+            content[SHARED] = shared
+        message = Message(content, line.member.node_id, "train", ttl=_TTL_S)
+        line.came = self._there.get(line.member.node_id, "")
         line.due, line.patience = time.monotonic() + line.patience, min(_LONGEST_PATIENCE_S, 2 * line.patience)
+        return kind, message
 
     def _hear(self, line: _Line, reply: Message, request: Message | None) -> Message | None:
         """Takes a reply, trusting none of it; returns the answer to the request if it is one."""
         kind = line.asked.pop(reply.metadata.reply_to_message_id, "")
-        record = reply.content.get(SEALED) if not reply.has_error() else None
-        pieces = {name: array.data for name, array in record.items()} if isinstance(record, ArrayRecord) else {}
+        pieces = _pieces_of(reply.content) if not reply.has_error() else {}
         try:
             if kind == "hello" and line.session is None:
                 line.session, line.accept = self._epoch.accept(line.member.public_key, pieces.get("offer", b""))
@@ -374,6 +439,16 @@ class SealedGrid(Grid):
 
 def _round_of(message: Message) -> int:
     return int(message.metadata.group_id or 0)
+
+
+def _pieces_of(content: RecordDict) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for record in content.values():
+        if isinstance(record, ConfigRecord):
+            found |= {name: piece for name, piece in record.items() if isinstance(piece, bytes)}
+        elif isinstance(record, ArrayRecord):
+            found |= {name: array.data for name, array in record.items()}
+    return found
 
 
 def _row(piece: bytes | memoryview) -> Array:

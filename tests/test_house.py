@@ -1,6 +1,7 @@
 """The house: who may import whom, what is installed, and what must stay outside."""
 
 import ast
+import functools
 import importlib.metadata
 import re
 import shutil
@@ -301,13 +302,18 @@ def dangling(page: Path, root: Path) -> set[str]:
     text = page.read_text()
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")}
     lost = {link for link in links if not (page.parent / link).exists()}
-    written = {
+    return lost | (set(re.findall(r"`(test_\w+)`", text)) - written(root))
+
+
+@functools.cache
+def written(root: Path) -> set[str]:
+    """Returns the names of all tests, read once for all pages."""
+    return {
         node.name
         for path in (root / "tests").rglob("test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }
-    return lost | (set(re.findall(r"`(test_\w+)`", text)) - written)
 
 
 def test_every_link_and_every_test_that_a_page_names_is_there() -> None:

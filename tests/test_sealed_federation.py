@@ -3,10 +3,12 @@
 import random
 import time
 
+import httpx
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.courier import content_of, pieces_of
@@ -40,7 +42,7 @@ SERVER = Secret(bytes(range(32))).identity("server")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    for name in ("_POLL_S", "_PAUSE_S", "_WAITING_S"):
+    for name in ("_POLL_S", "_PAUSE_S", "_WAITING_S", "_LOOK_S"):
         monkeypatch.setattr(sealed, name, 0.002)
     monkeypatch.setattr(sealed, "_FIRST_PATIENCE_S", 0.2)
     monkeypatch.setattr(sealed, "_LONGEST_PATIENCE_S", 0.5)
@@ -52,9 +54,10 @@ class FakeRelay:
     def __init__(self, workers, spoil=lambda way, pieces: [pieces], run_id=7):
         self.run_id, self.bundle, self.workers, self.spoil = run_id, BUNDLE, workers, spoil
         self.waiting, self.seen, self.count, self.away = {}, [], 0, set()
+        self.arrivals = {}
 
     def nodes(self):
-        return frozenset(self.workers) - self.away
+        return {node: self.arrivals.get(node, "") or "first" for node in self.workers if node not in self.away}
 
     def push(self, messages):
         ids = []
@@ -313,6 +316,121 @@ def test_a_worker_that_restarts_in_mid_run_rejoins_and_is_charged_once_for_each_
     assert [worker._holder.book.accounts["mine"].charges for worker in workers.values()] == [3, 3]
 
 
+def test_a_node_that_comes_anew_is_told_again_at_once_what_it_was_carrying(tmp_path, monkeypatch):
+    def seconds(folder, comes):
+        lost = []
+
+        def spoil(way, pieces):
+            if way == "down" and "broadcast" in pieces and not lost:
+                lost.append(pieces)
+                if comes:
+                    # Killed with the message in its hands, and started again.
+                    relays[0].arrivals[501] = "second"
+                return []
+            return [pieces]
+
+        relays = []
+        first = FakeRelay.__init__
+
+        def noted(self, *arguments):
+            first(self, *arguments)
+            relays.append(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeRelay, "__init__", noted)
+            _, lines, ending, workers = federate(folder, spoil)
+        assert ending is Ending.FINISHED
+        assert [line["replies"] for line in lines] == [2, 2, 2]
+        assert [worker._holder.book.accounts["mine"].charges for worker in workers.values()] == [3, 3]
+        return lines[0]["seconds"]
+
+    monkeypatch.setattr(sealed, "_FIRST_PATIENCE_S", 5.0)
+    monkeypatch.setattr(sealed, "_LONGEST_PATIENCE_S", 5.0)
+    assert seconds(tmp_path / "comes", True) < 5.0 <= seconds(tmp_path / "stays", False)
+
+
+def test_a_round_waits_a_while_for_a_member_that_is_not_connected_and_no_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "_MOST_AWAY_S", 0.5)
+    told = []
+
+    def on_round(line):
+        told.append(line)
+        relays[0].away = {501} if 1 <= len(told) < 3 else set()
+
+    relays = []
+    first = FakeRelay.__init__
+
+    def noted(self, *arguments):
+        first(self, *arguments)
+        relays.append(self)
+
+    monkeypatch.setattr(FakeRelay, "__init__", noted)
+    terms = make_terms(rounds=5)
+    workers = {node: make_worker(tmp_path / f"client-{node}", n, rounds=5) for n, node in enumerate((501, 502), 1)}
+    relay = FakeRelay(workers)
+    grid = SealedGrid(relay, members_of(workers), SERVER, terms)
+    grid.keep(grid.gather(2, patience_s=30.0))
+    run(make_job(tmp_path / "run", terms, on_round=on_round, timeout_s=60.0), grid)
+    assert [line["replies"] for line in told] == [2, 1, 1, 2, 2]
+    # The first of them waits for it to come back; the second knows already, and the one after has it again.
+    assert 0.5 <= told[1]["seconds"] < 30.0
+    assert told[2]["seconds"] < told[1]["seconds"]
+
+
+def test_a_round_is_not_over_because_nobody_is_connected(tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "_MOST_AWAY_S", 0.1)
+    nodes, asked = FakeRelay.nodes, []
+
+    def none_there_for_a_second(self):
+        asked.append(time.monotonic())
+        # Once all have answered to the terms.
+        if any("wrap" in pieces for _, pieces in self.seen) or asked[-1] - asked[0] < 0.5 or asked[-1] - asked[0] > 2.0:
+            return nodes(self)
+        return {}
+
+    monkeypatch.setattr(FakeRelay, "nodes", none_there_for_a_second)
+    workers = {node: make_worker(tmp_path / f"client-{node}", n) for n, node in enumerate((501, 502), 1)}
+    grid = SealedGrid(FakeRelay(workers), members_of(workers), SERVER, make_terms())
+    grid.keep(grid.gather(2, patience_s=30.0))
+    while time.monotonic() - asked[0] < 0.6:
+        time.sleep(0.05)
+    lines = []
+    run(make_job(tmp_path / "run", make_terms(), on_round=lines.append, timeout_s=60.0), grid)
+    assert [line["replies"] for line in lines] == [2, 2, 2]
+    assert lines[0]["seconds"] > 0.5
+
+
+def test_what_a_relay_that_was_away_may_have_lost_is_said_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "_FIRST_PATIENCE_S", 600.0)
+    asked = []
+    push = FakeRelay.push
+
+    def pushed(self, messages):
+        asked.append(self)
+        if len(asked) == 3:
+            # A round's request: half of it was there when the relay fell.
+            raise httpx.ConnectError("connection refused")
+        return push(self, messages)
+
+    monkeypatch.setattr(FakeRelay, "push", pushed)
+    _, lines, ending, _ = federate(tmp_path)
+    assert ending is Ending.FINISHED
+    assert [line["replies"] for line in lines] == [2, 2, 2]
+
+
+def test_a_run_that_the_relay_has_ended_ends_the_job_to_be_resumed_and_is_not_waited_for(tmp_path, monkeypatch):
+    push = FakeRelay.push
+
+    def pushed(self, messages):
+        if any("broadcast" in pieces for _, pieces in self.seen):
+            raise sealed.RunOverError("expected a run, got none; go on with: tacit server run --resume")
+        return push(self, messages)
+
+    monkeypatch.setattr(FakeRelay, "push", pushed)
+    with pytest.raises(RunError, match="--resume"):
+        federate(tmp_path)
+
+
 def test_g19_a_resumed_job_opens_a_new_epoch_and_messages_of_the_old_one_are_refused(tmp_path):
     terms = make_terms()
     stop = []
@@ -453,11 +571,24 @@ def test_terms_have_one_text_and_say_what_they_cost(tmp_path):
     assert not cost_of(terms, half._holder.book.accounts["mine"]).affordable
 
 
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
+def test_pieces_long_and_short_are_carried_whole_and_a_short_message_is_three_objects(size):
+    pieces = {"message": bytes(size), "wrap": b"w"}
+    message = Message(content_of(pieces), 1, "train")
+    assert pieces_of(message) == pieces == sealed._pieces_of(message.content)
+    # A message, its records, and what they hold: a relay is asked for each by itself.
+    assert len(get_all_nested_objects(message)) == (3 if size <= 1 << 20 else 6)
+
+
 def test_a_message_with_anything_else_than_sealed_pieces_is_not_handed_on():
     for content in (
         RecordDict(),
         RecordDict({"sealed": ArrayRecord({"secret": Array(np.zeros(3, np.uint8))})}),
         RecordDict({"sealed": ArrayRecord(), "more": ArrayRecord()}),
+        RecordDict({"sealed": ConfigRecord({"message": b"x"}), "more": ConfigRecord()}),
+        RecordDict({"sealed": ConfigRecord({"message": "text"})}),
+        RecordDict({"sealed": ConfigRecord({"secret": b"x"})}),
+        RecordDict({"sealed": ConfigRecord({"message": b"x"}), "shared": ConfigRecord({"message": b"y"})}),
     ):
         with pytest.raises(RunError, match="sealed message"):
             pieces_of(Message(content, 1, "train"))
