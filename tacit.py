@@ -1166,6 +1166,7 @@ def _client(arguments: argparse.Namespace) -> int:
         "start": _client_start,
         "stop": _client_stop,
         "status": _client_status,
+        "logs": _client_logs,
         "jobs": _client_jobs,
         "plan": _client_plan,
         "approve": _client_approve,
@@ -1174,6 +1175,9 @@ def _client(arguments: argparse.Namespace) -> int:
         "worker": _client_worker,
         "tunnel": _client_tunnel,
         "courier": _client_courier,
+        "supernode": _client_supernode,
+        "prepare": _client_prepare,
+        "units": _client_units,
     }
     return acts[arguments.act](arguments)
 
@@ -1187,9 +1191,11 @@ def _work_pages(acts: Any) -> None:
         made.add_argument("--json", action="store_true", help="one JSON object, for programs")
         return made
 
-    act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C")
-    act("stop", "end what start runs; the round that is on is finished first")
+    _metrics_flag(act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C"))
+    stop = act("stop", "end what start runs; the round that is on is finished first")
+    stop.add_argument("--now", action="store_true", help="wait for no round; it is spent, and may be lost")
     act("status", "show what runs, which jobs were offered, and what is left of the budget")
+    _logs_page(act("logs", "show what the processes wrote; holder: the sealed log, which says what concerns data"))
     act("jobs", "show the jobs that were offered, and what was decided")
     for name, text in (
         ("plan", "show what one job asks, and what it would cost"),
@@ -1205,7 +1211,56 @@ def _work_pages(acts: Any) -> None:
     worker.add_argument("--courier-group", metavar="GROUP", help="group of the user that the courier runs under")
     worker.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
     act("tunnel", "run the tunnel alone")
-    act("courier", "run the courier alone, under a user who may not read the data")
+    act("supernode", "run Flower's SuperNode alone, under a user who may not read the data")
+    act("prepare", "choose ports and make certificates for parts that are started one by one")
+    courier = act("courier", "run the courier alone, under a user who may not read the data")
+    units = act("units", "write systemd units, a compose file and an image recipe for these parts into a folder")
+    units.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
+    _units_flags(units)
+    for made in (worker, courier):
+        made.add_argument(
+            "--socket", metavar="FILE", type=Path, help="where the two meet (default: run/worker.sock in the home)"
+        )
+
+
+def _metrics_flag(page: Any) -> None:
+    page.add_argument(
+        "--metrics", metavar="HOST:PORT", help="serve figures for Prometheus there; a port alone is one on loopback"
+    )
+
+
+def _units_flags(page: Any) -> None:
+    page.add_argument("folder", metavar="DIR", type=Path, help="where the files are written")
+    page.add_argument("--user", metavar="NAME", help="who runs what reads secrets (default: who owns the home)")
+    page.add_argument("--program", metavar="FILE", type=Path, help="path of tacit there (default: this one's)")
+    page.add_argument("--force", action="store_true", help="replace files that are there")
+
+
+def _write_units(arguments: argparse.Namespace, home: Any, files_of: Any, **more: str) -> int:
+    from privacy.unit_files import owner_of, write_files
+
+    folder = arguments.folder.expanduser().absolute()
+    program = arguments.program or Path(sys.executable).with_name("tacit")
+    texts = files_of(
+        home,
+        owner=owner_of(home.folder, arguments.user),
+        program=str(program.absolute()),
+        folder=folder,
+        version=__version__,
+        **more,
+    )
+    written = write_files(folder, texts, force=arguments.force)
+    if arguments.json:
+        print(json.dumps({"files": [str(path) for path in written]}))
+        return 0
+    what = f"tacit-{arguments.verb}"
+    print("\n".join(_short(str(path)) for path in written))
+    print(
+        f"\nNext, as root: systemd-sysusers {folder}/{what}.sysusers; cp {folder}/{what}*.{{service,path,target"
+        f"{',timer' * (what == 'tacit-client')}}} /etc/systemd/system/; systemctl enable --now {what}.target"
+        f"\nOr, with containers: docker compose -f {folder}/compose.yaml up -d"
+    )
+    return 0
 
 
 def _places(arguments: argparse.Namespace) -> Any:
@@ -1234,27 +1289,62 @@ def _log_to_stderr() -> None:
 
 
 def _client_start(arguments: argparse.Namespace) -> int:
-    from clients.services import parts_of
-    from privacy.processes import Processes, read_status
+    from clients.isolation import read_note
+    from clients.join import renew_when_due
+    from clients.services import figures_of, parts_of
+    from privacy.errors import IdentityError
+    from privacy.processes import Chore, Processes, read_status
 
     places = _places(arguments)
     name, federation = places.home.settings.name, places.home.settings.federation
     _require_stopped(read_status(places.status), "client")
+    if (note := read_note(places.home)) is not None:
+        _require_stopped({"pid": note.pid}, "client")
     places.prepare()
-    if places.home.renewal_due(time.time()):
-        from clients.join import renew
-
-        renew(places.home, version=__version__)
-    processes = Processes(parts_of(places), logs=places.logs, status=places.status)
+    try:
+        renew_when_due(places.home, version=__version__)
+    except IdentityError as error:
+        # It is tried again while the client runs; until it expires, the old one serves.
+        print(f"tacit: the certificate is not renewed yet: {error}", file=sys.stderr)
+    _log_to_stderr()
+    renewal = Chore(name="renewal", do=lambda: renew_when_due(places.home, version=__version__), every_s=300)
+    processes = Processes(parts_of(places), logs=places.logs, status=places.status, chores=[renewal])
     processes.start()
+    with _metrics(arguments, processes, loopback=True, collect=lambda: figures_of(places.home)) as shown:
+        _say_started_client(arguments, name, federation, places, shown)
+        processes.run()
+    return 0
+
+
+def _say_started_client(arguments: argparse.Namespace, name: str, federation: str, places: Any, shown: str) -> None:
     print(
         json.dumps({"started": True, "name": name, "federation": federation, "pid": os.getpid()})
         if arguments.json
-        else f"{name} takes part in {federation}; logs in {_short(str(places.logs))}; Ctrl-C ends it",
+        else f"{name} takes part in {federation}; logs in {_short(str(places.logs))}{shown}; Ctrl-C ends it",
         flush=True,
     )
-    processes.run()
-    return 0
+
+
+@contextmanager
+def _metrics(arguments: argparse.Namespace, processes: Any, *, loopback: bool, collect: Any) -> Iterator[str]:
+    """Serves metrics while the block lasts, where they were asked for; yields words that say so."""
+    if arguments.metrics is None:
+        yield ""
+        return
+    from privacy.exposition import Exposition, of_processes, place
+
+    def figures() -> list[Any]:
+        return [*of_processes(processes.restarts, processes.running, len(processes.faults)), *collect()]
+
+    try:
+        shown = Exposition(*place(arguments.metrics, loopback=loopback), figures)
+    except BaseException:
+        processes.end()
+        raise
+    try:
+        yield f"; metrics at port {shown.port}"
+    finally:
+        shown.close()
 
 
 def _require_stopped(status: Mapping[str, object] | None, what: str) -> None:
@@ -1264,7 +1354,7 @@ def _require_stopped(status: Mapping[str, object] | None, what: str) -> None:
         raise RunError(f"expected no {what} to run here yet, got one (pid {status['pid']}); tacit {what} stop ends it")
 
 
-def _stop(status_file: Path, what: str, as_json: bool) -> int:
+def _stop(status_file: Path, what: str, as_json: bool, *, patience_s: float = 120.0, now: bool = False) -> int:
     import signal
 
     from privacy.errors import RunError
@@ -1273,20 +1363,91 @@ def _stop(status_file: Path, what: str, as_json: bool) -> int:
     status = read_status(status_file)
     if status is None:
         raise RunError(f"expected a {what} that runs here, got none; nothing to stop")
-    os.kill(int(str(status["pid"])), signal.SIGTERM)
-    deadline = time.monotonic() + 120
+    for word in range(1 + now):
+        # Told twice, it waits for no round.
+        time.sleep(0.5 * word)
+        with suppress(ProcessLookupError):
+            os.kill(int(str(status["pid"])), signal.SIGTERM)
+    deadline = time.monotonic() + patience_s
     while read_status(status_file) is not None:
         if time.monotonic() > deadline:
-            raise RunError(f"expected the {what} to end within 2 min, got none; look into its logs")
+            raise RunError(f"expected the {what} to end within {patience_s:g} s, got none; look into its logs")
         time.sleep(0.1)
     print(json.dumps({"stopped": True}) if as_json else f"the {what} is stopped")
     return 0
 
 
 def _client_stop(arguments: argparse.Namespace) -> int:
+    from clients.services import ROUND_S
+
     places = _places(arguments)
     _ = places.home.settings
-    return _stop(places.status, "client", arguments.json)
+    patience_s = 120.0 if arguments.now else ROUND_S + 120.0
+    return _stop(places.status, "client", arguments.json, patience_s=patience_s, now=arguments.now)
+
+
+def _logs_page(page: Any) -> None:
+    page.add_argument("name", nargs="?", metavar="NAME", help="one process (default: all)")
+    page.add_argument("--lines", metavar="N", type=int, default=20, help="how many of each (default 20)")
+    page.add_argument("--follow", action="store_true", help="go on with what is written, until Ctrl-C")
+
+
+def _show_logs(arguments: argparse.Namespace, folder: Path) -> int:
+    """Shows the ends of the parts' logs, each line after the name of its process."""
+    from privacy.errors import RunError
+    from privacy.processes import tail
+
+    there = sorted(path.stem for path in folder.glob("*.log"))
+    names = [name for name in there if arguments.name in (None, name)]
+    if not names:
+        raise RunError(
+            f"expected a log in {_short(str(folder))}, got {arguments.name or 'none'}; there is: "
+            f"{', '.join(there) or 'nothing yet'}"
+        )
+    shown = {name: tail(folder / f"{name}.log", max(1, arguments.lines)) for name in names}
+    if arguments.json:
+        print(json.dumps(shown))
+        return 0
+    width = max(map(len, names))
+    for name, lines in shown.items():
+        for line in lines:
+            print(f"{name:<{width}}  {line}")
+    places = {name: (folder / f"{name}.log").stat().st_size for name in names}
+    with suppress(KeyboardInterrupt):
+        while arguments.follow:
+            time.sleep(0.5)
+            for name, place in places.items():
+                size = (folder / f"{name}.log").stat().st_size
+                if size != place:
+                    # A log that was begun anew is shown from there.
+                    grown = size - place if size > place else size
+                    for line in tail(folder / f"{name}.log", _lines_in(folder / f"{name}.log", grown)):
+                        print(f"{name:<{width}}  {line}", flush=True)
+                    places[name] = size
+    return 0
+
+
+def _lines_in(path: Path, last_bytes: int) -> int:
+    """Returns how many lines the last bytes of a file hold."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+        return max(1, file.read().count(b"\n"))
+
+
+def _client_logs(arguments: argparse.Namespace) -> int:
+    if arguments.name == "holder":
+        from privacy.vault import read_log
+
+        home = _client_home(arguments)
+        lines = list(read_log(home.folder / "log", home.secret()))[-max(1, arguments.lines) :]
+        print(json.dumps({"holder": lines}) if arguments.json else "\n".join(lines))
+        return 0
+    return _show_logs(arguments, _places(arguments).logs)
+
+
+def _faults(status: Mapping[str, Any] | None) -> dict[str, str]:
+    """Returns a row for each chore that could not be done the last time."""
+    return {name: f"failed, and is tried again: {words}" for name, words in (status or {}).get("faults", {}).items()}
 
 
 def _parts_table(status: Mapping[str, Any] | None) -> Any:
@@ -1343,17 +1504,22 @@ def _client_account(places: Any) -> Any:
 
 
 def _client_status(arguments: argparse.Namespace) -> int:
+    from clients.isolation import look, read_note
     from clients.jobs import Jobs
     from privacy.processes import read_status
 
     places = _places(arguments)
     settings, status, account = places.home.settings, read_status(places.status), _client_account(places)
     jobs = [_job_facts(job, account) for job in Jobs(places.jobs)]
+    found, note = look(places.home), read_note(places.home)
     told = {
         "name": settings.name,
         "federation": settings.federation,
-        "running": status is not None,
+        "running": status is not None or note is not None,
+        "isolation": {"verdict": found.apart.value, "words": found.words, "fix": found.fix},
+        "rounds_answered": note.rounds if note else 0,
         "parts": status["parts"] if status else {},
+        "faults": status.get("faults", {}) if status else {},
         "spent": account.spent,
         "budget": account.grant.epsilon,
         "delta": account.grant.delta,
@@ -1366,7 +1532,11 @@ def _client_status(arguments: argparse.Namespace) -> int:
     console = _console()
     rows = {
         "client": f"{settings.name} of {settings.federation}",
-        "runs": f"yes, pid {status['pid']}" if status else "no; start it with: tacit client start",
+        "runs": f"yes, pid {status['pid']}"
+        if status
+        else (f"yes, its worker has pid {note.pid}" if note else "no; start it with: tacit client start"),
+        "isolation": found.words,
+        **_faults(status),
         "spent": f"epsilon {_epsilon(account.spent)} of {_epsilon(account.grant.epsilon)} at delta "
         f"{account.grant.delta:g}, in {account.charges} charges",
         "jobs": f"{len(jobs)}, {sum(job['decision'] == 'waiting' for job in jobs)} of them wait for a decision",
@@ -1508,6 +1678,7 @@ def _client_policy(arguments: argparse.Namespace) -> int:
 def _client_worker(arguments: argparse.Namespace) -> int:
     import grp
 
+    from clients.isolation import Noted
     from clients.services import worker_of
     from clients.worker import Doorway
     from privacy.errors import PlanError
@@ -1520,12 +1691,14 @@ def _client_worker(arguments: argparse.Namespace) -> int:
         raise PlanError(f"expected a group of this machine, got {arguments.courier_group!r}; make it first") from None
     stop = _until_stopped()
     worker = worker_of(places, code=code_hash(), device=arguments.device)
-    door = Doorway(places.worker, group=group)
+    at = arguments.socket or places.worker
+    door, noted = Doorway(at, group=group), Noted(places.home)
     try:
-        print(json.dumps({"worker": str(places.worker)}) if arguments.json else "the worker is ready", flush=True)
-        door.serve(worker.answer, stop.is_set)
+        print(json.dumps({"worker": str(at)}) if arguments.json else "the worker is ready", flush=True)
+        door.serve(noted.around(worker), stop.is_set, noted.called)
     finally:
         door.close()
+        noted.close()
     return 0
 
 
@@ -1538,12 +1711,33 @@ def _client_tunnel(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _client_units(arguments: argparse.Namespace) -> int:
+    from clients.units import files_of
+
+    return _write_units(arguments, _client_home(arguments), files_of, device=arguments.device)
+
+
+def _client_prepare(arguments: argparse.Namespace) -> int:
+    places = _places(arguments)
+    places.prepare()
+    print(json.dumps({"ports": places.ports}) if arguments.json else "the parts can be started")
+    return 0
+
+
+def _client_supernode(arguments: argparse.Namespace) -> int:
+    from clients.services import parts_of
+    from privacy.processes import become
+
+    become(next(part for part in parts_of(_places(arguments)) if part.name == "supernode"))
+
+
 def _client_courier(arguments: argparse.Namespace) -> int:
     from clients.courier import Courier
 
     _log_to_stderr()
     places, stop = _places(arguments), _until_stopped()
-    Courier(f"127.0.0.1:{places.ports[1]}", places.secret.read_bytes(), places.worker).run(stop.is_set)
+    at = arguments.socket or places.worker
+    Courier(f"127.0.0.1:{places.ports[1]}", places.secret.read_bytes(), at).run(stop.is_set)
     return 0
 
 
@@ -1713,6 +1907,7 @@ def _join_pages(acts: Any) -> None:
     renew = acts.add_parser(
         "renew", help="renew this client's certificate now", formatter_class=_Page, allow_abbrev=False
     )
+    renew.add_argument("--if-due", action="store_true", help="only where two thirds of its life are over")
     for act in (page, preflight, renew):
         act.add_argument("--home", metavar="DIR", type=Path, help="the client's folder (default ~/.tacit/client)")
         act.add_argument("--json", action="store_true", help="one JSON object, for programs")
@@ -1726,7 +1921,7 @@ def _client_home(arguments: argparse.Namespace) -> Any:
 
 def _client_join(arguments: argparse.Namespace) -> int:
     from clients.join import Choices, join, policy_of, require_fresh, require_unexpired
-    from clients.preflight import Verdict, declared_bound, local, located, remote
+    from clients.preflight import Verdict, apart, declared_bound, local, located, remote
     from privacy.enrolment import Invitation
 
     token = sys.stdin.read(4096) if arguments.token == "-" else arguments.token  # noqa: S105 -- the word for standard input
@@ -1758,9 +1953,10 @@ def _client_join(arguments: argparse.Namespace) -> int:
     if not any(finding.verdict is Verdict.FAILED for finding in findings):
         settings, greeting = join(invitation, home, choices, version=__version__)
         told |= {"joined": True, "federation": settings.federation, "data_set": settings.data_set}
-        for finding in remote(home, version=__version__, greeting=greeting):
-            findings.append(finding)
-            _print_finding(finding, arguments.json)
+        for look in (remote(home, version=__version__, greeting=greeting), apart(home)):
+            for finding in look:
+                findings.append(finding)
+                _print_finding(finding, arguments.json)
     code = _close_preflight(findings, arguments.json, told)
     if not arguments.json:
         if told["joined"]:
@@ -1771,11 +1967,11 @@ def _client_join(arguments: argparse.Namespace) -> int:
 
 
 def _client_preflight(arguments: argparse.Namespace) -> int:
-    from clients.preflight import choices_of, local, remote
+    from clients.preflight import apart, choices_of, local, remote
 
     home = _client_home(arguments)
     findings = []
-    for look in (local(home, choices_of(home.settings)), remote(home, version=__version__)):
+    for look in (local(home, choices_of(home.settings)), remote(home, version=__version__), apart(home)):
         for finding in look:
             findings.append(finding)
             _print_finding(finding, arguments.json)
@@ -1810,7 +2006,11 @@ def _client_renew(arguments: argparse.Namespace) -> int:
     from clients.join import renew
     from privacy.transcript import iso
 
-    until = renew(_client_home(arguments), version=__version__)
+    home = _client_home(arguments)
+    if arguments.if_due and not home.renewal_due(time.time()):
+        print(json.dumps({"renewed": False}) if arguments.json else "not due yet")
+        return 0
+    until = renew(home, version=__version__)
     print(json.dumps({"until": until}) if arguments.json else f"renewed; good until {iso(until)}")
     return 0
 
@@ -1855,16 +2055,21 @@ def _server_page(kinds: Any) -> None:
         "--listen", metavar="HOST:PORT", help="where to listen (default: the enrolment port, everywhere)"
     )
     start = act("start", "run the relay, the gateway and the enrolment, until Ctrl-C")
+    _metrics_flag(start)
     act("stop", "end what start runs")
     act("status", "show what runs, who is enrolled, and who is connected")
+    _logs_page(act("logs", "show what the processes wrote"))
     act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
+    act("relay", "run the relay alone, under a user who may read no key of the server's")
+    prepare = act("prepare", "choose ports and make certificates for parts that are started one by one")
+    _units_flags(act("units", "write systemd units, a compose file and an image recipe for these parts into a folder"))
     run = act("run", "run one job with the clients that are enrolled; Ctrl-C ends it after a round, to be resumed")
     run.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="scenario file")
     run.add_argument("--resume", metavar="RUN", type=Path, help="go on with the job in this folder")
     run.add_argument("--wait", metavar="TIME", default="10m", help="longest wait for the clients: 30m, 24h, 7d")
     run.add_argument("--quiet", action="store_true", help="print the closing summary only")
     _keys(run, _deployed_groups())
-    for made in (init, enrol, start):
+    for made in (init, enrol, start, prepare):
         made.add_argument(
             "--passphrase-file",
             metavar="FILE",
@@ -1883,7 +2088,11 @@ def _server(arguments: argparse.Namespace) -> int:
         "start": _server_start,
         "stop": _server_stop,
         "status": _server_status,
+        "logs": _server_logs,
         "gateway": _server_gateway,
+        "relay": _server_relay,
+        "prepare": _server_prepare,
+        "units": _server_units,
         "run": _server_run,
     }
     return acts[arguments.act](arguments)
@@ -1905,7 +2114,7 @@ def _server_places(arguments: argparse.Namespace) -> Any:
 def _server_start(arguments: argparse.Namespace) -> int:
     from privacy.identity.authority import Authority
     from privacy.processes import Processes, read_status
-    from server.services import parts_of
+    from server.services import figures_of, parts_of
 
     places = _server_places(arguments)
     home, passphrase = places.home, _authority_passphrase(arguments)
@@ -1923,8 +2132,9 @@ def _server_start(arguments: argparse.Namespace) -> int:
         f"logs in {_short(str(places.logs))}; Ctrl-C ends it"
         + ("\nrelay = server: one user of this machine reads both folders, so the relay counts as the server" * same)
     )
-    print(json.dumps(told) if arguments.json else words, flush=True)
-    processes.run()
+    with _metrics(arguments, processes, loopback=False, collect=lambda: figures_of(places)) as shown:
+        print(json.dumps(told) if arguments.json else words + shown, flush=True)
+        processes.run()
     return 0
 
 
@@ -1932,22 +2142,33 @@ def _server_stop(arguments: argparse.Namespace) -> int:
     return _stop(_server_places(arguments).status, "server", arguments.json)
 
 
+def _server_logs(arguments: argparse.Namespace) -> int:
+    return _show_logs(arguments, _server_places(arguments).logs)
+
+
 def _server_status(arguments: argparse.Namespace) -> int:
     from privacy.errors import RunError
     from privacy.processes import read_status
-    from server.services import connected
+    from server.services import answers, connected, job_of
 
     places = _server_places(arguments)
     status = read_status(places.status)
+    relay = False
+    with suppress(RunError):
+        # Parts that units or containers keep up have no supervisor of ours.
+        relay = answers("127.0.0.1", places.port)
     try:
-        members: list[dict[str, Any]] = connected(places) if status else []
+        members: list[dict[str, Any]] = connected(places) if relay else []
     except RunError as error:
         members = [{"name": "unknown", "connected": False, "words": str(error)}]
+    job = job_of(places)
     told = {
         "federation": places.home.settings.name,
-        "running": status is not None,
+        "running": status is not None or relay,
         "parts": status["parts"] if status else {},
+        "faults": status.get("faults", {}) if status else {},
         "members": members,
+        "job": job,
     }
     if arguments.json:
         print(json.dumps(told))
@@ -1957,9 +2178,13 @@ def _server_status(arguments: argparse.Namespace) -> int:
         console,
         {
             "federation": places.home.settings.name,
-            "runs": f"yes, pid {status['pid']}" if status else "no; start it with: tacit server start",
+            "runs": f"yes, pid {status['pid']}"
+            if status
+            else ("yes, its relay answers" if relay else "no; start it with: tacit server start"),
             "connected": ", ".join(one["name"] for one in members if one["connected"]) or "nobody",
             "away": ", ".join(one["name"] for one in members if not one["connected"]) or "nobody",
+            **_faults(status),
+            **_job_rows(job),
         },
     )
     if status:
@@ -1968,20 +2193,69 @@ def _server_status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# What an operator does where a client answers a job with one of these words.
+_REMEDIES: Final = {
+    "other-program": "runs another Tacit than this server; bring both to one version",
+    "other-task": "joined with another task, or its data has another shape",
+    "refused": "was refused by its holder",
+    "waiting": "waits for its holder's decision",
+}
+
+
+def _job_rows(job: Mapping[str, Any] | None) -> dict[str, str]:
+    """Returns what the last job said, for people."""
+    if job is None:
+        return {}
+    state = job["status"] if job["on"] or job["status"] not in ("waiting", "running") else "ended without a word"
+    words = f"; {job['words']}" if job.get("words") else ""
+    rows = {"job": f"{str(job['job'])[:12]}, {job['task']}, round {job['round']} of {job['rounds']}: {state}{words}"}
+    said = [
+        f"{name}: {word}" + f" ({_REMEDIES.get(word)})" * (word in _REMEDIES) for name, word in job["members"].items()
+    ]
+    return rows | ({"said": "; ".join(said)} if said else {})
+
+
 def _server_gateway(arguments: argparse.Namespace) -> int:
     import threading
 
     from server.gateway import run
-    from server.services import Roster, gateway_of
+    from server.services import Counted, Roster, gateway_of
 
     _log_to_stderr()
     places, stop = _server_places(arguments), threading.Event()
-    threading.Thread(target=Roster(places).keep, args=(stop,), daemon=True).start()
+    gateway = gateway_of(places)
+    for keep in (Roster(places).keep, Counted(places, gateway).keep):
+        threading.Thread(target=keep, args=(stop,), daemon=True).start()
     try:
-        run(gateway_of(places))
+        run(gateway)
     finally:
         stop.set()
     return 0
+
+
+def _server_relay(arguments: argparse.Namespace) -> int:
+    from privacy.processes import become
+    from server.services import parts_of
+
+    parts = parts_of(_server_places(arguments), environment={})
+    become(next(part for part in parts if part.name == "relay"))
+
+
+def _server_prepare(arguments: argparse.Namespace) -> int:
+    from privacy.identity.authority import Authority
+
+    places = _server_places(arguments)
+    places.home.renew(Authority.read(places.home.folder / "authority", _passphrase(arguments)), now=time.time())
+    places.prepare()
+    print(json.dumps({"port": places.port}) if arguments.json else "the parts can be started")
+    return 0
+
+
+def _server_units(arguments: argparse.Namespace) -> int:
+    from server.home import ServerHome
+    from server.units import files_of
+
+    return _write_units(arguments, ServerHome.open(_server_folder(arguments)), files_of)
 
 
 def _server_run(arguments: argparse.Namespace) -> int:

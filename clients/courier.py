@@ -69,6 +69,8 @@ _OBJECT_POLL_S: Final = 0.02
 _AWAY_S: Final = 1.0
 # A message that has not come by then does not come any more.
 _MESSAGE_S: Final = 10.0
+# What the SuperNode gets to send the last answer on before it is ended too; it looks for answers twice a second.
+_SENT_S: Final = 3.0
 
 _log = logging.getLogger("tacit.courier")
 
@@ -125,6 +127,7 @@ class Courier:
             "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)
         )
         self.carried = 0
+        self._last = float("-inf")
 
     def _client(self, name: str, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
         return RuntimeHttpClient.from_server_address(
@@ -135,7 +138,11 @@ class Courier:
         )
 
     def run(self, stopping: Callable[[], bool]) -> None:
-        """Carries one message after the other; a SuperNode that is away is asked again."""
+        """Carries one message after the other; a SuperNode that is away is asked again.
+
+        Told to stop, it carries the message that it is at to its end, and leaves the SuperNode time to send the answer:
+        a round that is on is not lost by a stop or an upgrade.
+        """
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         busy = time.monotonic()
         while not stopping():
@@ -151,10 +158,12 @@ class Courier:
             try:
                 self.carry(task.token)
                 self.carried += 1
+                self._last = time.monotonic()
             except Exception:
                 # One message that cannot be carried is the server's to send again; the next one may be fine.
                 _log.exception("a message was not carried")
             busy = time.monotonic()
+        time.sleep(max(0.0, self._last + _SENT_S - time.monotonic()))
 
     def carry(self, token: str) -> None:
         """Carries the message of one task to the worker, and its answer back."""

@@ -419,6 +419,18 @@ def renew(home: ClientHome, *, version: str) -> int:
         return _renew(home, settings, version)
 
 
+def renew_when_due(home: ClientHome, *, version: str, clock: Callable[[], float] = time.time) -> int | None:
+    """Renews the certificate once two thirds of its life are over.
+
+    Returns:
+        Until when the new certificate is good, seconds since 1970; None where none was due.
+
+    Raises:
+        IdentityError: As `renew`; the certificate that is there stays in use.
+    """
+    return renew(home, version=version) if home.renewal_due(clock()) else None
+
+
 def _renew(home: ClientHome, settings: Settings, version: str) -> int:
     current = facts_of(read_certificate(home.tls))
     if key_of_private(home.next_key()) == current.key:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from clients.home import ClientHome, Settings
+from clients.isolation import Apart, look
 from clients.join import Choices, Greeting, call
 from privacy.enrolment import Address, key_fingerprint, older
 from privacy.errors import DataError, IdentityError, LedgerError, PlanError, RunError, TacitError
@@ -41,6 +42,7 @@ _BEHIND_S: Final = 300.0
 _DRIFT_S: Final = 2.0
 _LEAST_BYTES: Final = 200 * 2**20
 _ENOUGH_BYTES: Final = 2 * 2**30
+_SETTLED_S: Final = 5.0
 
 
 class Verdict(StrEnum):
@@ -111,6 +113,8 @@ def remote(home: ClientHome, *, version: str, greeting: Greeting | None = None) 
         version: Of this Tacit.
         greeting: Of the endpoint, if it was just called; None calls it.
     """
+    # Where the gateway runs under a user of its own, the list of members reaches it a moment after the enrolment.
+    patience_s = _SETTLED_S if greeting is not None else 0.0
     try:
         settings = home.settings
     except IdentityError as error:
@@ -132,7 +136,15 @@ def remote(home: ClientHome, *, version: str, greeting: Greeting | None = None) 
         yield _failed("server version", f"it wants Tacit {greeting.oldest}, this is {version}", "update", IdentityError)
     else:
         yield _ok("server version", f"it takes Tacit {version}")
-    yield _guarded("gateway", lambda: _gateway(home, settings.addresses))
+    yield _guarded("gateway", lambda: _let_in(home, settings.addresses, patience_s))
+
+
+def apart(home: ClientHome) -> Iterator[Finding]:
+    """Looks whether Flower's processes run apart from what the holder keeps (guarantee G15); see `clients.isolation`.
+
+    Where they do not, or where that cannot be seen, it is a warning: the holder may accept it, and the report says so.
+    """
+    yield _guarded("isolation", lambda: _isolation(home))
 
 
 def choices_of(settings: Settings) -> Choices:
@@ -263,6 +275,11 @@ def _data(choices: Choices) -> Finding:
     return _ok("data", words)
 
 
+def _isolation(home: ClientHome) -> Finding:
+    found = look(home)
+    return _ok("isolation", found.words) if found.apart is Apart.YES else _warning("isolation", found.words, found.fix)
+
+
 # -- what was got by joining, and the server --------------------------------------------------------------------------
 
 
@@ -303,6 +320,15 @@ def _clock(greeting: Greeting) -> Finding:
     if abs(ahead) > _DRIFT_S + 1:
         return _warning("clock", words, fix)
     return _ok("clock", "agrees with the server's to a few seconds")
+
+
+def _let_in(home: ClientHome, addresses: tuple[Address, ...], patience_s: float) -> Finding:
+    until = time.monotonic() + patience_s
+    while True:
+        finding = _gateway(home, addresses)
+        if finding.verdict is not Verdict.FAILED or time.monotonic() >= until:
+            return finding
+        time.sleep(0.25)
 
 
 def _gateway(home: ClientHome, addresses: tuple[Address, ...]) -> Finding:

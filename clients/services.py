@@ -17,20 +17,28 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Final
 
 from clients.data import load_source
 from clients.holder import Holder, Kept, SecureSources, content_of
 from clients.home import ClientHome
+from clients.isolation import read_note
 from clients.jobs import Jobs, Policy
 from clients.tunnel import Tunnel, Way
 from clients.worker import Worker
 from models.task import find_task
 from privacy.errors import RunError
+from privacy.exposition import Figure, one
 from privacy.files import write_whole
+from privacy.identity.authority import facts_of, read_certificate
 from privacy.identity.loopback import write_loopback
 from privacy.ledger import Book
 from privacy.processes import Part
+from privacy.transcript import read_ledger
 from privacy.vault import Safe, SealedLog, private_logger
+
+# Seconds that a round which is on gets where the client is told to stop.
+ROUND_S: Final = 600.0
 
 
 class Places:
@@ -109,8 +117,15 @@ def parts_of(places: Places) -> list[Part]:
         Part(name="worker", command=[*tacit, "worker", *home], ready=lambda: _serves(places.worker), grace_s=60.0),
         Part(name="tunnel", command=[*tacit, "tunnel", *home], ready=lambda: _answers(tunnel)),
         Part(name="supernode", command=supernode, environment=flower, ready=lambda: _answers(runtime)),
-        # A SuperNode waits a minute for the answer of a courier that is gone, and takes no other message meanwhile.
-        Part(name="courier", command=[*tacit, "courier", *home], environment=flower, takes_along=("supernode",)),
+        # It is ended first, and ends when the round that is on has been answered. A SuperNode waits a minute for the
+        # answer of a courier that is gone, and takes no other message meanwhile.
+        Part(
+            name="courier",
+            command=[*tacit, "courier", *home],
+            environment=flower,
+            grace_s=ROUND_S,
+            takes_along=("supernode",),
+        ),
     ]
 
 
@@ -197,3 +212,21 @@ def worker_of(places: Places, *, code: str, device: str = "cpu") -> Worker:
         policy=lambda: policy_of(places),
         code=code,
     )
+
+
+def figures_of(home: ClientHome) -> list[Figure]:
+    """Returns what a holder may watch on its own machine, and nobody else: what was spent is its own affair.
+
+    Raises:
+        TacitError: The client has not joined, or its ledger is damaged.
+    """
+    settings, note = home.settings, read_note(home)
+    account = read_ledger(Path(settings.ledger)).accounts[settings.data_set]
+    until = facts_of(read_certificate(home.tls)).until
+    return [
+        one("tacit_rounds_answered_total", "Rounds answered since the worker was started.", note.rounds if note else 0),
+        one("tacit_epsilon_spent", "Spent of the data set's budget, by the holder's own filter.", account.spent),
+        one("tacit_epsilon_granted", "The data set's budget.", account.grant.epsilon),
+        one("tacit_charges_total", "Charges in the ledger.", account.charges),
+        one("tacit_certificate_until_seconds", "When the certificate expires, in seconds since 1970.", until),
+    ]

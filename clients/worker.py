@@ -20,6 +20,7 @@ import json
 import os
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,6 +53,8 @@ PAPERS: Final = "papers"
 _MOST_TERMS_BYTES: Final = 64 * 1024
 # A receipt's text is shorter: see `privacy.ledger`.
 _MOST_RECEIPT: Final = "r" * 16 * 1024
+# Seconds until a caller at the socket says something.
+_FIRST_BYTE_S: Final = 30.0
 
 _log = private_logger("tacit.client")
 
@@ -315,8 +318,19 @@ class Doorway:
         except OSError as error:
             raise RunError(f"expected to make the worker's socket at {path}, got: {error.strerror or error}") from None
 
-    def serve(self, answer: Callable[[Letter], Mapping[str, Buffer]], stopping: Callable[[], bool]) -> None:
-        """Answers letters until told to stop; a letter that came before is answered first."""
+    def serve(
+        self,
+        answer: Callable[[Letter], Mapping[str, Buffer]],
+        stopping: Callable[[], bool],
+        called: Callable[[int], None] = lambda user: None,
+    ) -> None:
+        """Answers letters until told to stop; a letter that came before is answered first.
+
+        Args:
+            answer: Answers one letter.
+            stopping: Asked between two letters.
+            called: Is told the user of whoever called, as the kernel knows it (guarantee G15).
+        """
         while not stopping():
             try:
                 channel, _ = self._socket.accept()
@@ -324,11 +338,17 @@ class Doorway:
                 continue
             with channel:
                 try:
+                    channel.settimeout(_FIRST_BYTE_S)
+                    if not channel.recv(1, socket.MSG_PEEK):
+                        # Somebody looked whether we are there.
+                        continue
                     letter = read_letter(channel)
                 except Exception:
                     # Whatever it was, it is no reason to end.
                     _log.exception("something that is no letter was handed in")
                     continue
+                # Only who hands in a letter is a courier; others look whether somebody is there.
+                called(_caller(channel))
                 with contextlib.suppress(OSError):
                     answer_letter(channel, answer(letter))
 
@@ -368,3 +388,9 @@ def _is_left(path: Path) -> bool:
         except OSError:
             return False
     return False
+
+
+def _caller(channel: socket.socket) -> int:
+    """Returns the user at the other end of a Unix socket."""
+    _, user, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)

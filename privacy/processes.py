@@ -12,7 +12,10 @@ import ctypes
 import dataclasses
 import fcntl
 import json
+import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from privacy.errors import RunError
 from privacy.files import write_whole
@@ -41,6 +44,15 @@ _TICK_S: Final = 0.1
 _TAIL_BYTES: Final = 4096
 _PDEATHSIG: Final = 1
 _LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
+# What a part gets where somebody asked twice.
+_HURRIED_S: Final = 10.0
+# A log that is longer becomes NAME.log.1, in place of the one before.
+MOST_LOG_BYTES: Final = 8 * 1024 * 1024
+_LOG_LOOK_S: Final = 5.0
+
+_ESCAPE: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+_log = logging.getLogger("tacit.processes")
 
 
 def _leave_with_parent() -> None:
@@ -74,22 +86,131 @@ class Part:
     takes_along: tuple[str, ...] = ()
 
 
+def shorten(path: Path, most_bytes: int = MOST_LOG_BYTES) -> bool:
+    """Puts a log that is too long aside as ``NAME.1`` and begins it anew; a full disk changes nothing.
+
+    The process that writes it keeps it open, for appending: it goes on at the new beginning. What it writes in the
+    moment between the two is lost.
+
+    Returns:
+        Whether it was too long.
+    """
+    try:
+        if path.stat().st_size <= most_bytes:
+            return False
+        older = path.with_name(f"{path.name}.1")
+        with open(path, "rb") as log, open(os.open(older, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            shutil.copyfileobj(log, file)
+        os.truncate(path, 0)
+    except OSError as error:
+        _log.warning("the log %s could not be begun anew: %s", path.name, error.strerror)
+        return False
+    return True
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """Returns the last lines of a log, as a person can read them; none where there is no log."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - lines * 400))
+            content = file.read()
+    except OSError:
+        return []
+    # No colours, and nothing that could move a terminal's cursor: some of it was said by others.
+    text = _ESCAPE.sub("", content.decode(errors="replace"))
+    return ["".join(c for c in line if c.isprintable() or c == "\t") for line in text.splitlines()[-lines:]]
+
+
+def environment_of(part: Part) -> dict[str, str]:
+    """Returns what a part gets of our environment, and its own variables."""
+    common = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return common | _QUIET | dict(part.environment)
+
+
+def become(part: Part) -> NoReturn:
+    """Turns this process into a part, for whoever keeps parts up by other means than `Processes`.
+
+    Raises:
+        RunError: Its program is not there.
+    """
+    try:
+        os.execve(part.command[0], list(part.command), environment_of(part))  # noqa: S606 -- our own commands
+    except OSError as error:
+        raise RunError(f"expected to run {part.command[0]}, got: {error.strerror}; install Tacit again") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chore:
+    """Something to do every so often while the parts run, such as renewing a certificate.
+
+    Attributes:
+        name: What it is called in the status and in the log.
+        do: Does it, or finds that it is not due. What it raises is logged, and it is tried again.
+        every_s: Seconds between two times.
+        again_s: Seconds until it is tried again after a failure.
+    """
+
+    name: str
+    do: Callable[[], object]
+    every_s: float = 3600.0
+    again_s: float = 300.0
+
+
+class Chores:
+    """Does chores when they are due; a failure is logged and tried again, and never ends anything."""
+
+    def __init__(self, chores: Sequence[Chore], clock: Callable[[], float] = time.monotonic) -> None:
+        """Makes the first time of each one its ``every_s`` from now.
+
+        Args:
+            chores: What to do.
+            clock: Seconds by a clock that never goes back.
+        """
+        self._chores, self._clock = list(chores), clock
+        self._due = {chore.name: clock() + chore.every_s for chore in chores}
+        self.faults: dict[str, str] = {}
+        """What kept a chore from being done the last time, by name; those that were done have none."""
+
+    def look(self) -> bool:
+        """Does what is due; returns whether a fault came or went."""
+        before = dict(self.faults)
+        for chore in self._chores:
+            if self._clock() < self._due[chore.name]:
+                continue
+            try:
+                chore.do()
+            except Exception as error:
+                self.faults[chore.name] = str(error)[:500] or type(error).__name__
+                _log.exception("%s failed; it is tried again in %g s", chore.name, chore.again_s)
+                self._due[chore.name] = self._clock() + chore.again_s
+            else:
+                if self.faults.pop(chore.name, None) is not None:
+                    _log.info("%s is done at last", chore.name)
+                self._due[chore.name] = self._clock() + chore.every_s
+        return self.faults != before
+
+
 class Processes:
     """Keeps parts running until it is told to stop, and says in a file how they are.
 
     A part that ends is started again, after a pause that doubles with every failure. The status file says for each
     part: its process id, since when it runs, how often it was started again, and how it ended last. It holds a lock
     while it lives, so that no process id of an earlier start is ever taken for it.
+
+    Asked to stop, it gives each part the time that the part needs to finish what it is at; asked twice, ten seconds.
     """
 
-    def __init__(self, parts: Sequence[Part], *, logs: Path, status: Path) -> None:
+    def __init__(self, parts: Sequence[Part], *, logs: Path, status: Path, chores: Sequence[Chore] = ()) -> None:
         """Prepares the parts, in the order in which they are started; they are ended in the reverse order.
 
         Args:
             parts: What to run.
             logs: Folder of the logs, one ``NAME.log`` for each part, mode 0600.
             status: File that says how they are.
+            chores: What to do every so often meanwhile, in a thread of its own: one that waits for an answer over the
+                network must not keep a part from being started again.
         """
+        self._chores = Chores(chores)
         self._parts, self._logs, self._status = list(parts), logs, status
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._began: dict[str, float] = {}
@@ -97,11 +218,28 @@ class Processes:
         self._ended: dict[str, str] = {}
         self._due: dict[str, float] = {}
         self._pauses = dict.fromkeys((part.name for part in parts), _FIRST_PAUSE_S)
-        self._stop = threading.Event()
+        self._stop, self._hurry = threading.Event(), threading.Event()
         self._lock = -1
 
+    @property
+    def restarts(self) -> Mapping[str, int]:
+        """How often each part was started again, by its name."""
+        return dict(self._restarts)
+
+    @property
+    def running(self) -> Mapping[str, bool]:
+        """Which parts run, by their names."""
+        return {name: child.poll() is None for name, child in dict(self._children).items()}
+
+    @property
+    def faults(self) -> Mapping[str, str]:
+        """What kept chores from being done the last time, by their names."""
+        return dict(self._chores.faults)
+
     def stop(self) -> None:
-        """Asks the parts to end; `run` returns when they have."""
+        """Asks the parts to end; `run` returns when they have. Asked again, they get ten seconds at most."""
+        if self._stop.is_set():
+            self._hurry.set()
         self._stop.set()
 
     def start(self, patience_s: float = 60.0) -> None:
@@ -129,14 +267,26 @@ class Processes:
 
     def run(self) -> None:
         """Keeps the parts up until `stop`, SIGTERM or SIGINT; then ends them."""
+        threading.Thread(target=self._do_chores, daemon=True).start()
+        faults: Mapping[str, str] = {}
         try:
+            looked = time.monotonic()
             while not self._stop.wait(_TICK_S):
-                if self._look_after():
+                if time.monotonic() - looked >= _LOG_LOOK_S:
+                    looked = time.monotonic()
+                    for part in self._parts:
+                        shorten(self._logs / f"{part.name}.log")
+                if self._look_after() or self._chores.faults != faults:
+                    faults = dict(self._chores.faults)
                     # A full disk is no reason to end what runs; the next change is told.
                     with contextlib.suppress(RunError):
                         self._tell()
         finally:
             self.end()
+
+    def _do_chores(self) -> None:
+        while not self._stop.wait(_TICK_S):
+            self._chores.look()
 
     def _take(self) -> None:
         self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -153,14 +303,13 @@ class Processes:
         raise RunError(f"expected nobody to run {self._status.parent} yet, got somebody; stop them first")
 
     def _spawn(self, part: Part) -> None:
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self._began[part.name] = time.time()
         try:
             self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open(os.open(self._logs / f"{part.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)) as log:
                 self._children[part.name] = subprocess.Popen(  # noqa: S603 -- our own commands
                     list(part.command),
-                    env=environment | _QUIET | dict(part.environment),
+                    env=environment_of(part),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -235,11 +384,14 @@ class Processes:
             if child is None or child.poll() is not None:
                 continue
             child.terminate()
-            try:
-                child.wait(part.grace_s)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            began = time.monotonic()
+            while child.poll() is None:
+                waited = time.monotonic() - began
+                if waited > (min(_HURRIED_S, part.grace_s) if self._hurry.is_set() else part.grace_s):
+                    child.kill()
+                    child.wait()
+                    break
+                time.sleep(0.02)
         self._children = {name: child for name, child in self._children.items() if child.poll() is None}
         self._status.unlink(missing_ok=True)
         if self._lock >= 0:
@@ -257,7 +409,8 @@ class Processes:
             }
             for part in self._parts
         }
-        write_whole(self._status, json.dumps({"pid": os.getpid(), "parts": told}, indent=2).encode(), durable=False)
+        whole = {"pid": os.getpid(), "parts": told, "faults": dict(self._chores.faults)}
+        write_whole(self._status, json.dumps(whole, indent=2).encode(), durable=False)
 
 
 def _lock_of(status: Path) -> Path:

@@ -9,7 +9,9 @@ The server application is not among them: it runs while a job does (``tacit serv
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
 import os
 import socket
@@ -18,9 +20,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from privacy.errors import IdentityError, RunError, TacitError
+from privacy.exposition import Figure, one
 from privacy.files import write_whole
 from privacy.identity.loopback import write_loopback
 from privacy.identity.supernode import supernode_pem
@@ -32,6 +35,7 @@ from server.relay import Control
 
 _log = logging.getLogger("tacit.server")
 _ROSTER_S: Final = 1.0
+_COUNTED_S: Final = 5.0
 
 
 class Places:
@@ -44,6 +48,8 @@ class Places:
         self.database = self.folder / "state.db"
         self.loopback, self.loopback_authority = self.folder / "loopback.pem", self.folder / "loopback-ca.pem"
         self.bell = self.folder / "bell"
+        self.counters = self.folder / "gateway.json"
+        self.job = home.folder / "application" / "running.json"
         self.status = home.folder / "status.json"
         self.logs = home.folder / "logs"
         self._port = self.folder / "port"
@@ -240,3 +246,103 @@ def connected(places: Places) -> list[dict[str, object]]:
     return [
         {"name": member.name, "node": str(node), "connected": node in online} for member, node in members_of(places)
     ]
+
+
+class Counted:
+    """Keeps a file with a gateway's counters, for the supervisor's metrics: words and numbers, no names."""
+
+    def __init__(self, places: Places, gateway: Gateway) -> None:
+        """Prepares; `keep` runs it in a thread of its own."""
+        self._path, self._gateway = places.counters, gateway
+
+    def tell(self) -> None:
+        """Writes the file; raises RunError where the disk is full."""
+        told = {"pid": os.getpid(), "counters": dict(self._gateway.counters)}
+        write_whole(self._path, json.dumps(told).encode(), durable=False)
+
+    def keep(self, stop: threading.Event) -> None:
+        """Writes it again and again, until told to stop."""
+        while not stop.wait(_COUNTED_S):
+            try:
+                self.tell()
+            except TacitError as error:
+                _log.warning("the gateway's counters are not up to date: %s", error)
+
+
+def counters_of(places: Places) -> dict[str, int]:
+    """Returns a gateway's counters, or none where there are none yet."""
+    try:
+        counters = json.loads(places.counters.read_bytes())["counters"]
+        return {str(word): int(count) for word, count in counters.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+class Progress:
+    """What the server application says of the job that is on, to the operator's other commands.
+
+    Public facts alone: rounds, and each member's last fixed word. No figure of a model, no number of replies.
+    """
+
+    def __init__(self, places: Places, **facts: object) -> None:
+        """Begins: ``facts`` are the job's identity, its run folder, its task and its rounds."""
+        self._path = places.job
+        self._told: dict[str, object] = {"pid": os.getpid(), "status": "waiting", "round": 0, "members": {}} | facts
+        self.tell()
+
+    def tell(self, **changes: object) -> None:
+        """Takes down what has changed; a disk that is full stops no job here."""
+        changed = self._told | changes
+        if changed != self._told or "updated" not in self._told:
+            self._told = changed | {"updated": int(time.time())}
+            try:
+                write_whole(self._path, json.dumps(self._told).encode(), durable=False)
+            except TacitError as error:
+                _log.warning("the job's progress could not be written: %s", error)
+
+
+def job_of(places: Places) -> dict[str, Any] | None:
+    """Returns what the server application said of its last job, or None where it had none; ``on`` says if it runs."""
+    try:
+        told: dict[str, Any] = json.loads(places.job.read_bytes())
+        if type(told["pid"]) is not int or not isinstance(told["members"], dict):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        os.kill(told["pid"], 0)
+        alive = True
+    except ProcessLookupError:
+        alive = False
+    except PermissionError:
+        alive = True
+    return told | {"on": alive and told["status"] in ("waiting", "running")}
+
+
+def figures_of(places: Places) -> list[Figure]:
+    """Returns what an operator may watch: who is there, how far the job is, what the gateway saw; nothing of data."""
+    members = Registry.of(places.home).members().values()
+    figures = [
+        Figure(
+            "tacit_members",
+            "Data holders by their state.",
+            [({"state": state.value}, sum(member.state is state for member in members)) for state in State],
+        ),
+    ]
+    with contextlib.suppress(RunError):
+        there = sum(bool(member["connected"]) for member in connected(places))
+        figures.append(one("tacit_members_connected", "Enrolled data holders whose SuperNode is connected.", there))
+    job = job_of(places)
+    on = job is not None and job["on"]
+    figures.append(one("tacit_job_running", "Whether a job is on.", float(on)))
+    if job is not None:
+        figures.append(one("tacit_job_round", "Rounds that the last job has finished.", int(job["round"])))
+        figures.append(one("tacit_job_rounds", "Rounds that the last job has in all.", int(job.get("rounds", 0))))
+    figures.append(
+        Figure(
+            "tacit_gateway_events_total",
+            "What happened at the gateway.",
+            [({"event": word}, count) for word, count in sorted(counters_of(places).items())],
+        )
+    )
+    return figures

@@ -25,7 +25,7 @@ from typing import Any, Final
 from clients.data import load_source
 from models.task import find_task
 from privacy.accounting import Event, best_affordable_order, events_from_json, solve_noise
-from privacy.errors import LedgerError, PlanError, RunError, VaultError
+from privacy.errors import LedgerError, PlanError, RunError, TacitError, VaultError
 from privacy.files import write_whole
 from privacy.ledger import grant_of, require_signed_entry
 from privacy.noise import SECURE_SOURCE, Keystream
@@ -44,7 +44,7 @@ from server.gateway import ring
 from server.home import ServerHome
 from server.relay import Relay
 from server.sealed import Member, SealedGrid
-from server.services import Places, members_of
+from server.services import Places, Progress, members_of
 from simulations.evidence import (
     PATHS,
     Countersigned,
@@ -127,6 +127,7 @@ def deploy(
             }
         )
         lines: list[Mapping[str, Any]] = []
+        progress = Progress(places, job=settled.id, run=str(folder), task=task.name, rounds=settled.plan.rounds)
 
         def on_round(line: Mapping[str, Any]) -> None:
             lines.append(line)
@@ -139,7 +140,15 @@ def deploy(
                     among=lambda member, word: word == "answered" and "commit" not in known.get(member.name, {}),
                 ),
             )
+            progress.tell(status="running", round=line["round"], members=said())
             observer.round(line)
+
+        def said() -> dict[str, str]:
+            return {member.name: word for member, word in grid.words}
+
+        def waiting() -> bool:
+            progress.tell(members=said())
+            return stopping()
 
         relay = Relay(
             places.address,
@@ -148,15 +157,16 @@ def deploy(
             authority=places.loopback_authority,
             ring=lambda: ring(places.bell),
         )
-        with relay:
+        with _ended(progress), relay:
             grid = SealedGrid(relay, _members(places, folder), identity, terms)
             observer.note(f"waiting for {scenario.clients} clients, at most {wait_s:g} s")
             if (folder / MEMBERS).exists():
                 # They are fixed. One that is gone for ever is missing in every round, and holds up nobody's job.
-                grid.gather(scenario.min_replies or 1, patience_s=wait_s, stopping=stopping)
+                grid.gather(scenario.min_replies or 1, patience_s=wait_s, stopping=waiting)
             else:
-                grid.keep(grid.gather(scenario.clients, patience_s=wait_s, stopping=stopping))
+                grid.keep(grid.gather(scenario.clients, patience_s=wait_s, stopping=waiting))
                 _fix(folder, grid)
+            progress.tell(status="running", members=said())
             job = Job(
                 id=settled.id,
                 plan=settled.plan,
@@ -187,6 +197,7 @@ def deploy(
                 stopping=stopping,
             )
             ending = run(job, grid)
+            progress.tell(status=str(ending), members=said())
             _keep_papers(folder, grid.papers())
         write_whole(folder / STATUS, json.dumps({"status": str(ending), "finished": now()}).encode())
         page = render_deployed(folder, home)
@@ -498,6 +509,19 @@ def _keep_papers(folder: Path, papers: Mapping[str, Mapping[str, Any]]) -> None:
     # Papers that came earlier are not lost to a member that has none now.
     kept = {name: dict(paper) for name, paper in papers.items() if paper or name not in known}
     write_whole(folder / PAPERS, canonical({**known, **kept}))
+
+
+@contextlib.contextmanager
+def _ended(progress: Progress) -> Iterator[None]:
+    """Says in the job's progress why it ended, where it ended by a failure."""
+    try:
+        yield
+    except TacitError as error:
+        progress.tell(status="failed", words=str(error))
+        raise
+    except BaseException as error:
+        progress.tell(status="failed", words=type(error).__name__)
+        raise
 
 
 @contextlib.contextmanager

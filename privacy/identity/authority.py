@@ -205,13 +205,14 @@ class Authority:
             raise IdentityError(f"expected {folder / 'ca.key'} to belong to ca.pem, got another key; restore a backup")
         return cls(key, certificate)
 
-    def server_leaf(self, name: str, hosts: list[str], *, now: float) -> bytes:
+    def server_leaf(self, name: str, hosts: list[str], *, now: float, days: int = LEAF_DAYS) -> bytes:
         """Makes a key and a certificate for a server.
 
         Args:
             name: Common name; nothing checks it.
             hosts: DNS names and IP addresses under which clients will call.
             now: Seconds since 1970.
+            days: For how long it is good.
 
         Returns:
             PEM: the private key, the leaf, the authority's certificate. For a file of mode 0600.
@@ -221,7 +222,7 @@ class Authority:
         """
         key = ec.generate_private_key(ec.SECP256R1())
         subjects = [_general(host) for host in hosts]
-        leaf = self._leaf(name, subjects, key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH, now)
+        leaf = self._leaf(name, subjects, key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH, now, days)
         for host in hosts:
             require_server(leaf.public_bytes(Encoding.DER), self.certificate, host, now=now)
         chain = (leaf.public_bytes(Encoding.PEM), self._certificate.public_bytes(Encoding.PEM))
@@ -253,10 +254,11 @@ class Authority:
         key: ec.EllipticCurvePublicKey,
         purpose: x509.ObjectIdentifier,
         now: float,
+        days: int = LEAF_DAYS,
     ) -> x509.Certificate:
         own = self.__key.public_key()
         builder = (
-            _builder(_subject(valid_name(name)), self._certificate.subject, key, now, LEAF_DAYS)
+            _builder(_subject(valid_name(name)), self._certificate.subject, key, now, days)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage("digital_signature"), critical=True)
             .add_extension(x509.SubjectAlternativeName(subjects), critical=False)

@@ -13,6 +13,9 @@ from privacy.files import write_whole
 from privacy.identity.authority import Authority, pem_of
 
 HOSTS: Final = ["127.0.0.1", "localhost"]
+# Flower reads its certificate once, at its start. One as short-lived as those of clients would end a relay that runs
+# longer, and there is nobody on loopback for whom it should be short.
+_DAYS: Final = 4 * 365
 
 
 def write_loopback(folder: Path, *, now: float) -> tuple[Path, Path]:
@@ -30,6 +33,6 @@ def write_loopback(folder: Path, *, now: float) -> tuple[Path, Path]:
     """
     authority = Authority.create("loopback", HOSTS, now=now)
     own, root = folder / "loopback.pem", folder / "loopback-ca.pem"
-    write_whole(own, authority.server_leaf("loopback", HOSTS, now=now))
+    write_whole(own, authority.server_leaf("loopback", HOSTS, now=now, days=_DAYS))
     write_whole(root, pem_of(authority.certificate))
     return own, root

@@ -15,7 +15,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,7 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from clients import join as module
 from clients import preflight
 from clients.home import ClientHome, Policy
-from clients.join import Choices, join, policy_of, renew, require_unexpired
+from clients.join import Choices, join, policy_of, renew, renew_when_due, require_unexpired
 from clients.preflight import Finding, Verdict, choices_of, local, remote
 from privacy.enrolment import LENGTH, Address, Invitation, message, new_secret, to_base64
 from privacy.errors import DataError, IdentityError, LedgerError, PlanError
@@ -779,3 +779,30 @@ def test_the_gateway_is_believed_with_its_certificate_only_and_told_nothing(
 def test_a_home_that_has_not_joined_is_told_how_to(home: ClientHome) -> None:
     (finding,) = remote(home, version=VERSION)
     assert finding.fix == "tacit client join TOKEN"
+
+
+# -- renewal while a client runs --------------------------------------------------------------------------------------
+
+
+def test_a_certificate_is_renewed_after_two_thirds_of_its_life_and_a_failure_leaves_the_old_one(
+    run: Running, home: ClientHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join(new_invitation(run), home, CHOICES, version=VERSION)
+    first = home.tls.read_bytes()
+    began = time.time()
+    day = 86400.0
+    assert renew_when_due(home, version=VERSION, clock=lambda: began + 19 * day) is None
+    assert home.tls.read_bytes() == first
+    with monkeypatch.context() as patch:
+        patch.setattr("clients.join.call", _away)
+        with pytest.raises(IdentityError, match="nobody"):
+            renew_when_due(home, version=VERSION, clock=lambda: began + 21 * day)
+    assert home.tls.read_bytes() == first
+    until = renew_when_due(home, version=VERSION, clock=lambda: began + 21 * day)
+    assert until is not None
+    assert home.tls.read_bytes() != first
+    assert renew_when_due(home, version=VERSION, clock=lambda: began + 19 * day) is None
+
+
+def _away(*_: object, **__: object) -> NoReturn:
+    raise IdentityError("expected an answer, got nobody; wait")

@@ -35,6 +35,7 @@ from privacy.identity.authority import (
     valid_name,
     verify_with_certificate,
 )
+from privacy.identity.loopback import write_loopback
 from privacy.identity.supernode import (
     flower_field,
     new_supernode_key,
@@ -296,3 +297,11 @@ def test_making_an_authority_a_server_and_three_clients_takes_well_under_a_secon
     for name in ("a", "b", "c"):
         client_leaf(made, name)
     assert time.perf_counter() - started < 1
+
+
+def test_a_certificate_for_loopback_outlives_a_process_that_reads_it_once(tmp_path: Path) -> None:
+    own, root = write_loopback(tmp_path, now=NOW)
+    assert facts_of(read_certificate(own)).until - NOW > 3 * 365 * 86400
+    assert facts_of(read_certificate(own)).until < facts_of(read_certificate(root)).until
+    require_server(read_certificate(own), read_certificate(root), "127.0.0.1", now=NOW + 3 * 365 * 86400)
+    assert own.stat().st_mode & 0o777 == 0o600

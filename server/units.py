@@ -1,0 +1,235 @@
+"""Systemd units and a compose file for the processes of a server's machine.
+
+    prepare      once per start, as the owner of the home: ports, certificates
+    handout      root, a shell script: gives relay and gateway copies of the few files that they need
+    relay        Flower's SuperLink; a user of its own, reaches this machine alone
+    gateway      a user of its own; has its certificate and the list of members, and no key of server or authority
+    enrolment    as the owner, who holds the authority; cannot see the server application's key
+
+The server application runs as the owner, by hand: ``tacit server run``.
+"""
+
+from __future__ import annotations
+
+import pwd
+from pathlib import Path
+from typing import Final
+
+from privacy.unit_files import (
+    CONTAINERFILE,
+    POST_NUMBER,
+    Gift,
+    Service,
+    compose,
+    container,
+    handout,
+    handout_units,
+    sysusers,
+    target,
+    under_homes,
+)
+from server.home import ServerHome
+
+_NAME: Final = "tacit-server"
+RELAY, GATEWAY = "tacit-relay", "tacit-gateway"
+# Users in containers, where names mean nothing.
+# The relay's folder belongs to the relay's user, which tells reports that relay and server are two (guarantee G21); the
+# owner's group goes on writing there. A link in its place is left alone.
+_PARTED: Final = [
+    'if as "$owner" chmod 0770 "$home/relay" 2>/dev/null; then '
+    f'chown -h "${{TACIT_RELAY_USER:-{RELAY}}}" "$home/relay"; fi'
+]
+_NUMBERS: Final = {RELAY: 10002, GATEWAY: 10003}
+GIFTS: Final = [
+    *(
+        Gift(
+            user=GATEWAY,
+            variable="TACIT_GATEWAY_USER",
+            folder="/var/lib/tacit-gateway",
+            file=file,
+            # There is no list before the first invitation.
+            later=file == "members.json",
+        )
+        for file in (
+            *("server.json", "members.json", "relay/tls.pem", "relay/ca.pem"),
+            *("relay/port", "relay/loopback-ca.pem"),
+        )
+    ),
+    *(
+        Gift(user=RELAY, variable="TACIT_RELAY_USER", folder="/var/lib/tacit-relay", file=file)
+        for file in (
+            *("server.json", "relay/port", "relay/runtime.secret"),
+            *("relay/loopback.pem", "relay/loopback-ca.pem"),
+        )
+    ),
+]
+
+
+def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, version: str) -> dict[str, str]:
+    """Returns the files' texts by name.
+
+    Args:
+        home: The server's home.
+        owner: Who owns it.
+        program: Path of the ``tacit`` program.
+        folder: Where the files will lie; units name the script there.
+        version: Of this Tacit, for the image's tag.
+    """
+    at, settings = str(home.folder), home.settings
+    homes = under_homes([at, program, str(folder)])
+    tacit = [program, "server"]
+    part_of = f"{_NAME}.target"
+    prepare, hand = f"{_NAME}-prepare.service", f"{_NAME}-handout.service"
+    ports = settings.addresses[0].port, settings.enrol[0].port
+    # The authority's passphrase, where it has one, stands in a file that only root reads.
+    passphrase = "EnvironmentFile=-/etc/tacit/server.env"  # noqa: S105 -- names a file
+    prepared = Service(
+        name="prepare",
+        text="ports and certificates of the server",
+        command=[*tacit, "prepare", "--home", at],
+        user=owner,
+        writes=[at],
+        more=["RemainAfterExit=yes", passphrase],
+    )
+    relay = Service(
+        name="relay",
+        text="the relay, which holds sealed messages",
+        command=[*tacit, "relay", "--home", "/var/lib/tacit-relay"],
+        user=RELAY,
+        after=[hand],
+        local=True,
+        writes=["/var/lib/tacit-relay"],
+        hidden=[at],
+    )
+    gateway = Service(
+        name="gateway",
+        text="the gateway, the one door that clients reach",
+        command=[*tacit, "gateway", "--home", "/var/lib/tacit-gateway"],
+        user=GATEWAY,
+        after=[hand, f"{_NAME}-relay.service"],
+        writes=["/var/lib/tacit-gateway"],
+        hidden=[at],
+    )
+    enrolment = Service(
+        name="enrolment",
+        text="the endpoint where invitations are redeemed and certificates renewed",
+        command=[*tacit, "enrol", "--home", at],
+        user=owner,
+        after=[prepare],
+        writes=[at],
+        hidden=[f"{at}/application"],
+        more=[passphrase],
+    )
+    script = folder / f"{_NAME}-handout.sh"
+    low = ["CAP_NET_BIND_SERVICE" if port < 1024 else "" for port in ports]
+    units = {
+        prepare: prepared.unit(part_of, homes=homes, once=True),
+        **handout_units(
+            _NAME,
+            str(script),
+            prepared=prepare,
+            watched=[home.members, home.relay_tls, home.folder / "server.json"],
+            homes=homes,
+            writes=[at],
+        ),
+        f"{_NAME}-relay.service": relay.unit(part_of, homes=homes),
+        f"{_NAME}-gateway.service": gateway.unit(part_of, homes=homes, capabilities=low[0]),
+        f"{_NAME}-enrolment.service": enrolment.unit(part_of, homes=homes, capabilities=low[1]),
+    }
+    return units | {
+        part_of: target("relay, gateway and enrolment", sorted(units)),
+        script.name: handout(home.folder, owner, GIFTS, _PARTED),
+        f"{_NAME}.sysusers": sysusers({RELAY: "Tacit: the relay", GATEWAY: "Tacit: the gateway"}),
+        "compose.yaml": _compose(home, owner, script.name, version),
+        "Containerfile": CONTAINERFILE.format(folder=folder, version=version, post=POST_NUMBER),
+    }
+
+
+def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
+    at, settings = str(home.folder), home.settings
+    ports = settings.addresses[0].port, settings.enrol[0].port
+    own = _number(owner)
+    image = f"tacit:{version}"
+    numbers = {
+        "TACIT_OWNER": own.partition(":")[0],
+        "TACIT_RELAY_USER": str(_NUMBERS[RELAY]),
+        "TACIT_GATEWAY_USER": str(_NUMBERS[GATEWAY]),
+    }
+    passphrase = {"TACIT_PASSPHRASE": "${TACIT_PASSPHRASE:-}"}
+    where = [f"{at}:{at}"]
+    each = {"relay": ["relay:/var/lib/tacit-relay"], "gateway": ["gateway:/var/lib/tacit-gateway"]}
+    users = {name: f"{_NUMBERS[name]}:{_NUMBERS[name]}" for name in _NUMBERS}
+    handing = container(
+        ["sh", "/handout.sh"],
+        user="0:0",
+        image=image,
+        network_mode="none",
+        environment=numbers,
+        cap_add=["CHOWN", "DAC_READ_SEARCH", "FOWNER", "SETUID", "SETGID"],
+        volumes=[*where, *each["relay"], *each["gateway"], f"./{script}:/handout.sh:ro"],
+    )
+    done = {"condition": "service_completed_successfully"}
+    services: dict[str, dict[str, object]] = {
+        "prepare": container(
+            ["tacit", "server", "prepare", "--home", at],
+            user=own,
+            image=image,
+            network_mode="none",
+            restart="no",
+            environment=passphrase,
+            volumes=where,
+        ),
+        "handout": handing | {"restart": "no", "depends_on": {"prepare": done}},
+        "handout-again": handing | {"command": ["sh", "/handout.sh", "--follow"], "depends_on": {"handout": done}},
+        "gateway": container(
+            ["tacit", "server", "gateway", "--home", "/var/lib/tacit-gateway"],
+            user=users[GATEWAY],
+            image=image,
+            ports=[f"{ports[0]}:{ports[0]}"],
+            sysctls={"net.ipv4.ip_unprivileged_port_start": "0"},
+            volumes=each["gateway"],
+            depends_on={"handout": done},
+        ),
+        # On the gateway's loopback, and on no other network.
+        "relay": container(
+            ["tacit", "server", "relay", "--home", "/var/lib/tacit-relay"],
+            user=users[RELAY],
+            image=image,
+            network_mode="service:gateway",
+            volumes=each["relay"],
+            depends_on={"handout": done},
+        ),
+        "enrolment": container(
+            ["tacit", "server", "enrol", "--home", at],
+            user=own,
+            image=image,
+            ports=[f"{ports[1]}:{ports[1]}"],
+            sysctls={"net.ipv4.ip_unprivileged_port_start": "0"},
+            environment=passphrase,
+            # Nothing of the server application's is there.
+            volumes=[*where, f"/dev/null:{at}/application/server.key:ro"],
+            depends_on={"prepare": done},
+        ),
+        "application": container(
+            ["tacit", "server", "run", "--home", at, "/job/scenario.toml"],
+            user=own,
+            image=image,
+            network_mode="service:gateway",
+            restart="no",
+            profiles=["job"],
+            volumes=[*where, "./job:/job"],
+        ),
+    }
+    comment = (
+        "The processes of a server. Build the image first; see Containerfile.\n"
+        "Start: docker compose up -d      A job: docker compose run --rm application"
+    )
+    return compose(services, ["relay", "gateway"], comment)
+
+
+def _number(owner: str) -> str:
+    try:
+        known = pwd.getpwnam(owner)
+        return f"{known.pw_uid}:{known.pw_gid}"
+    except KeyError:
+        return "10001:10001"
