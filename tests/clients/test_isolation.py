@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -21,6 +22,7 @@ from clients.post import LOST, Letter, hand_over
 from clients.preflight import Verdict, apart
 from clients.worker import Doorway
 from privacy.enrolment import Address
+from privacy.processes import _lock_of
 
 # A user that owns nothing here; where these tests run under it, its neighbour.
 OTHER = 65534 if os.getuid() != 65534 else 65533
@@ -115,6 +117,8 @@ def test_g15_the_users_of_running_processes_are_those_of_the_kernel(home: Client
         assert isolation._running(home) == {"supernode": os.getuid()}
         part = {"pid": os.getpid()}
         (run / "status.json").write_text(json.dumps({"pid": os.getpid(), "parts": {"courier": part}}))
+        keeper = os.open(_lock_of(run / "status.json"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(keeper, fcntl.LOCK_EX)
         assert isolation._running(home) == both(os.getuid())
     assert listener_of(port) is None
 
