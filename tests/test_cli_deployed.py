@@ -301,7 +301,8 @@ def test_a_courier_of_a_client_that_was_never_started_is_one_sentence(says: Any,
 def test_server_status_without_a_start(says: Any, tmp_path: Path) -> None:
     make_home(tmp_path / "server")
     code, out, _ = says("server", "status", "--home", tmp_path / "server", "--json")
-    assert (code, json.loads(out)) == (0, {"federation": "demo", "running": False, "parts": {}, "members": []})
+    nothing = {"running": False, "parts": {}, "faults": {}, "members": [], "job": None}
+    assert (code, json.loads(out)) == (0, {"federation": "demo", **nothing})
     assert "no; start it with: tacit server start" in says("server", "status", "--home", tmp_path / "server")[1]
     assert says("server", "stop", "--home", tmp_path / "server")[0] == 6
 
