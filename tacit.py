@@ -116,8 +116,8 @@ only if nothing failed; what cannot be proven is said, and does not fail.
 """
 
 _CLIENT: Final = """\
-What a data holder does with its own ledger, out of any job's reach. A budget is set once for a data set's lifetime;
-afterwards it can be lowered, and raised only by an explicit word that every report shows.
+What a data holder does: join a federation, take part, say what jobs may use its data, and keep its own ledger, out of
+any job's reach. A budget is set once for a data set's lifetime; afterwards it can be lowered, and raised only by an explicit word that every report shows.
 """
 
 _SERVER: Final = """\
@@ -1113,7 +1113,7 @@ def _trusted(arguments: argparse.Namespace) -> list[str]:
 def _client_page(kinds: Any) -> None:
     page = kinds.add_parser(
         "client",
-        help="a data holder's own ledger: show it, set its budget, export and import it",
+        help="a data holder: join, take part, decide about jobs; its own ledger and budget",
         description=_CLIENT,
         formatter_class=_Page,
         allow_abbrev=False,
@@ -2018,7 +2018,7 @@ def _client_renew(arguments: argparse.Namespace) -> int:
 def _server_page(kinds: Any) -> None:
     page = kinds.add_parser(
         "server",
-        help="make what clients on other machines join: authority, invitations, members",
+        help="a federation of separate machines: make it, invite, run its jobs",
         description=_SERVER,
         formatter_class=_Page,
         allow_abbrev=False,
