@@ -117,7 +117,8 @@ only if nothing failed; what cannot be proven is said, and does not fail.
 
 _CLIENT: Final = """\
 What a data holder does: join a federation, take part, say what jobs may use its data, and keep its own ledger, out of
-any job's reach. A budget is set once for a data set's lifetime; afterwards it can be lowered, and raised only by an explicit word that every report shows.
+any job's reach. A budget is set once for a data set's lifetime; afterwards it can be lowered, and raised only by an
+explicit word that every report shows.
 """
 
 _SERVER: Final = """\
