@@ -26,6 +26,8 @@ from privacy.identity.loopback import write_loopback
 from privacy.verify import Result, verify_files
 from server.app import CHECKPOINT
 from server.checkpoint import load
+from server.home import ServerHome
+from simulations.deployment import keyring_of
 from tests.deploying import LOOPBACK, Client, Federation, until
 
 OWN = ("--epsilon", 3, "--delta", 1e-5, "--records-bound", 2000)
@@ -245,7 +247,7 @@ def test_g19_from_invitation_to_report_and_neither_records_nor_updates_are_on_th
             assert client.charges(federation.job_of("job")) == {1: 1, 2: 1, 3: 1}
         watch.close()
         # The last model is the mean of what the clients sent; each of its numbers came and went by the relay.
-        model = load(federation.folder / "job" / CHECKPOINT).model
+        model = model_of(federation, "job")
         weights = max(model.values(), key=lambda value: value.size).astype("<f4").tobytes()
         words |= {"update": weights[:8], "update, in full": weights}
     outer.close()
@@ -264,7 +266,10 @@ def test_g19_from_invitation_to_report_and_neither_records_nor_updates_are_on_th
     assert len(outer.seen) > 10_000
     held = (tmp_path / "clinic-1" / "train.csv").read_bytes()
     assert set(found_in(held, words)) == {"note", "value"}
-    kept = (federation.folder / "job" / CHECKPOINT).read_bytes() + (federation.folder / "job/job.json").read_bytes()
+    # The checkpoint is sealed where it lies; what it holds is the server's, under the server's keys.
+    assert weights not in (federation.folder / "job" / CHECKPOINT).read_bytes()
+    opened = b"".join(value.astype("<f4").tobytes() for value in model.values())
+    kept = opened + (federation.folder / "job/job.json").read_bytes()
     assert set(found_in(kept, words)) == {"update", "update, in full", "terms"}
     assert b'\\"charges\\":' in (federation.folder / "job/receipts.jsonl").read_bytes()
 
@@ -273,7 +278,8 @@ def test_g19_from_invitation_to_report_and_neither_records_nor_updates_are_on_th
 
 
 def model_of(federation: Federation, name: str) -> dict[str, np.ndarray]:
-    return dict(load(federation.folder / name / CHECKPOINT).model)
+    keys = keyring_of(ServerHome.open(federation.home))
+    return dict(load(federation.folder / name / CHECKPOINT, [keys]).model)
 
 
 @pytest.mark.slow
