@@ -257,13 +257,19 @@ def test_an_altered_data_set_is_refused_and_never_read_as_bad_records(images: Pa
 def test_files_that_are_sealed_one_by_one_can_be_renamed_which_is_why_a_folder_is_one_file(
     images: Path, keys: Path
 ) -> None:
-    """A limit, kept true: whoever may rename files may swap two records' labels. In one sealed folder nobody can."""
+    """A limit, kept true: whoever may rename files may swap two records. In one sealed folder nobody can."""
     parts = each(images)
+    before = load_source(TASKS["image-folder"], data=str(parts)).train
     first, second = sorted((parts / "train" / "cat").iterdir())[:2]
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)
-    load_source(TASKS["image-folder"], data=str(parts))
+    after = load_source(TASKS["image-folder"], data=str(parts)).train
+    # Nobody noticed: the same records, the two of them in each other's place.
+    assert torch.equal(after.targets, before.targets)
+    moved = [n for n in range(len(before)) if not torch.equal(after.inputs[n], before.inputs[n])]
+    assert len(moved) == 2
+    assert torch.equal(after.inputs[moved], before.inputs[moved[::-1]])
 
 
 def test_without_the_keys_nothing_is_read(table: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
