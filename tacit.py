@@ -973,7 +973,7 @@ def _audit_closing(console: Console, result: Mapping[str, Any]) -> None:
 
 
 def _tasks(arguments: argparse.Namespace) -> int:
-    from models.task import TASKS
+    from models.catalog import TASKS
 
     if arguments.json:
         rows = {
@@ -1640,7 +1640,7 @@ def _client_refuse(arguments: argparse.Namespace) -> int:
 
 def _client_policy(arguments: argparse.Namespace) -> int:
     from clients.jobs import Policy
-    from models.task import find_task
+    from models.catalog import find_task
     from privacy.errors import PlanError
     from privacy.files import write_whole
 

@@ -176,7 +176,7 @@ def declared_bound(task: str, data: str) -> int | None:
         DataError: A table's schema is damaged.
     """
     from clients.data import published
-    from models.task import find_task
+    from models.catalog import find_task
 
     try:
         return published(find_task(task), data or None)[1]
@@ -251,7 +251,7 @@ def _gpu() -> Finding:
 
 def _data(choices: Choices) -> Finding:
     from clients.data import faults, load_source
-    from models.task import find_task
+    from models.catalog import find_task
 
     try:
         task = find_task(choices.task)

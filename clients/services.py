@@ -26,7 +26,7 @@ from clients.isolation import read_note
 from clients.jobs import Jobs, Policy
 from clients.tunnel import Tunnel, Way
 from clients.worker import Worker
-from models.task import find_task
+from models.catalog import find_task
 from privacy.errors import RunError
 from privacy.exposition import Figure, one
 from privacy.files import write_whole

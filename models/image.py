@@ -6,12 +6,15 @@ it, would exist (guarantee G10).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from models.shape import Shape
 from models.table import Activation
+from models.task import Task
 
 
 def cnn(
@@ -96,3 +99,57 @@ def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
     # Indexing the padded (B, H, W, C) view picks every record's own window in one gather.
     picked = padded.permute(0, 2, 3, 1)[record, rows.to(device)[:, :, None], columns.to(device)[:, None, :]]
     return picked.permute(0, 3, 1, 2).contiguous()
+
+
+# For data sets of which a client holds thousands of records: a few hundred in each batch.
+_LARGE: dict[str, float | int | str] = {
+    "rounds": 30,
+    "steps-per-round": 10,
+    "sample-rate": 0.05,
+    "l2-clip": 1.0,
+    "lr": 1.0,
+}
+
+TASKS = (
+    Task(
+        name="digits-cnn",
+        summary="convolutional network with GroupNorm on scikit-learn's handwritten digits; no download",
+        record="one handwritten digit, 8x8 pixels",
+        data="digits",
+        build=functools.partial(cnn, widths=(16,), hidden=(), standardise=True),
+        defaults={"rounds": 20, "steps-per-round": 2, "sample-rate": 0.5, "l2-clip": 2.0, "lr": 0.4},
+    ),
+    Task(
+        name="mnist-cnn",
+        summary="convolutional network on MNIST (downloaded by torchvision)",
+        record="one handwritten digit, 28x28 pixels",
+        data="mnist",
+        build=cnn,
+        defaults=_LARGE,
+    ),
+    Task(
+        name="fashion-mnist-cnn",
+        summary="convolutional network on FashionMNIST (downloaded by torchvision)",
+        record="one picture of a garment, 28x28 pixels",
+        data="fashion-mnist",
+        build=cnn,
+        defaults=_LARGE,
+    ),
+    Task(
+        name="cifar10-cnn",
+        summary="convolutional network on CIFAR-10 (downloaded by torchvision), with flips and shifts",
+        record="one colour photograph, 32x32 pixels",
+        data="cifar10",
+        build=functools.partial(cnn, widths=(32, 64, 64), hidden=(128,)),
+        augment=flip_and_shift,
+        defaults=_LARGE,
+    ),
+    Task(
+        name="image-folder",
+        summary="convolutional network on your folder of images, one folder a class (data=PATH)",
+        record="one image and its class",
+        data="image-folder",
+        build=cnn,
+        defaults=_LARGE,
+    ),
+)

@@ -118,7 +118,7 @@ def _configure(context: Context) -> Job:
     folder = run_folder(context)
     if folder not in sessions:
         # Under flwr run nobody made the folder yet: the run configuration is the scenario.
-        from models.task import find_task
+        from models.catalog import find_task
 
         config = {key: value for key, value in context.run_config.items() if key != "run"}
         task = find_task(str(config.get("task", "digits")))

@@ -22,7 +22,8 @@ import torch
 
 from clients.data import SourceName, load_source
 from clients.holder import SecureSources, Sources
-from models.task import Shape, Task, find_task
+from models.catalog import find_task
+from models.task import Shape, Task
 from privacy import audit as audits
 from privacy import central
 from privacy.accounting import Event, best_order

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from clients.data import load_source
-from models.task import find_task
+from models.catalog import find_task
 from privacy.accounting import Event, best_affordable_order, events_from_json, solve_noise
 from privacy.errors import LedgerError, PlanError, RunError, TacitError, VaultError
 from privacy.files import write_whole

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from clients.data import published
-from models.task import Task, find_task
+from models.catalog import find_task
+from models.task import Task
 from privacy.accounting import (
     Event,
     attacker_power,

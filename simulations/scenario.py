@@ -450,7 +450,7 @@ class Scenario:
         file = read_toml(path) if path is not None else {}
         given = file | _known(flags, "the command line")
         # Only now: a mistyped flag is refused at once, not after PyTorch has loaded.
-        from models.task import find_task
+        from models.catalog import find_task
 
         name = given.get("task", BY_NAME["task"].default)
         try:

@@ -28,7 +28,8 @@ from typing import Any, Final, Protocol
 import torch
 
 from clients.data import Source, SourceName, load_source, published
-from models.task import Task, find_task
+from models.catalog import find_task
+from models.task import Task
 from privacy.accounting import Event, Grant, best_order, merged, pld_epsilon, rdp, split_noise
 from privacy.errors import BudgetExceeded, PlanError, RunError, TacitError
 from privacy.files import write_whole

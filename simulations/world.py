@@ -26,7 +26,8 @@ from clients.holder import Holder, Kept, SecureSources, Sources, content_of, noi
 from clients.metrics import Judge
 from clients.plain import PlainTrainer
 from clients.records import Records, faults
-from models.task import Shape, Task, find_task
+from models.catalog import find_task
+from models.task import Shape, Task
 from privacy.accounting import Event, Grant, best_order, solve_noise
 from privacy.dpsgd import PrivateTrainer, check_model, choose_mode, probe, supported_modes
 from privacy.errors import BudgetExceeded, DataError, PlanError, RunError, TacitError

@@ -446,7 +446,7 @@ def test_times_read_as_people_say_them(seconds: float, words: str) -> None:
 
 
 def test_tasks_lists_every_task_with_its_record(says) -> None:
-    from models.task import TASKS
+    from models.catalog import TASKS
 
     code, out, _ = says("tasks")
     assert code == 0

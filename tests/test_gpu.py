@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy.dpsgd import PrivateTrainer, supported_modes
 from privacy.plan import Local, Plan
 from simulations.run import simulate

@@ -17,8 +17,8 @@ from clients.jobs import Decision, Jobs, Policy
 from clients.post import LOST, Letter
 from clients.records import Records
 from clients.worker import Worker, reply_bytes
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy.accounting import Grant, solve_noise
 from privacy.errors import RunError
 from privacy.identity import Secret

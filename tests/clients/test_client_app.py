@@ -18,8 +18,8 @@ from clients import holder as clients_holder
 from clients.app import client_app, decode, encode
 from clients.holder import Holder, Kept, Release, SecureSources, noise_name
 from clients.records import Records
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy.accounting import Event, Grant, rdp, solve_noise
 from privacy.dpsgd import PrivateTrainer
 from privacy.errors import DataError, PlanError

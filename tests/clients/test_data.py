@@ -15,9 +15,10 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from clients.data import Records, data_folder, faults, load_source, sanitize
+from models.catalog import TASKS
 from models.shape import Shape
 from models.table import softmax_regression
-from models.task import TASKS, Task
+from models.task import Task
 from privacy.errors import DataError
 
 SHAPE = Shape(inputs=(3,), classes=2)

@@ -7,7 +7,7 @@ import torch
 
 from clients.data import load_source
 from clients.tables import encode, parse_schema, read_schema, read_table
-from models.task import TASKS
+from models.catalog import TASKS
 from privacy.errors import DataError
 
 SCHEMA = """

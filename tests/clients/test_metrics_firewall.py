@@ -21,8 +21,8 @@ from clients.app import client_app
 from clients.holder import Holder, Kept, SecureSources
 from clients.metrics import Judge
 from clients.records import Records
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy import metrics as privacy_metrics
 from privacy.accounting import Event, Grant, best_order, rdp
 from privacy.errors import PlanError

@@ -13,8 +13,8 @@ from clients.app import client_app
 from clients.holder import Holder, Kept, SecureSources
 from clients.plain import PlainTrainer
 from clients.records import Records
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy.accounting import Event, Grant
 from privacy.central import BIT
 from privacy.identity import Secret

@@ -20,7 +20,7 @@ import tacit
 from clients import places
 from clients.data import Source, load_source, published
 from clients.places import Held, entries_of, place_of, stream_of
-from models.task import TASKS
+from models.catalog import TASKS
 from privacy.errors import DataError, VaultError
 from privacy.vault import command
 from privacy.vault.keyfiles import save_keys

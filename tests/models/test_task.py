@@ -10,10 +10,11 @@ import torch
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
+from models.catalog import TASKS, find_task
 from models.image import cnn, flip_and_shift
 from models.shape import Shape, classification, cross_entropy, random_batch
 from models.table import mlp, roc_auc, softmax_regression, table_metrics
-from models.task import TASKS, Task, find_task
+from models.task import Task
 
 SHAPES = {
     "digits": Shape(inputs=(1, 8, 8), classes=10),
@@ -193,8 +194,8 @@ def test_an_unknown_task_names_the_nearest():
     ("name", "what"),
     [
         ("no_such_module_here:TASK", "importing 'no_such_module_here' failed"),
-        ("models.task:NOTHING", "AttributeError"),
-        ("models.task:TASKS", "to be a models.task.Task, got dict"),
+        ("models.catalog:NOTHING", "AttributeError"),
+        ("models.catalog:TASKS", "to be a models.task.Task, got dict"),
         (":TASK", "importing ''"),
     ],
 )
@@ -205,7 +206,8 @@ def test_a_task_that_cannot_be_had_says_why(name, what):
 
 def test_a_task_is_found_in_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "task_of_a_test.py").write_text(
-        "import dataclasses\nfrom models.task import TASKS\nTASK = dataclasses.replace(TASKS['digits'], name='mine')\n"
+        "import dataclasses\nfrom models.catalog import TASKS\n"
+        "TASK = dataclasses.replace(TASKS['digits'], name='mine')\n"
     )
     monkeypatch.chdir(tmp_path)
     assert find_task("task_of_a_test:TASK").name == "mine"

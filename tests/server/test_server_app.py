@@ -14,8 +14,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.app import client_app
 from clients.holder import Holder, Kept, SecureSources
 from clients.records import Records
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy.accounting import Grant, solve_noise
 from privacy.errors import PlanError, RunError
 from privacy.identity import Secret, verify

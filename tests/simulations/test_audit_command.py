@@ -14,7 +14,7 @@ import torch
 
 import tacit
 from clients.data import load_source
-from models.task import TASKS
+from models.catalog import TASKS
 from privacy import audit as audits
 from privacy import ledger
 from privacy.dpsgd import PrivateTrainer

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from clients import app as clients_app
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS, Task
+from models.task import Task
 from privacy.dpsgd import PrivateTrainer
 from privacy.errors import RunError
 from privacy.wire import read_float32

@@ -10,8 +10,8 @@ from flwr.app import Array, ArrayRecord, MetricRecord
 
 import tacit
 from clients.holder import Kept
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy.accounting import Event, best_order, pld_epsilon
 from privacy.errors import BudgetExceeded, PlanError, RunError
 from privacy.ledger import Book, Receipt

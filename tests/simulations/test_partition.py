@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.data import load_source
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy.errors import DataError, PlanError
 from simulations.partition import Split, SplitPopulation, VirtualPopulation, label_table, split
 

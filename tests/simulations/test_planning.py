@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from models.task import TASKS
+from models.catalog import TASKS
 from privacy.accounting import Event, Grant, Repeats, best_only_epsilon, best_order, pld_epsilon, rdp
 from privacy.errors import LedgerError, PlanError
 from privacy.ledger import Book, ChargeRequest, Receipt

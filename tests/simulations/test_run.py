@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
+from models.catalog import TASKS
 from models.shape import Shape
-from models.task import TASKS
 from privacy.accounting import Event, best_order, pld_epsilon
 from privacy.errors import BudgetExceeded, DataError, LedgerError, PlanError, RunError
 from privacy.ledger import Book

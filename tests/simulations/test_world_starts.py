@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 
-from models.task import TASKS
+from models.catalog import TASKS
 from privacy.errors import RunError, TacitError
 from privacy.ledger import Book, ChargeRequest
 from server.app import CHECKPOINT
