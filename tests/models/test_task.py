@@ -28,6 +28,12 @@ SHAPES = {
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
+def shape_of(task: Task) -> Shape:
+    """The shape of the records that a task trains on."""
+    shape = SHAPES[task.data]
+    return shape if task.features is None else task.features.shape_of(shape)
+
+
 def a_task(**changes) -> Task:
     fields = {"name": "t", "summary": "s", "record": "r", "data": "digits", "build": softmax_regression}
     return Task(**(fields | changes))
@@ -36,7 +42,7 @@ def a_task(**changes) -> Task:
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_builds_a_model_that_maps_records_to_one_logit_a_class(name):
     task = TASKS[name]
-    shape = SHAPES[task.data]
+    shape = shape_of(task)
     inputs, targets = task.synthetic(shape, 3, torch.Generator().manual_seed(1))
     output = task.build(shape)(inputs)
     assert output.shape == (3, shape.classes)
@@ -50,14 +56,14 @@ def test_the_same_seed_builds_the_same_model(name):
     models = []
     for _ in range(2):
         torch.manual_seed(27)
-        models.append(task.build(SHAPES[task.data]).state_dict())
+        models.append(task.build(shape_of(task)).state_dict())
     assert all(torch.equal(first, second) for first, second in zip(*(m.values() for m in models), strict=True))
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_no_model_mixes_examples_or_keeps_statistics(name):
     task = TASKS[name]
-    shape = SHAPES[task.data]
+    shape = shape_of(task)
     model = task.build(shape)
     inputs, _ = task.synthetic(shape, 4, torch.Generator().manual_seed(2))
     before = model(inputs)
