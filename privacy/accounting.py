@@ -20,7 +20,7 @@ import signal
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, Self, TypeAlias
 
@@ -449,11 +449,21 @@ def best_order(releases: Releases, delta: float) -> tuple[float, float]:
         The order, and epsilon >= 0: where delta alone pays for the releases, it is 0.
     """
     history = merged(releases)
+    return least_order(lambda order: sum(rdp(event, order) for event in history), delta)
+
+
+def least_order(divergence: Callable[[float], float], delta: float) -> tuple[float, float]:
+    """Returns the order of `ORDERS` at which a curve of Renyi divergences gives the least epsilon, and that epsilon.
+
+    Args:
+        divergence: From an order > 1 to a bound on the divergence.
+        delta: Probability in (0, 1).
+    """
 
     # Epsilon falls and then rises in the order, so a ternary search finds the valley: 20 prices instead of 160.
     # Where the curve is flat or infinite the search may miss the least order; it then errs towards a higher figure.
     def cost(index: int) -> float:
-        return sum(rdp(event, ORDERS[index]) for event in history) + _conversion(ORDERS[index], delta)
+        return divergence(ORDERS[index]) + _conversion(ORDERS[index], delta)
 
     low, high = 0, len(ORDERS) - 1
     while high - low > 2:
