@@ -116,7 +116,11 @@ def _replace_epsilon(history: tuple[Event, ...], delta: float) -> tuple[float | 
         return None, "not asked: more steps or more noise than floating point resolves"
     order, bound = least_order(lambda order: replace_rdp(history, order), delta)
     found = _on_the_contour(laws, math.log(delta), order - 1, bound)
-    return (None, "not resolved: few steps, a low rate or little noise") if found is None else (found, "saddle-point integral")
+    return (
+        (None, "not resolved: few steps, a low rate or little noise")
+        if found is None
+        else (found, "saddle-point integral")
+    )
 
 
 def _law(event: Event) -> tuple[float, float]:

@@ -85,7 +85,7 @@ __all__ = [
 _AGREEMENT: Final = 0.05
 
 # PLD rounds losses up, and so lies a little above what the saddle-point integral gives; below it lies rounding alone.
-_PLD_BELOW: Final = 1e-4
+_PLD_BELOW: Final = 1e-5
 _PLD_ABOVE: Final = 0.01
 
 # At most this many reasons are spelled out; the rest is in the per-client list.

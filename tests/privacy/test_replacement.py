@@ -115,6 +115,26 @@ def test_g1_the_two_accountants_agree_and_each_planted_price_is_found(
         assert not same_replace_one(price, second), name
 
 
+TINY = [((0.1, 1.5, 500), 1e-11), ((0.05, 0.4, 300), 1e-10), ((0.1, 1.5, 50), 1e-12), ((0.001, 2.0, 10**6), 1e-9)]
+
+
+@pytest.mark.parametrize("setting", [*TINY, ((0.1, 1.5, 500), 1e-9), ((0.001, 2.0, 10**6), 1e-11)], ids=str)
+def test_g1_a_price_at_a_tiny_delta_is_not_below_the_true_one(setting: tuple[tuple[float, float, int], float]) -> None:
+    release, delta = event(*setting[0]), setting[1]
+    second = figure(release, delta=delta)
+    price = pld_epsilon(release, delta, Adjacency.REPLACE_ONE)
+    assert second * (1 - 1e-6) <= price <= 1.1 * second
+    # Adding or removing is priced by the same masses.
+    assert pld_epsilon(release, delta) < price
+
+
+def test_planted_raw_loss_distribution_promises_too_much_at_a_tiny_delta() -> None:
+    for setting, delta in TINY[:3]:
+        raw = accounting._pld((event(*setting),), Adjacency.REPLACE_ONE).get_epsilon(delta)
+        assert raw < figure(event(*setting), delta=delta) - 1e-4
+        assert raw < pld_epsilon(event(*setting), delta, Adjacency.REPLACE_ONE) - 1e-4
+
+
 def test_g1_a_mixed_history_is_priced_together() -> None:
     history = [event(0.1, 1.2, 3), event(0.02, 0.9, 40), event(1.0, 8.0, 4)]
     second = figure(*history)
