@@ -968,7 +968,7 @@ def _second_replace_one(prices: Mapping[str, Any]) -> list[tuple[str, str, str, 
         return []
     note = _safe(prices["saddle_note"]) or "cross-check, other method"
     return [
-        ("Saddle point", "replace one", _bound(prices["saddle_replace_one"]), note),
+        ("Second method", "replace one", _bound(prices["saddle_replace_one"]), note),
         ("RDP", "replace one", _bound(prices["rdp_replace_one"]), "always valid, looser"),
     ]
 

@@ -335,12 +335,12 @@ def test_g6_a_replace_one_figure_without_a_tight_cross_check_says_so() -> None:
 def test_both_accountants_stand_beside_each_other_at_both_adjacencies() -> None:
     report = build(a_run())
     page = render(report)
-    for words in ("Saddle point", "saddle-point integral", "5.4"):
+    for words in ("Second method", "saddle-point integral", "5.4"):
         assert words in page
     # Reports of before there was a second figure have the page that they had.
     for name in ("saddle_replace_one", "saddle_note", "rdp_replace_one"):
         del report["prices"][name]
-    assert "Saddle point" not in render(report)
+    assert "Second method" not in render(report)
 
 
 def test_a_person_in_several_data_sets_gets_the_composed_figure_on_the_first_line() -> None:

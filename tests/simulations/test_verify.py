@@ -373,7 +373,7 @@ def test_a_report_of_before_there_was_a_second_figure_is_checked_all_the_same_an
             del report["prices"][name]
 
     rewrite(run, older)
-    assert "Saddle point" not in (run / "report.html").read_text()
+    assert "Second method" not in (run / "report.html").read_text()
     checks = {check.name: check for check in verify_files([run])}
     assert [check.name for check in checks.values() if check.result is Result.FAILS] == []
     assert "the report is of before there were others" in checks["replace-one price"].words
