@@ -504,6 +504,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _replaced(cost: Mapping[str, Any], unit: str) -> str:
+    """Says what replacing one of a unit costs, by two accountants."""
+    second = f"{_epsilon(cost['replace_one_second'])} by another accountant ({cost['replace_one_note']})"
+    return f"{_epsilon(cost['replace_one'])} to replace one {unit}, by PLD; {second}"
+
+
 def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
     """Prints a plan as names and values."""
     plan, schedule, cost, signal = (facts[name] for name in ("plan", "schedule", "cost", "signal"))
@@ -523,12 +529,12 @@ def _plan_rows(console: Console, facts: Mapping[str, Any]) -> None:
         "the ledgers" + (", follows from the noise" if facts["solved"] == "epsilon" else ""),
         " pld": f"{_epsilon(cost['pld'])} by PLD, for exactly this schedule and all of it",
         " prv": f"{_epsilon(cost['prv'])} by PRV, a cross-check ({cost['prv_note']})",
-        " replace": f"{_epsilon(cost['replace_one'])} to replace one record, by PLD",
+        " replace": _replaced(cost, "record"),
     }
     if plan.get("unit") == "client":
         # In the same order as above: what is indented goes on with the row before it.
         names = {"sampling": "each round", "clip": "trusts"}
-        known = _central_rows(plan) | {" replace": f"{_epsilon(cost['replace_one'])} to replace one client, by PLD"}
+        known = _central_rows(plan) | {" replace": _replaced(cost, "client")}
         rows = {names.get(name, name): known.get(names.get(name, name), words) for name, words in rows.items()}
     for item in cost["at_deltas"][1:]:
         rows[f" at {item['delta']:g}"] = f"{_epsilon(item['epsilon'])} at delta {item['delta']:g}, by PLD"

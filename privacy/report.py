@@ -84,6 +84,10 @@ __all__ = [
 # PRV adds its own error of 0.01 to every figure: two sound accountants differ by that and a little more.
 _AGREEMENT: Final = 0.05
 
+# PLD rounds losses up, and so lies a little above what the saddle-point integral gives; below it lies rounding alone.
+_PLD_BELOW: Final = 1e-5
+_PLD_ABOVE: Final = 0.01
+
 # At most this many reasons are spelled out; the rest is in the per-client list.
 _REASONS: Final = 8
 
@@ -200,6 +204,10 @@ class Prices:
             figure. None where none is asked, or it could not be computed.
         models_alone: Only where the plan protects clients: epsilon for somebody who sees the models of all rounds and
             nothing of who took part, by the coins' Poisson rate. It is no figure of this report's own readers.
+        saddle_replace_one: Epsilon for replacing one record by an accountant that shares nothing with PLD; None where
+            there is no such figure. See `privacy.replacement`.
+        saddle_note: Why it is missing, or how it was found.
+        rdp_replace_one: Epsilon for replacing one record by RDP at the best order; always valid, looser.
     """
 
     schedule: str
@@ -219,6 +227,15 @@ class Prices:
     persons: tuple[tuple[int, float], ...] = ()
     metrics: float | None = None
     models_alone: float | None = None
+    saddle_replace_one: float | None = None
+    saddle_note: str = ""
+    rdp_replace_one: float | None = None
+
+    def replace_one_agrees(self) -> bool | None:
+        """Returns whether the figures for replacing a record fit together; None where there is nothing to compare."""
+        if self.pld_replace_one is None or self.saddle_replace_one is None:
+            return None
+        return same_replace_one(self.pld_replace_one, self.saddle_replace_one)
 
     def accountants_agree(self) -> bool | None:
         """Returns whether PLD, PRV and RDP fit together; None where there is nothing to compare with."""
@@ -227,6 +244,14 @@ class Prices:
         slack = _AGREEMENT + 0.02 * self.pld
         # RDP bounds from above what PLD computes exactly: PLD above RDP means that one of them is wrong.
         return abs(self.prv - self.pld) <= slack and self.rdp >= self.pld - slack
+
+
+def same_replace_one(pld: float, second: float) -> bool:
+    """Says whether a PLD figure for replacing a record is the one that a second accountant gives.
+
+    Never below it, where a figure would promise too much; above it by no more than PLD's rounding of many steps.
+    """
+    return -_PLD_BELOW * max(1.0, second) <= pld - second <= _PLD_ABOVE * max(1.0, second)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -606,7 +631,7 @@ def _headline(facts: RunFacts, reasons: list[str]) -> dict[str, Any]:
         tpr = [(fpr, tpr_bound(fpr, epsilon, delta)) for fpr in (0.001, 0.01)]
         if facts.multiplicity == 1 and _one_schedule(facts) and _pld_holds(facts.prices):
             tpr = list(facts.prices.tpr) or tpr
-            if facts.prices.pld_replace_one is not None:
+            if facts.prices.pld_replace_one is not None and facts.prices.replace_one_agrees() is not False:
                 swap, swap_delta = facts.prices.pld_replace_one, delta
                 swap_basis = "the same schedule, priced by PLD"
     odds = None if epsilon is None else odds_of(epsilon)
@@ -726,6 +751,13 @@ def _warnings(facts: RunFacts) -> list[str]:
     if agree is None:
         note = facts.prices.prv_note.strip().rstrip(".") or "a second figure is missing"
         warnings.append(f"No cross-check of the accountants: {note}.")
+    if facts.prices.replace_one_agrees() is False:
+        warnings.append(
+            f"The accountants disagree on what replacing a {facts.plan.unit} costs: group privacy's bound is quoted."
+        )
+    elif facts.prices.pld_replace_one is not None and facts.prices.saddle_replace_one is None:
+        note = facts.prices.saddle_note.strip().rstrip(".") or "a second figure is missing"
+        warnings.append(f"No cross-check of what replacing a {facts.plan.unit} costs, but for RDP's bound: {note}.")
     return warnings
 
 
@@ -816,6 +848,9 @@ def _prices(facts: RunFacts) -> dict[str, Any]:
         "rdp": price(prices.rdp),
         "pld": price(prices.pld),
         "pld_replace_one": price(prices.pld_replace_one),
+        "saddle_replace_one": price(prices.saddle_replace_one),
+        "saddle_note": prices.saddle_note,
+        "rdp_replace_one": price(prices.rdp_replace_one),
         "prv": price(prices.prv),
         "prv_note": prices.prv_note,
         "accountants_agree": prices.accountants_agree(),

@@ -930,6 +930,7 @@ def _cost(report: Mapping[str, Any]) -> str:
             _bound(prices["pld_replace_one"]),
             f"the same schedule, one {_safe(report['headline']['unit'])} exchanged",
         ),
+        *_second_replace_one(prices),
         (
             "PRV",
             "add/remove",
@@ -959,6 +960,17 @@ def _cost(report: Mapping[str, Any]) -> str:
     )
     heads = ["Accountant", "Neighbouring data sets", f"#{_EPSILON} at {_DELTA} = {_bound(delta)}", "Use"]
     return _section("What the plan costs", f'<div class="pair">{_table(heads, rows)}{other}</div>{foot}', "cost", lead)
+
+
+def _second_replace_one(prices: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Returns the rows of the other accountants for replacing; none in reports of before there were any."""
+    if "saddle_replace_one" not in prices:
+        return []
+    note = _safe(prices["saddle_note"]) or "cross-check, other method"
+    return [
+        ("Second method", "replace one", _bound(prices["saddle_replace_one"]), note),
+        ("RDP", "replace one", _bound(prices["rdp_replace_one"]), "always valid, looser"),
+    ]
 
 
 def _chain(report: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 Each question gives one `Check`: it holds, it does not hold, or it cannot be proven from these files. Nothing is taken
 over that can be worked out anew: hashes, signatures and chains are checked, and every epsilon is computed again, by the
 accountant that a report quotes and by a second implementation (RDP: dp-accounting beside Opacus; PLD: Opacus' PRV and
-the RDP bound beside dp-accounting).
+the RDP bound beside dp-accounting; PLD for replacing a record: `privacy.replacement`).
 
 What no file can prove is said every time: that a holder ran this code on the data it says it has, and that a key is
 whose it is said to be, unless the reader pins it.
@@ -46,6 +46,7 @@ from privacy.ledger_report import over_ledgers
 from privacy.matrix import Turns, matrix_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Local, Plan, Unit, canonical
+from privacy.replacement import replace_epsilon, replace_rdp_epsilon
 from privacy.report import (
     INFINITY,
     SCHEMA,
@@ -55,6 +56,7 @@ from privacy.report import (
     protects_of,
     render,
     report_id,
+    same_replace_one,
     sentence_of,
     signed_bytes,
     tier_words,
@@ -90,6 +92,8 @@ _AGREEMENT: Final = 0.05
 # A report prints three deltas and two rates; a curve of thousands would only keep its reader busy.
 _MOST_POINTS: Final = 16
 _PLD_EPSILON: Final = 100
+# Reports of before these were printed lack them.
+_LATER_PRICES: Final = ("saddle_replace_one", "rdp_replace_one")
 # How many names a sentence gives.
 _NAMES: Final = 3
 
@@ -350,6 +354,21 @@ def _overviews(files: _Files) -> Iterator[Check]:
         same = to_json(over_ledgers(sources)) == text
         words = "made again from the ledgers it comes out the same, byte for byte"
         yield Check(asked, Result.HOLDS if same else Result.FAILS, words if same else "the ledgers give another report")
+        if same:
+            yield from _replaced_in_overview(json.loads(text)["data_sets"])
+
+
+def _replaced_in_overview(rows: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Compares what replacing a record costs in each committed schedule with a second accountant."""
+    priced = {
+        (row["schedule"]["pld_replace_one"], events_from_json(row["schedule"]["event"]), row["delta"])
+        for row in rows
+        if row["schedule"] is not None and not isinstance(row["schedule"]["pld_replace_one"], str)
+    }
+    found = [_replaced(*schedule) for schedule in priced]
+    if found:
+        sound, words, _ = min(found, key=lambda answer: answer[0])
+        yield _checked("replace-one price", sound, f"{words} ({len(found):,} schedules)")
 
 
 def _page(files: _Files) -> Iterator[Check]:
@@ -890,8 +909,8 @@ def _prices(files: _Files) -> Iterator[Check]:
         words = f"no price is claimed: it says {prices['gate']}"
         names = [
             name
-            for name in ("pld", "pld_replace_one", "prv", "rdp", "unamplified")
-            if not isinstance(prices[name], str)
+            for name in ("pld", "pld_replace_one", "prv", "rdp", "unamplified", *_LATER_PRICES)
+            if not isinstance(prices.get(name, UNKNOWN), str)
         ]
         yield Check("price of the schedule", Result.FAILS if names else Result.HOLDS, words)
         return
@@ -934,18 +953,49 @@ def _tight(prices: Mapping[str, Any], history: Sequence[Event], delta: float, be
             sound = sound and abs(prv - prices["pld"]) <= _AGREEMENT + 0.02 * prices["pld"]
         words = f"{prices['pld']:.4g} by PLD anew; {second}; RDP bounds it by {best:.4g}"
         yield _checked("PLD price", sound, words)
-        swap = pld_epsilon(history, delta, Adjacency.REPLACE_ONE)
-        words = f"{prices['pld_replace_one']:.4g} for replacing a record, by PLD anew; no second accountant prices it"
-        yield _checked("replace-one price", _near(prices["pld_replace_one"], swap, 1e-4), words)
         sound = all(_near(epsilon, pld_epsilon(history, at), 1e-4) for at, epsilon in curve)
         sound = sound and all(epsilon <= best_order(history, at)[1] * (1 + _SAME) for at, epsilon in curve)
         yield _checked("other deltas", sound, f"{len(curve)} deltas, by PLD anew, each at most what RDP gives")
+    yield _replace_one(prices, history, delta)
     power = all(_near(point["tpr"], attacker_power(curve, point["fpr"]), 1e-4) for point in prices["tpr"])
     yield _checked("power of attackers", power and bool(prices["tpr"]), "true-positive rates follow from the epsilons")
     persons = prices["persons"]
     if persons:
         sound = all(_near(row["epsilon"], group_epsilon(history, delta, row["records"]), 1e-3) for row in persons)
         yield _checked("persons with several records", sound, f"{len(persons)} figures, by mixture of Gaussians anew")
+
+
+def _replace_one(prices: Mapping[str, Any], history: Sequence[Event], delta: float) -> Check:
+    """Compares what replacing a record costs with PLD anew, and with accountants that share nothing with PLD."""
+    name, printed, unit = "replace-one price", prices["pld_replace_one"], history[0].unit
+    second, bound = prices.get("saddle_replace_one"), prices.get("rdp_replace_one")
+    # What reports did not have once, they need not have; what they have must be right.
+    most = replace_rdp_epsilon(history, delta)
+    sound = bound is None or (bound == INFINITY if math.isinf(most) else _near(bound, most))
+    if isinstance(prices["pld"], str) or isinstance(printed, str):
+        words = f"no tight figure for replacing a {unit} is claimed; RDP bounds it by {most:.4g}"
+        sound = sound and isinstance(prices["pld"], str) and isinstance(printed, str)
+        return _checked(name, sound and (second is None or isinstance(second, str)), words)
+    right, words, other = _replaced(printed, history, delta)
+    # Unknown promises nothing.
+    sound = sound and right and (second in (None, UNKNOWN) or (other is not None and _near(second, other, 1e-5)))
+    return _checked(name, sound, words + ("" if second is not None else "; the report is of before there were others"))
+
+
+def _replaced(printed: float, history: Sequence[Event], delta: float) -> tuple[bool, str, float | None]:
+    """Returns whether a PLD figure for replacing a record is right, in words why, and what a second accountant says."""
+    least, anew = pld_epsilon(history, delta), pld_epsilon(history, delta, Adjacency.REPLACE_ONE)
+    most = replace_rdp_epsilon(history, delta)
+    other, note = replace_epsilon(history, delta)
+    # Proven in `privacy.replacement`: adding or removing is a kind of replacing, and RDP is a bound.
+    sound = _near(printed, anew, 1e-4) and least * (1 - _SAME) <= printed <= most * (1 + _SAME) + _SAME
+    sound = sound and (other is None or same_replace_one(printed, other))
+    second = f"the {note} says {other:.4g}" if other is not None else f"a second tight figure was {note}"
+    words = (
+        f"{printed:.4g} for replacing a {history[0].unit}, by PLD anew; {second}; it lies between {least:.4g}, for "
+        f"adding or removing one, and RDP's bound {most:.4g}"
+    )
+    return sound, words, other
 
 
 def _near(printed: Any, computed: float, tolerance: float = _SAME) -> bool:

@@ -37,6 +37,7 @@ from privacy.ledger import Account, Receipt
 from privacy.matrix import Turns, matrix_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit
+from privacy.replacement import replace_epsilon, replace_rdp_epsilon
 from privacy.report import ClientSpend, Prices, RunFacts, Verdict, write
 from privacy.transcript import iso
 from privacy.wire import settings_digest
@@ -445,6 +446,7 @@ def prices_of(plan: Plan, grants: Collection[Grant], persons: Sequence[int] = ()
         grant.order: grant.epsilon_of(rdp(history, grant.order)) for grant in set(grants) if grant.delta <= plan.delta
     }
     order, gate = max(filters.items(), key=lambda item: item[1], default=best)
+    saddle, how = replace_epsilon(history, plan.delta) if tight else (None, f"not asked: epsilon above {_PLD_EPSILON}")
     return Prices(
         schedule=(
             f"Poisson q={plan.sample_rate:g}, sigma={plan.noise_multiplier:.4g}, {update.steps} steps"
@@ -460,6 +462,9 @@ def prices_of(plan: Plan, grants: Collection[Grant], persons: Sequence[int] = ()
         gate_order=order,
         pld=curve[0][1] if tight else None,
         pld_replace_one=pld_epsilon(history, plan.delta, Adjacency.REPLACE_ONE) if tight else None,
+        saddle_replace_one=saddle,
+        saddle_note=how,
+        rdp_replace_one=replace_rdp_epsilon(history, plan.delta),
         prv=prv,
         prv_note=note,
         rdp=best[1],

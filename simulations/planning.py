@@ -40,6 +40,7 @@ from privacy.errors import LedgerError, PlanError
 from privacy.ledger import GUARDS, Account, Book
 from privacy.matrix import matrix_of
 from privacy.plan import Adjacency, Plan, Unit
+from privacy.replacement import replace_epsilon, replace_rdp_epsilon
 from server.app import joins_of
 from simulations.scenario import Scenario
 from simulations.world import calibrate
@@ -131,7 +132,9 @@ def cost(history: Sequence[Event], delta: float, *, order: float, multiplicity: 
         multiplicity: In how many clients' data sets one person may be, >= 1.
 
     Returns:
-        ``filter``, ``pld``, ``prv``, ``replace_one``, ``at_deltas``, ``odds``, ``tpr``, ``persons``, ``federation``,
+        ``filter``, ``pld``, ``prv``, ``replace_one`` (PLD), ``replace_one_second`` (another accountant; None where it
+        has no figure, see ``replace_one_note``) and ``replace_one_rdp`` (a bound that always holds), ``at_deltas``,
+        ``odds``, ``tpr``, ``persons``, ``federation``,
         and ``zcdp_rho`` and ``gdp_mu``, which are None under sampling, where no finite number says it all.
     """
     filtered = best_order(history, delta)[1]
@@ -142,6 +145,7 @@ def cost(history: Sequence[Event], delta: float, *, order: float, multiplicity: 
     asked = tight and curve[0][1] > 1e-3
     why = "epsilon below 0.001" if tight else f"epsilon above {_PLD_EPSILON}"
     prv, note = prv_epsilon(history, delta, _PRV_TIMEOUT_S) if asked else (None, f"not asked: {why}")
+    second, how = replace_epsilon(history, delta) if tight else (None, f"not asked: epsilon above {_PLD_EPSILON}")
     epsilon = curve[0][1]
     # What an attacker can do is said of the whole person, as the headline of a report is (guarantee G4).
     every = repeated(history, multiplicity)
@@ -153,6 +157,9 @@ def cost(history: Sequence[Event], delta: float, *, order: float, multiplicity: 
         "prv": prv,
         "prv_note": note,
         "replace_one": pld_epsilon(history, delta, Adjacency.REPLACE_ONE) if tight else None,
+        "replace_one_second": second,
+        "replace_one_note": how,
+        "replace_one_rdp": replace_rdp_epsilon(history, delta),
         "at_deltas": [{"delta": at, "epsilon": figure} for at, figure in curve],
         "odds": math.exp(person[0][1]) if person[0][1] < 700 else math.inf,
         "tpr": [{"fpr": fpr, "tpr": attacker_power(person, fpr)} for fpr in _FPR],

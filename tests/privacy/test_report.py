@@ -84,6 +84,9 @@ def some_prices(**changes: Any) -> Prices:
         "gate_order": 8.5,
         "pld": 2.7134,
         "pld_replace_one": 5.0221,
+        "saddle_replace_one": 5.0219,
+        "saddle_note": "saddle-point integral",
+        "rdp_replace_one": 5.4113,
         "prv": 2.7239,
         "prv_note": "",
         "rdp": 2.9761,
@@ -92,6 +95,9 @@ def some_prices(**changes: Any) -> Prices:
         "accountant": "dp-accounting 0.6.0; Opacus 1.6.0",
     }
     return Prices(**(fields | changes))
+
+
+_PRICED = ("gate", "rdp", "pld", "pld_replace_one", "saddle_replace_one", "rdp_replace_one", "prv")
 
 
 def a_run(clients: int = 3, rounds: int = 30, **changes: Any) -> RunFacts:
@@ -306,6 +312,37 @@ def test_disagreeing_accountants_fall_back_to_the_filter_and_say_so() -> None:
     assert not any("disagree" in warning for warning in build(a_run())["warnings"])
 
 
+@pytest.mark.parametrize("planted", [2.7134, 5.0217, 4.0])
+def test_g1_a_replace_one_figure_that_a_second_accountant_contradicts_is_not_quoted(planted: float) -> None:
+    """Priced as adding or removing, a little too small, and at too small a sensitivity."""
+    report = build(a_run(prices=some_prices(pld_replace_one=planted)))
+    headline = report["headline"]
+    assert headline["epsilon"] == 2.7134
+    assert headline["replace_one"]["epsilon"] == pytest.approx(2 * 2.7134)
+    assert headline["replace_one"]["basis"].startswith("group privacy")
+    assert any("disagree on what replacing a record costs" in warning for warning in report["warnings"])
+    assert not any("replacing" in warning for warning in build(a_run())["warnings"])
+
+
+def test_g6_a_replace_one_figure_without_a_tight_cross_check_says_so() -> None:
+    prices = some_prices(saddle_replace_one=None, saddle_note="not resolved: few steps, a low rate or little noise")
+    report = build(a_run(prices=prices))
+    assert report["headline"]["replace_one"]["epsilon"] == 5.0221
+    assert report["prices"]["saddle_replace_one"] == "unknown"
+    assert any("but for RDP's bound: not resolved" in warning for warning in report["warnings"])
+
+
+def test_both_accountants_stand_beside_each_other_at_both_adjacencies() -> None:
+    report = build(a_run())
+    page = render(report)
+    for words in ("Second method", "saddle-point integral", "5.4"):
+        assert words in page
+    # Reports of before there was a second figure have the page that they had.
+    for name in ("saddle_replace_one", "saddle_note", "rdp_replace_one"):
+        del report["prices"][name]
+    assert "Second method" not in render(report)
+
+
 def test_a_person_in_several_data_sets_gets_the_composed_figure_on_the_first_line() -> None:
     headline = build(a_run(multiplicity=3, multiplicity_epsilon=5.4321))["headline"]
     assert headline["epsilon"] == headline["person"][0]["epsilon"] == 5.4321
@@ -407,7 +444,7 @@ def test_a_doubt_about_the_whole_run_hides_every_total(doubt: str) -> None:
 
 def test_the_price_of_a_plan_that_nobody_committed_to_is_not_printed() -> None:
     prices = build(a_run(committed=False))["prices"]
-    assert {prices[name] for name in ("gate", "rdp", "pld", "pld_replace_one", "prv")} == {"unknown"}
+    assert {prices[name] for name in _PRICED} == {"unknown"}
     assert (
         {entry["epsilon"] for entry in prices["at_deltas"]} == {entry["tpr"] for entry in prices["tpr"]} == {"unknown"}
     )
@@ -420,7 +457,7 @@ def test_test_noise_at_one_client_prints_infinity_everywhere() -> None:
     assert headline["epsilon"] == headline["odds_factor"] == headline["federation"]["one_data_set"] == "infinity"
     assert headline["replace_one"]["epsilon"] == headline["person"][0]["epsilon"] == "infinity"
     assert {entry["tpr"] for entry in headline["tpr"]} == {1.0}
-    assert {prices[name] for name in ("gate", "rdp", "pld", "pld_replace_one", "prv")} == {"infinity"}
+    assert {prices[name] for name in _PRICED} == {"infinity"}
     assert {entry["epsilon"] for entry in prices["at_deltas"]} == {"infinity"}
     assert {record["epsilon"] for record in report["rounds"]} == {"infinity"}
     assert {spent for _, spent in report["clients"][-1]["history"]} == {"infinity"}

@@ -65,6 +65,9 @@ def test_a_plan_without_sampling_is_the_gaussian_mechanism():
 def test_every_figure_is_ordered_as_it_must_be():
     cost = plan(scenario(QUICK))["cost"]
     assert cost["pld"] <= cost["filter"]["epsilon"] < cost["replace_one"]
+    # Rounded up a little, and below the bound that always holds.
+    assert -1e-6 < cost["replace_one"] - cost["replace_one_second"] < 0.01
+    assert cost["replace_one_second"] < cost["replace_one_rdp"]
     assert [item["delta"] for item in cost["at_deltas"]] == pytest.approx([1e-5, 1e-6, 1e-7])
     epsilons = [item["epsilon"] for item in cost["at_deltas"]]
     assert epsilons == sorted(epsilons)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -247,6 +248,32 @@ def power_alone(report: dict[str, Any]) -> None:
     report["prices"]["tpr"][0]["tpr"] = report["headline"]["tpr"][0]["tpr"] = 0.0011
 
 
+def replacing_priced_as_removing(report: dict[str, Any]) -> None:
+    swapped(report, report["prices"]["pld"])
+
+
+def replacing_at_sensitivity_1(report: dict[str, Any]) -> None:
+    plan = Plan.from_json(canonical({name: value for name, value in report["plan"].items() if name != "digest"}))
+    schedule = Event.all_of_schedule(plan)
+    half = [dataclasses.replace(event, noise_multiplier=2 * event.noise_multiplier) for event in schedule]
+    swapped(report, pld_epsilon(half, plan.delta, Adjacency.REPLACE_ONE))
+
+
+def replacing_a_little_cheaper(report: dict[str, Any]) -> None:
+    swapped(report, report["prices"]["pld_replace_one"] * 0.999)
+
+
+def swapped(report: dict[str, Any], epsilon: float) -> None:
+    """Makes every place say one figure for replacing, but the one that is RDP's."""
+    assert report["prices"]["pld_replace_one"] == report["headline"]["replace_one"]["epsilon"] > epsilon
+    report["prices"].update(pld_replace_one=epsilon, saddle_replace_one=epsilon)
+    report["headline"]["replace_one"]["epsilon"] = epsilon
+
+
+def no_price_but_for_replacing(report: dict[str, Any]) -> None:
+    report["prices"]["pld"] = "unknown"
+
+
 def set_in(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(report: dict[str, Any]) -> None:
         inner: Any = report
@@ -277,6 +304,12 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "RDP price": (set_in("prices", "rdp", value=1.9), "RDP price"),
     "unamplified": (set_in("prices", "unamplified", value=1.0), "RDP price"),
     "replace-one": (set_in("prices", "pld_replace_one", value=1.0), "replace-one price"),
+    "replace-one as add/remove": (replacing_priced_as_removing, "replace-one price"),
+    "replace-one at sensitivity 1": (replacing_at_sensitivity_1, "replace-one price"),
+    "replace-one a little cheaper": (replacing_a_little_cheaper, "replace-one price"),
+    "replace-one alone": (no_price_but_for_replacing, "replace-one price"),
+    "replace-one, second figure": (set_in("prices", "saddle_replace_one", value=1.0), "replace-one price"),
+    "replace-one, RDP": (set_in("prices", "rdp_replace_one", value=1.0), "replace-one price"),
     "other delta": (set_in("prices", "at_deltas", 1, "epsilon", value=1.0), "other deltas"),
     "power": (power_alone, "power of attackers"),
     "sentence": (sentence_alone, "headline"),
@@ -323,6 +356,74 @@ def claim(report: dict[str, Any], epsilon: float, swap: float) -> None:
     headline["replace_one"].update(epsilon=swap, delta=delta)
     headline["federation"].update(epsilon=epsilon, one_data_set=epsilon)
     headline["person"][0]["epsilon"] = epsilon
+
+
+def test_g1_the_line_on_replacing_says_what_was_compared(run: Path) -> None:
+    prices = report_of(run)["prices"]
+    words = next(check.words for check in verify_files([run]) if check.name == "replace-one price")
+    for figure in ("pld_replace_one", "saddle_replace_one", "rdp_replace_one", "pld"):
+        assert f"{prices[figure]:.4g}" in words
+    assert "saddle-point integral" in words
+    assert prices["pld"] < prices["saddle_replace_one"] <= prices["pld_replace_one"] < prices["rdp_replace_one"]
+
+
+def test_a_report_of_before_there_was_a_second_figure_is_checked_all_the_same_and_says_so(run: Path) -> None:
+    def older(report: dict[str, Any]) -> None:
+        for name in ("saddle_replace_one", "saddle_note", "rdp_replace_one"):
+            del report["prices"][name]
+
+    rewrite(run, older)
+    assert "Second method" not in (run / "report.html").read_text()
+    checks = {check.name: check for check in verify_files([run])}
+    assert [check.name for check in checks.values() if check.result is Result.FAILS] == []
+    assert "the report is of before there were others" in checks["replace-one price"].words
+    assert "saddle-point integral says" in checks["replace-one price"].words
+    rewrite(run, set_in("prices", "pld_replace_one", value=1.0))
+    assert "replace-one price" in {check.name for check in failures(run)}
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["with a second accountant", "planted: PLD anew alone"])
+def test_g1_a_library_that_prices_replacing_as_removing_is_found(
+    run: Path, monkeypatch: pytest.MonkeyPatch, second: bool
+) -> None:
+    """The report's maker and its reader use one library; a fault of it is seen by what shares nothing with it."""
+    from simulations import evidence
+
+    def faulty(releases: Any, delta: float, adjacency: Adjacency = Adjacency.ADD_REMOVE) -> float:
+        return pld_epsilon(releases, delta)
+
+    monkeypatch.setattr(evidence, "pld_epsilon", faulty)
+    monkeypatch.setattr(verify_module, "pld_epsilon", faulty)
+    if second:
+        evidence.render(run)
+        # The report itself quotes a figure that holds, and says why.
+        report = report_of(run)
+        assert "group privacy" in report["headline"]["replace_one"]["basis"]
+        assert any("disagree on what replacing" in warning for warning in report["warnings"])
+        assert {check.name for check in failures(run)} == {"replace-one price"}
+        return
+    for module in (evidence, verify_module):
+        monkeypatch.setattr(module, "replace_epsilon", lambda *_: (None, "not asked"))
+    evidence.render(run)
+    assert failures(run) == []
+
+
+def test_g1_a_report_over_ledgers_has_its_replace_one_figures_checked_by_a_second_accountant(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from privacy import ledger_report
+    from privacy.transcript import read_ledger
+
+    def overview() -> Path:
+        (run / "over.json").write_text(to_json(ledger_report.over_ledgers([read_ledger(run / "ledgers/ledger.jsonl")])))
+        return run / "over.json"
+
+    found = answers(overview(), run / "ledgers")
+    assert found["replace-one price"] is Result.HOLDS
+    ledger_report._price.cache_clear()
+    monkeypatch.setattr(ledger_report, "pld_epsilon", lambda releases, delta, _=None: pld_epsilon(releases, delta))
+    assert {check.name for check in failures(overview(), run / "ledgers")} == {"replace-one price"}
+    ledger_report._price.cache_clear()
 
 
 def test_g14_a_forged_plan_is_found_though_its_commitments_claim_to_be_of_the_unsigned_version(run: Path) -> None:
