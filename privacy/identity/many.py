@@ -2,7 +2,7 @@
 
 Where there are enough of them and more than one core, processes check them while the caller goes on reading. What is
 found does not depend on how many there are, nor on whether any could be started: whatever they do not answer, the
-caller checks itself. Nothing secret is handed to them, and their answer is about public values alone.
+caller checks itself. No secret is handed to them; one that must sign anew is told the key file and reads it itself.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Final, TypeAlias
 
 from privacy.errors import LedgerError
-from privacy.identity import verify
+from privacy.identity import Identity, Secret, verify
 
 Signed: TypeAlias = tuple[str, bytes, str]
 """A public key (64 hex digits), what was signed, and the signature (128 hex digits)."""
 
 # A process is ready after a third of a second, which is what 3,000 signatures take to check.
 _WORTH: Final = 8000
+# Signing takes a third of checking.
+_WORTH_SIGNING: Final = 3 * _WORTH
 _CHUNK: Final = 500
 _MOST_PROCESSES: Final = 8
-_PROGRAM: Final = "from privacy.identity.many import answer; answer()"
 
 
 def first_unsigned(signed: Iterable[Signed]) -> int | None:
@@ -44,39 +46,98 @@ def first_unsigned(signed: Iterable[Signed]) -> int | None:
     Returns:
         The place of the first one, from 0, that is not of its key over its message; None where all are.
     """
+    return _first_of_many(signed, _is_signed, "from privacy.identity.many import answer; answer()", _WORTH)
+
+
+def first_signed_otherwise(
+    signed: Iterable[Signed], identity: Identity, key_file: Path | None = None, name: str = ""
+) -> int | None:
+    """Checks signatures of the caller's own by making them again, which is three times as fast.
+
+    Ed25519 signs the same bytes the same way always (RFC 8032), so an own signature comes out the same or is none.
+
+    Args:
+        signed: As for `first_unsigned`.
+        identity: Who signed them all.
+        key_file: Where the secret lies from which the identity is derived, for other processes to read; None where
+            there is no such file, and this process signs them all.
+        name: Under which it is derived.
+
+    Returns:
+        The place of the first one, from 0, that the identity would sign otherwise; None where there is none.
+    """
+
+    def same(one: Signed) -> bool:
+        return _is_signed_by(identity, one)
+
+    program = ""
+    if key_file is not None and key_file.exists():
+        program = f"from privacy.identity.many import answer_as; answer_as({str(key_file.resolve())!r}, {name!r})"
+    return _first_of_many(signed, same, program, _WORTH_SIGNING)
+
+
+def answer() -> None:
+    """The life of a process that checks signatures: a chunk a line, for each the first place that fails, or -1."""
+    _answer(_is_signed)
+
+
+def answer_as(key_file: str, name: str) -> None:
+    """The life of a process that makes an identity's signatures again."""
+    identity = Secret.load_or_create(Path(key_file)).identity(name)
+    _answer(lambda one: _is_signed_by(identity, one))
+
+
+def _answer(holds: Callable[[Signed], bool]) -> None:
+    for line in sys.stdin.buffer:
+        chunk = [(key, message.encode("latin-1"), signature) for key, message, signature in json.loads(line)]
+        place = _first(chunk, holds)
+        print(-1 if place is None else place, flush=True)
+
+
+def _is_signed(one: Signed) -> bool:
+    try:
+        verify(*one)
+    except LedgerError:
+        return False
+    return True
+
+
+def _is_signed_by(identity: Identity, one: Signed) -> bool:
+    key, message, signature = one
+    return key == identity.public_key and identity.sign(message) == signature
+
+
+def _first(signed: Iterable[Signed], holds: Callable[[Signed], bool]) -> int | None:
+    return next((place for place, one in enumerate(signed) if not holds(one)), None)
+
+
+def _first_of_many(
+    signed: Iterable[Signed], holds: Callable[[Signed], bool], program: str, worth: int
+) -> int | None:
+    """Returns the first place that does not hold, with the help of processes where there is a program for them."""
     items = iter(signed)
-    start = list(itertools.islice(items, _WORTH))
+    start = list(itertools.islice(items, worth))
     everything, processes = itertools.chain(start, items), _processes()
-    if len(start) < _WORTH or processes < 2:
-        return _first(everything)
-    return _first_by_many(everything, processes)
-
-
-def _first(signed: Iterable[Signed]) -> int | None:
-    for place, one in enumerate(signed):
-        try:
-            verify(*one)
-        except LedgerError:
-            return place
-    return None
-
-
-def _first_by_many(signed: Iterator[Signed], processes: int) -> int | None:
-    crew = _Crew(processes)
+    if len(start) < worth or processes < 2 or not program:
+        return _first(everything, holds)
+    crew = _Crew(processes, program)
     waiting: deque[tuple[list[Signed], Future[int | None]]] = deque()
     done = 0
     try:
         while True:
             # So many chunks are under way that no process waits, and not so many that they fill the memory.
-            while len(waiting) < 4 * processes and (chunk := list(itertools.islice(signed, _CHUNK))):
+            while len(waiting) < 4 * processes and (chunk := list(itertools.islice(everything, _CHUNK))):
                 waiting.append((chunk, crew.ask(chunk)))
             if not waiting:
                 return None
             chunk, answered = waiting.popleft()
             try:
                 place = answered.result()
+                wrong = place is not None and holds(chunk[place])
             except (OSError, ValueError):
-                place = _first(chunk)
+                wrong = True
+            if wrong:
+                place = _first(chunk, holds)
             if place is not None:
                 return done + place
             done += len(chunk)
@@ -87,7 +148,8 @@ def _first_by_many(signed: Iterator[Signed], processes: int) -> int | None:
 class _Crew:
     """Processes that check signatures, each with a thread that speaks with it."""
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, program: str) -> None:
+        self._program = program
         self._threads = ThreadPoolExecutor(processes)
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
         self._started: list[subprocess.Popen[bytes]] = []
@@ -118,8 +180,8 @@ class _Crew:
     def _start(self) -> subprocess.Popen[bytes]:
         # The same places as here, and none of its own: the folder that is worked in may hold anybody's files.
         places = os.pathsep.join(place for place in sys.path if place)
-        process = subprocess.Popen(  # noqa: S603 -- this interpreter, with a constant program
-            [sys.executable, "-P", "-c", _PROGRAM],
+        process = subprocess.Popen(  # noqa: S603 -- this interpreter, with a program of our own
+            [sys.executable, "-P", "-c", self._program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -143,13 +205,6 @@ class _Crew:
                     # What was not written yet is nobody's business any more.
                     with contextlib.suppress(OSError):
                         pipe.close()
-
-
-def answer() -> None:
-    """The life of one of the processes: a chunk a line, and for each the first place that does not hold, or -1."""
-    for line in sys.stdin.buffer:
-        place = _first((key, message.encode("latin-1"), signature) for key, message, signature in json.loads(line))
-        print(-1 if place is None else place, flush=True)
 
 
 def _processes() -> int:
