@@ -416,6 +416,7 @@ class _JobState:
     joins: int
     events: tuple[Event, ...]
     turns: Turns | None = None
+    cost: float = 0.0
     charges: int = 0
     rounds: dict[int, str] = dataclasses.field(default_factory=dict)
     entries: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -445,6 +446,7 @@ class Ledger:
         self._accounts: dict[str, Account] = {}
         self._populations: dict[str, dict[str, Account]] = {}
         self._population = population
+        self._vouched: dict[str, str] | None = None
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -468,6 +470,17 @@ class Ledger:
     def populations(self) -> frozenset[str]:
         """The populations whose accounts the book holds."""
         return frozenset(self._populations)
+
+    @property
+    def vouched(self) -> Mapping[str, str]:
+        """The text of the receipt that each paid entry stands for, by the entry's hash; empty where nobody asked.
+
+        Each is what the chain says, with the budget that the chain gives at that place, and with the signature that
+        stands in the chain: the account's last signature, which was checked, binds all of it. So a receipt of the very
+        same text is one that its holder vouched for. Of any other text, nothing here proves anything. Entries of
+        version 1 bind no signature and have none.
+        """
+        return self._vouched or {}
 
     def _damaged(self, line: int, why: str) -> LedgerError:
         return LedgerError(
@@ -494,7 +507,7 @@ class Ledger:
         if len(line) > _LINE_BYTES:
             raise self._damaged(number, "an overlong line")
         try:
-            entry, unchanged = _entry_of(line)
+            entry, unchanged, event = _entry_of(line)
             version, identity, seq, prev = entry["v"], entry["account"], entry["seq"], entry["prev"]
             if (type(version), type(identity), type(seq)) != (int, str, int):
                 raise TypeError("another type")
@@ -517,6 +530,8 @@ class Ledger:
             self._add(account, entry)
         except (KeyError, TypeError, ValueError, TacitError) as error:
             raise self._damaged(number, f"an entry that cannot be read ({error})") from None
+        if self._vouched is not None and account is not None and version > 1 and entry["kind"] in PAID:
+            self._vouched[entry["hash"]] = _receipt_text(account, entry, event)
         return entry
 
     def _require_signed(self, entry: dict[str, Any], number: int) -> None:
@@ -572,7 +587,13 @@ class Ledger:
                 raise ValueError("a commitment to no number of charges")
             if turns is not None and body["joins"] != turns.participations:
                 raise ValueError("a matrix with another number of joins than its participations")
-            account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], events=events, turns=turns)
+            account.jobs[body["job"]] = _JobState(
+                plan=body["plan"],
+                joins=body["joins"],
+                events=events,
+                turns=turns,
+                cost=rdp(events, account.grant.order),
+            )
         elif kind in PAID:
             job, events = account.jobs[body["job"]], events_of(body["event"])
             # What a job committed is the most it may release: reports price it whole, and `claim` releases no other.
@@ -580,11 +601,14 @@ class Ledger:
                 raise ValueError("a charge for other releases than its job committed")
             if (job.charges if job.turns is None else len(job.entries)) >= job.joins:
                 raise ValueError("more charges than its job committed")
-            if {(event.unit, event.adjacency) for event in events} != {(account.grant.unit, account.grant.adjacency)}:
+            # Both are the same for all charges of a job.
+            mine = (account.grant.unit, account.grant.adjacency)
+            if not job.entries and {(event.unit, event.adjacency) for event in events} != {mine}:
                 raise ValueError("a release for another unit or adjacency than the grant's")
             _require_turn(job, kind, events, body["round"])
             if kind == "charge":
-                account.spent_rdp += rdp(events, account.grant.order)
+                # What the job committed is what is paid for, and an account's order never changes.
+                account.spent_rdp += job.cost
                 account.charges += 1
                 job.charges += 1
             account.test |= body["noise"] != SECURE_SOURCE
@@ -622,12 +646,13 @@ class Book(Ledger):
     Several processes may hold the same book: every charge takes the file's lock and first reads what others added.
     """
 
-    def __init__(self, folder: Path, population: str | None = None) -> None:
+    def __init__(self, folder: Path, population: str | None = None, *, vouch: bool = False) -> None:
         """Opens the book in ``folder``, making an empty one where there is none.
 
         Args:
             folder: Where the book lies.
             population: Whose accounts are meant; needed only where the book holds several populations.
+            vouch: Whether to keep in memory which receipts its chains stand for, see `vouched`.
 
         Raises:
             LedgerError: The book is damaged, cut, foreign, or of a newer version; it is left as it is.
@@ -637,6 +662,7 @@ class Book(Ledger):
         except OSError as error:
             raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
         super().__init__(folder / "ledger.jsonl", population)
+        self._vouched = {} if vouch else None
         self._mark = _Mark(folder / _MARK)
         self._claimed: set[str] = set()
         # What was read so far: its length, and its digest that can be carried on.
@@ -913,29 +939,6 @@ class Book(Ledger):
         """Returns the entries that were read so far, as they stand in the file; they hold no secret."""
         with self._locked():
             return self._read(self._size, 0)
-
-    def vouched(self) -> dict[str, str]:
-        """Returns the text of the receipt that each paid entry stands for, by the entry's hash.
-
-        Each is what the chain says, with the budget that the chain gives at that place, and with the signature that
-        stands in the chain: the account's last signature, which was checked, binds all of it. So a receipt of the very
-        same text is one that its holder vouched for. Of any other text, nothing here proves anything. Entries of
-        version 1 bind no signature and have none.
-
-        Raises:
-            LedgerError: The file is not what was read any more.
-        """
-        with self._locked():
-            data = self._read(self._size, 0)
-            if hashlib.sha256(data).digest() != self._running.digest():
-                raise LedgerError(f"expected {self._path} to be what was read, got other bytes; restore it")
-        found: dict[str, str] = {}
-        for line in data[:-1].split(b"\n") if data else ():
-            entry, _, event = _paid_entry(line.decode()) or (_loads(line), b"", "")
-            if entry["kind"] in PAID and entry["v"] > 1:
-                account = self._accounts[entry["account"]]
-                found[entry["hash"]] = _receipt_text(account, entry, event)
-        return found
 
     def absorb(self, data: bytes) -> int:
         """Continues this book with a copy of it that is longer; see `privacy.transcript.import_into`.
@@ -1313,17 +1316,19 @@ def _digest(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({key: entry[key] for key in entry if key not in ("hash", "sig")})).hexdigest()
 
 
-def _entry_of(line: bytes) -> tuple[dict[str, Any], bool]:
+def _entry_of(line: bytes) -> tuple[dict[str, Any], bool, str]:
     """Returns the entry that a line holds, and whether the line is the one text of it and its hash is its own.
+
+    Third comes the text of its events, where the line is plain; see `_paid_entry`.
 
     Raises:
         ValueError, TypeError, KeyError, AttributeError: It is no entry.
     """
     if (own := _paid_entry(line.decode())) is not None:
-        entry, hashed, _ = own
-        return entry, hashlib.sha256(hashed).hexdigest() == entry["hash"]
+        entry, hashed, event = own
+        return entry, hashlib.sha256(hashed).hexdigest() == entry["hash"], event
     entry = _loads(line)
-    return entry, canonical(entry) == line and _digest(entry) == entry["hash"]
+    return entry, canonical(entry) == line and _digest(entry) == entry["hash"], ""
 
 
 def _paid_entry(line: str) -> tuple[dict[str, Any], bytes, str] | None:
@@ -1479,31 +1484,22 @@ def grant_of(body: Mapping[str, Any]) -> Grant:
     )
 
 
-def _granted_at(account: Account, seq: int) -> float:
-    """Returns an account's budget in epsilon when its entry of a number was made."""
-    for change in account.changes:
-        if change.seq > seq:
-            return float(change.before)
-    return float(account.grant.epsilon)
-
-
 def _receipt_text(account: Account, entry: Mapping[str, Any], event: str) -> str:
-    """Returns the text of the receipt that a paid entry in an account's chain stands for.
+    """Returns the text of the receipt of a charge entry of an account whose budget is still what it was then.
 
     Args:
-        account: The account, read to its end.
+        account: The account, which holds the entry.
         entry: The entry.
         event: The text of its events where the entry's line is plain, as `_paid_entry` gives it; else empty.
     """
-    granted, delta, key = _granted_at(account, entry["seq"]), float(account.grant.delta), account.public_key
     if not event:
-        return receipt_of(entry, granted=granted, delta=delta, public_key=key).to_json()
-    body = entry["body"]
+        return _receipt(account, entry).to_json()
+    granted, delta, body = float(account.grant.epsilon), float(account.grant.delta), entry["body"]
     # What `canonical` would give; a plain line has nothing that is written otherwise.
     return (
         f'{{"account":"{account.identity}","charges":{body["charges"]},"delta":{delta!r},"event":{event},'
-        f'"granted":{granted!r},"head":"{entry["hash"]}","job":"{body["job"]}","public_key":"{key}",'
-        f'"request":"{body["request"]}","round":{body["round"]},"seq":{entry["seq"]},"signature":"{entry["sig"]}",'
+        f'"granted":{granted!r},"head":"{entry["hash"]}","job":"{body["job"]}","public_key":"'
+        f'{account.public_key}","request":"{body["request"]}","round":{body["round"]},"seq":{entry["seq"]},"signature":"{entry["sig"]}",'
         f'"spent":{body["spent"]!r},"test":{"true" if body["test"] else "false"}}}'
     )
 

@@ -67,7 +67,7 @@ def render(folder: Path, persons: Sequence[int] = ()) -> Path:
     """
     if not (folder / JOB_FILE).exists():
         raise RunError(f"expected a run folder that has started, got {folder} without {JOB_FILE}; resume it first")
-    world = World.open(folder.resolve())
+    world = World.open(folder.resolve(), vouch=True)
     return write(facts_of(world, persons), folder, server_identity(world))[1]
 
 
@@ -233,10 +233,10 @@ def read_countersigned(
     Args:
         folder: The run folder.
         server: The identity that countersigned; None where its key is not there.
-        book: The clients' ledgers where they are here, with their keys. A receipt whose text is, byte for byte, the
-            one that a chain in it stands for was vouched for by its holder: the account's last signature, which was
-            checked when the chain was read, binds that text and the signature in it. Any other receipt's own signature
-            is checked.
+        book: The clients' ledgers where they are here, with their keys, opened to vouch. A receipt whose text is, byte
+            for byte, the one that a chain in it stands for was vouched for by its holder: the account's last signature,
+            which was checked when the chain was read, binds that text and the signature in it. Any other receipt's own
+            signature is checked.
         key_file: Where the server's secret lies, if in a file of its own; many countersignatures are then made again
             by several processes.
 
@@ -252,7 +252,7 @@ def read_countersigned(
     if book is not None:
         # After the receipts: what is charged meanwhile is in the ledgers first.
         book.refresh()
-        vouched = book.vouched()
+        vouched = book.vouched
     receipts: list[Countersigned] = []
     alone: list[tuple[int, Signed]] = []
 

@@ -15,7 +15,7 @@ import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -97,7 +97,8 @@ def _answer(holds: Callable[[Signed], bool]) -> None:
 def _is_signed(one: Signed) -> bool:
     try:
         verify(*one)
-    except LedgerError:
+    except (LedgerError, TypeError):
+        # Parsed JSON may hold anything where a key or a signature should be.
         return False
     return True
 
@@ -111,9 +112,7 @@ def _first(signed: Iterable[Signed], holds: Callable[[Signed], bool]) -> int | N
     return next((place for place, one in enumerate(signed) if not holds(one)), None)
 
 
-def _first_of_many(
-    signed: Iterable[Signed], holds: Callable[[Signed], bool], program: str, worth: int
-) -> int | None:
+def _first_of_many(signed: Iterable[Signed], holds: Callable[[Signed], bool], program: str, worth: int) -> int | None:
     """Returns the first place that does not hold, with the help of processes where there is a program for them."""
     items = iter(signed)
     start = list(itertools.islice(items, worth))

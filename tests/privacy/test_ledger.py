@@ -943,7 +943,7 @@ def test_planted_reader_that_trusts_the_stated_hash_misses_a_flip(folder: Path) 
         def _apply(self, line: bytes, number: int) -> dict[str, Any]:
             with pytest.MonkeyPatch.context() as patch:
                 read = ledger._entry_of
-                patch.setattr(ledger, "_entry_of", lambda line: (read(line)[0], True))
+                patch.setattr(ledger, "_entry_of", lambda line: (read(line)[0], True, ""))
                 return super()._apply(line, number)
 
         def _require_signed(self, entry: dict[str, Any], number: int) -> None:
