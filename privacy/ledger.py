@@ -279,7 +279,7 @@ _RECEIPT_TYPES: Final[Mapping[str, type]] = {
 # are written as they stand, and one event or a list of them. A match is canonical but for floats and events, which
 # have many texts: those are compared with the one that they have. What does not match is read the long way.
 _WHOLE: Final = "(0|[1-9][0-9]{0,17})"
-_FLOAT: Final = "([0-9.e+-]+)"
+_FLOAT: Final = r"([0-9]+(?:\.[0-9]+)?(?:e[+-][0-9]+)?)"
 _PLAIN: Final = r"([ !#-\[\]-~]*)"
 _TRUTH: Final = "(true|false)"
 _EVENTS: Final = r"(\{[^{}]*\}|\[[^\[\]]*\])"
