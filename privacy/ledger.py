@@ -155,9 +155,8 @@ class Receipt:
 
     def signed_bytes(self) -> bytes:
         """Returns the bytes that the signature covers."""
-        fields = self._fields()
-        del fields["signature"]
-        return _RECEIPT_MARK + canonical(fields)
+        # The text without its signature, which no other field can hold: quotes inside a text are escaped.
+        return _RECEIPT_MARK + self.to_json().replace(f'"signature":"{self.signature}",', "", 1).encode()
 
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _RECEIPT_FIELDS} | {"event": events_to_json(self.events)}
@@ -178,31 +177,83 @@ class Receipt:
         Raises:
             LedgerError: It is not a receipt, or its signature does not match its own key.
         """
+        receipt = cls.unverified(text)
+        verify(receipt.public_key, receipt.signed_bytes(), receipt.signature)
+        return receipt
+
+    @classmethod
+    def unverified(cls, text: str) -> Self:
+        """Reads a receipt whose signature the caller has yet to check: many are checked faster together.
+
+        Raises:
+            LedgerError: It is not a receipt, or not the one text of it.
+        """
         try:
-            fields = _loads(text) if len(text) <= _LINE_BYTES else {}
-            fields["event"], *metrics = events_from_json(fields["event"])
-            for name, kind in _RECEIPT_TYPES.items():
-                if type(fields[name]) is not kind:
-                    raise TypeError(f"{name} is not a {kind.__name__}")
-            for name, digits in _RECEIPT_HEX.items():
-                if not re.fullmatch(f"[0-9a-f]{{{digits}}}", fields[name]):
-                    raise ValueError(f"{name} is not {digits} hex digits")
-            if fields["seq"] < 0 or fields["round"] < 1 or fields["charges"] < 1:
+            if len(text) > _LINE_BYTES:
+                raise ValueError("too long")
+            receipt = cls._from_own_text(text) or cls._from_any_text(text)
+            if receipt.seq < 0 or receipt.round < 1 or receipt.charges < 1:
                 raise ValueError("a count is too small")
-            if not (0 <= fields["spent"] < math.inf and 0 < fields["granted"] < math.inf and 0 < fields["delta"] < 1):
+            if not (0 <= receipt.spent < math.inf and 0 < receipt.granted < math.inf and 0 < receipt.delta < 1):
                 raise ValueError("a figure is out of range")
-            if "metrics" in fields:
-                raise ValueError("metrics stand beside the event")
-            receipt = cls(**fields, metrics=tuple(metrics))
-            # A second text for the same receipt (a repeated key, other spacing) may be read differently elsewhere.
-            if receipt.to_json() != text:
-                raise ValueError("not the canonical text")
-            # That text without its signature, which no other field can hold: all others are hex digits or no texts.
-            signed = _RECEIPT_MARK + text.replace(f'"signature":"{receipt.signature}",', "", 1).encode()
         except (ValueError, TypeError, KeyError) as error:
             raise LedgerError(f"expected a receipt, got something else ({type(error).__name__})") from None
-        verify(receipt.public_key, signed, receipt.signature)
         return receipt
+
+    @classmethod
+    def _from_own_text(cls, text: str) -> Self | None:
+        """Reads a text that is canonical by its shape, as this program's own is; None for any other, sound or not."""
+        match = _RECEIPT_TEXT.fullmatch(text)
+        if match is None:
+            return None
+        account, charges, delta, event, granted, head, job, key, request, number, seq, signature, spent, test = (
+            match.groups()
+        )
+        figures = float(delta), float(granted), float(spent)
+        events = _events_of_text(event)
+        if events is None or tuple(map(repr, figures)) != (delta, granted, spent):
+            return None
+        receipt = cls(
+            account=account,
+            seq=int(seq),
+            head=head,
+            job=job,
+            round=int(number),
+            request=request,
+            event=events[1][0],
+            metrics=events[1][1:],
+            spent=figures[2],
+            granted=figures[1],
+            delta=figures[0],
+            charges=int(charges),
+            test=test == "true",
+            public_key=key,
+            signature=signature,
+        )
+        return receipt._with_text(text)
+
+    @classmethod
+    def _from_any_text(cls, text: str) -> Self:
+        fields = _loads(text)
+        fields["event"], *metrics = events_from_json(fields["event"])
+        for name, kind in _RECEIPT_TYPES.items():
+            if type(fields[name]) is not kind:
+                raise TypeError(f"{name} is not a {kind.__name__}")
+        for name, digits in _RECEIPT_HEX.items():
+            if not re.fullmatch(f"[0-9a-f]{{{digits}}}", fields[name]):
+                raise ValueError(f"{name} is not {digits} hex digits")
+        if "metrics" in fields:
+            raise ValueError("metrics stand beside the event")
+        receipt = cls(**fields, metrics=tuple(metrics))
+        # A second text for the same receipt (a repeated key, other spacing) may be read differently elsewhere.
+        if receipt.to_json() != text:
+            raise ValueError("not the canonical text")
+        return receipt
+
+    def _with_text(self, text: str) -> Self:
+        """Keeps a text that is known to be the canonical one."""
+        self.__dict__["_text"] = text
+        return self
 
 
 _RECEIPT_MARK: Final = b"tacit/receipt/1\n"
@@ -222,6 +273,33 @@ _RECEIPT_TYPES: Final[Mapping[str, type]] = {
     **dict.fromkeys(("spent", "granted", "delta"), float),
     "test": bool,
 }
+
+
+# What canonical JSON is made of, as far as this program's own receipts and charges need it: whole numbers, texts that
+# are written as they stand, and one event or a list of them. A match is canonical but for floats and events, which
+# have many texts: those are compared with the one that they have. What does not match is read the long way.
+_WHOLE: Final = "(0|[1-9][0-9]{0,17})"
+_FLOAT: Final = r"([0-9]+(?:\.[0-9]+)?(?:e[+-][0-9]+)?)"
+_PLAIN: Final = r"([ !#-\[\]-~]*)"
+_TRUTH: Final = "(true|false)"
+_EVENTS: Final = r"(\{[^{}]*\}|\[[^\[\]]*\])"
+
+
+def _hex(digits: int) -> str:
+    return f"([0-9a-f]{{{digits}}})"
+
+
+_RECEIPT_TEXT: Final = re.compile(
+    rf'\{{"account":"{_hex(32)}","charges":{_WHOLE},"delta":{_FLOAT},"event":{_EVENTS},"granted":{_FLOAT},'
+    rf'"head":"{_hex(64)}","job":"{_hex(32)}","public_key":"{_hex(64)}","request":"{_hex(64)}","round":{_WHOLE},'
+    rf'"seq":{_WHOLE},"signature":"{_hex(128)}","spent":{_FLOAT},"test":{_TRUTH}\}}'
+)
+_PAID_LINE: Final = re.compile(
+    rf'(\{{"account":"{_hex(32)}","body":\{{"charges":{_WHOLE},"commitment":"([0-9a-f]*)","event":{_EVENTS},'
+    rf'"job":"{_PLAIN}","noise":"{_PLAIN}","nonce":"([0-9a-f]*)","request":"{_PLAIN}","round":{_WHOLE},'
+    rf'"spent":{_FLOAT},"test":{_TRUTH}\}}),"hash":"{_hex(64)}",("kind":"(charge|participation)","prev":"{_hex(64)}",'
+    rf'"seq":{_WHOLE}),"sig":"{_hex(128)}",("time":{_WHOLE},"v":([23])\}})'
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,6 +416,7 @@ class _JobState:
     joins: int
     events: tuple[Event, ...]
     turns: Turns | None = None
+    cost: float = 0.0
     charges: int = 0
     rounds: dict[int, str] = dataclasses.field(default_factory=dict)
     entries: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -367,6 +446,7 @@ class Ledger:
         self._accounts: dict[str, Account] = {}
         self._populations: dict[str, dict[str, Account]] = {}
         self._population = population
+        self._vouched: dict[str, str] | None = None
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -390,6 +470,17 @@ class Ledger:
     def populations(self) -> frozenset[str]:
         """The populations whose accounts the book holds."""
         return frozenset(self._populations)
+
+    @property
+    def vouched(self) -> Mapping[str, str]:
+        """The text of the receipt that each paid entry stands for, by the entry's hash; empty where nobody asked.
+
+        Each is what the chain says, with the budget that the chain gives at that place, and with the signature that
+        stands in the chain: the account's last signature, which was checked, binds all of it. So a receipt of the very
+        same text is one that its holder vouched for. Of any other text, nothing here proves anything. Entries of
+        version 1 bind no signature and have none.
+        """
+        return self._vouched or {}
 
     def _damaged(self, line: int, why: str) -> LedgerError:
         return LedgerError(
@@ -416,11 +507,10 @@ class Ledger:
         if len(line) > _LINE_BYTES:
             raise self._damaged(number, "an overlong line")
         try:
-            entry: dict[str, Any] = _loads(line)
+            entry, unchanged, event = _entry_of(line)
             version, identity, seq, prev = entry["v"], entry["account"], entry["seq"], entry["prev"]
             if (type(version), type(identity), type(seq)) != (int, str, int):
                 raise TypeError("another type")
-            unchanged = canonical(entry) == line and _digest(entry) == entry["hash"]
             known = set(entry) == _ENTRY_KEYS - ({"sig"} if version == 1 else set())
         except (ValueError, TypeError, KeyError, AttributeError):
             raise self._damaged(number, "a line that is not an entry") from None
@@ -440,6 +530,8 @@ class Ledger:
             self._add(account, entry)
         except (KeyError, TypeError, ValueError, TacitError) as error:
             raise self._damaged(number, f"an entry that cannot be read ({error})") from None
+        if self._vouched is not None and account is not None and version > 1 and entry["kind"] in PAID:
+            self._vouched[entry["hash"]] = _receipt_text(account, entry, event)
         return entry
 
     def _require_signed(self, entry: dict[str, Any], number: int) -> None:
@@ -495,7 +587,13 @@ class Ledger:
                 raise ValueError("a commitment to no number of charges")
             if turns is not None and body["joins"] != turns.participations:
                 raise ValueError("a matrix with another number of joins than its participations")
-            account.jobs[body["job"]] = _JobState(plan=body["plan"], joins=body["joins"], events=events, turns=turns)
+            account.jobs[body["job"]] = _JobState(
+                plan=body["plan"],
+                joins=body["joins"],
+                events=events,
+                turns=turns,
+                cost=rdp(events, account.grant.order),
+            )
         elif kind in PAID:
             job, events = account.jobs[body["job"]], events_of(body["event"])
             # What a job committed is the most it may release: reports price it whole, and `claim` releases no other.
@@ -503,11 +601,14 @@ class Ledger:
                 raise ValueError("a charge for other releases than its job committed")
             if (job.charges if job.turns is None else len(job.entries)) >= job.joins:
                 raise ValueError("more charges than its job committed")
-            if {(event.unit, event.adjacency) for event in events} != {(account.grant.unit, account.grant.adjacency)}:
+            # Both are the same for all charges of a job.
+            mine = (account.grant.unit, account.grant.adjacency)
+            if not job.entries and {(event.unit, event.adjacency) for event in events} != {mine}:
                 raise ValueError("a release for another unit or adjacency than the grant's")
             _require_turn(job, kind, events, body["round"])
             if kind == "charge":
-                account.spent_rdp += rdp(events, account.grant.order)
+                # What the job committed is what is paid for, and an account's order never changes.
+                account.spent_rdp += job.cost
                 account.charges += 1
                 job.charges += 1
             account.test |= body["noise"] != SECURE_SOURCE
@@ -545,12 +646,13 @@ class Book(Ledger):
     Several processes may hold the same book: every charge takes the file's lock and first reads what others added.
     """
 
-    def __init__(self, folder: Path, population: str | None = None) -> None:
+    def __init__(self, folder: Path, population: str | None = None, *, vouch: bool = False) -> None:
         """Opens the book in ``folder``, making an empty one where there is none.
 
         Args:
             folder: Where the book lies.
             population: Whose accounts are meant; needed only where the book holds several populations.
+            vouch: Whether to keep in memory which receipts its chains stand for, see `vouched`.
 
         Raises:
             LedgerError: The book is damaged, cut, foreign, or of a newer version; it is left as it is.
@@ -560,6 +662,7 @@ class Book(Ledger):
         except OSError as error:
             raise LedgerError(f"expected a folder for ledgers at {folder}, got {error.strerror}") from None
         super().__init__(folder / "ledger.jsonl", population)
+        self._vouched = {} if vouch else None
         self._mark = _Mark(folder / _MARK)
         self._claimed: set[str] = set()
         # What was read so far: its length, and its digest that can be carried on.
@@ -1213,6 +1316,76 @@ def _digest(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({key: entry[key] for key in entry if key not in ("hash", "sig")})).hexdigest()
 
 
+def _entry_of(line: bytes) -> tuple[dict[str, Any], bool, str]:
+    """Returns the entry that a line holds, and whether the line is the one text of it and its hash is its own.
+
+    Third comes the text of its events, where the line is plain; see `_paid_entry`.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: It is no entry.
+    """
+    if (own := _paid_entry(line.decode())) is not None:
+        entry, hashed, event = own
+        return entry, hashlib.sha256(hashed).hexdigest() == entry["hash"], event
+    entry = _loads(line)
+    return entry, canonical(entry) == line and _digest(entry) == entry["hash"], ""
+
+
+def _paid_entry(line: str) -> tuple[dict[str, Any], bytes, str] | None:
+    """Reads a line that is a canonical charge by its shape, as nearly all lines of a long ledger are.
+
+    Returns:
+        The entry, the text that its hash is of, and the text of its events; None for any other line, sound or not.
+    """
+    match = _PAID_LINE.fullmatch(line)
+    if match is None:
+        return None
+    groups = match.groups()
+    start, account, charges, commitment, event, job, noise, nonce, request, number, spent, test = groups[:12]
+    digest, middle, kind, prev, seq, signature, end, seconds, version = groups[12:]
+    events, figure = _events_of_text(event), float(spent)
+    if events is None or repr(figure) != spent:
+        return None
+    body = {
+        "charges": int(charges),
+        "commitment": commitment,
+        "event": events[0],
+        "job": job,
+        "noise": noise,
+        "nonce": nonce,
+        "request": request,
+        "round": int(number),
+        "spent": figure,
+        "test": test == "true",
+    }
+    entry = {
+        "account": account,
+        "body": body,
+        "hash": digest,
+        "kind": kind,
+        "prev": prev,
+        "seq": int(seq),
+        "sig": signature,
+        "time": int(seconds),
+        "v": int(version),
+    }
+    return entry, f"{start},{middle},{end}".encode(), event
+
+
+@functools.lru_cache(maxsize=1024)
+def _events_of_text(text: str) -> tuple[Any, tuple[Event, ...]] | None:
+    """Returns what a text pays for, as plain JSON and read, or None where it is not the one text of any events.
+
+    A ledger has few such texts, each thousands of times.
+    """
+    try:
+        value = _loads(text)
+        events = events_from_json(value)
+    except (LedgerError, ValueError, TypeError):
+        return None
+    return (value, events) if canonical(events_to_json(events)).decode() == text else None
+
+
 class _Made(dict[str, Any]):
     """An entry of this program's own, with the canonical texts of its body and of its account, encoded once."""
 
@@ -1308,6 +1481,26 @@ def grant_of(body: Mapping[str, Any]) -> Grant:
         unit=Unit(body["unit"]),
         adjacency=Adjacency(body["adjacency"]),
         records_bound=body["records_bound"],
+    )
+
+
+def _receipt_text(account: Account, entry: Mapping[str, Any], event: str) -> str:
+    """Returns the text of the receipt of a charge entry of an account whose budget is still what it was then.
+
+    Args:
+        account: The account, which holds the entry.
+        entry: The entry.
+        event: The text of its events where the entry's line is plain, as `_paid_entry` gives it; else empty.
+    """
+    if not event:
+        return _receipt(account, entry).to_json()
+    granted, delta, body = float(account.grant.epsilon), float(account.grant.delta), entry["body"]
+    # What `canonical` would give; a plain line has nothing that is written otherwise.
+    return (
+        f'{{"account":"{account.identity}","charges":{body["charges"]},"delta":{delta!r},"event":{event},'
+        f'"granted":{granted!r},"head":"{entry["hash"]}","job":"{body["job"]}","public_key":"'
+        f'{account.public_key}","request":"{body["request"]}","round":{body["round"]},"seq":{entry["seq"]},"signature":"{entry["sig"]}",'
+        f'"spent":{body["spent"]!r},"test":{"true" if body["test"] else "false"}}}'
     )
 
 

@@ -486,7 +486,8 @@ def _replace(path: Path, text: str) -> None:
 
 def _plain(value: Any) -> Any:
     """Returns a value made of JSON types only, with words in place of numbers that JSON does not have."""
-    if value is None or isinstance(value, bool):
+    # Nearly all of a long report is one of these, and asking whether a value is some kind of number takes long.
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)

@@ -39,8 +39,9 @@ from privacy.accounting import (
     unsampled,
     zcdp_rho,
 )
-from privacy.errors import TacitError
+from privacy.errors import LedgerError, TacitError
 from privacy.identity import COUNTERSIGN, verify
+from privacy.identity.many import Signed, first_unsigned
 from privacy.ledger import Account, Law, Receipt, grant_of, require_signed_entry
 from privacy.ledger_report import over_ledgers
 from privacy.matrix import Turns, matrix_of
@@ -274,17 +275,37 @@ def _read_receipts(name: str, text: str, files: _Files) -> Check:
         return Check(name, Result.FAILS, "its last line has no end: it was cut")
     lines = text[:-1].split("\n")
     files.digests.append((hashlib.sha256(text.encode()).hexdigest(), len(lines)))
-    for number, line in enumerate(lines, start=1):
-        try:
-            fields = json.loads(line)
-            receipt = Receipt.from_json(fields["receipt"])
-            verify(fields["peer"], COUNTERSIGN + fields["receipt"].encode(), fields["countersignature"])
-            # A second text of the same line could be read differently elsewhere.
-            if json.dumps({key: fields[key] for key in ("receipt", "peer", "countersignature")}) != line:
-                raise ValueError("another text")
-        except _FAULTS as error:
-            return Check(name, Result.FAILS, f"line {number:,} is no countersigned receipt: {error}")
-        files.receipts.append(_Witnessed(receipt, fields["peer"]))
+    found: list[_Witnessed] = []
+    faults: list[BaseException] = []
+
+    def read() -> Iterator[Signed]:
+        for line in lines:
+            try:
+                fields = json.loads(line)
+                receipt, peer, signature = (
+                    Receipt.unverified(fields["receipt"]),
+                    fields["peer"],
+                    fields["countersignature"],
+                )
+                # A second text of the same line could be read differently elsewhere.
+                if json.dumps({key: fields[key] for key in ("receipt", "peer", "countersignature")}) != line:
+                    raise ValueError("another text")
+            except _FAULTS as error:
+                faults.append(error)
+                return
+            found.append(_Witnessed(receipt, peer))
+            yield receipt.public_key, receipt.signed_bytes(), receipt.signature
+            yield peer, COUNTERSIGN + fields["receipt"].encode(), signature
+
+    # Each line has two signatures.
+    place = first_unsigned(read())
+    if place is not None:
+        del found[place // 2 :]
+        faults = [LedgerError("expected a valid signature, got one that does not match its key and message")]
+    files.receipts += found
+    if faults:
+        words = f"line {len(found) + 1:,} is no countersigned receipt: {faults[0]}"
+        return Check(name, Result.FAILS, words)
     return Check(name, Result.HOLDS, f"{len(lines):,} receipts, each signed by its client and countersigned")
 
 
@@ -1127,17 +1148,21 @@ def _told(files: _Files) -> list[str]:
     """Returns what rows say otherwise than the receipts file and the ledgers; nothing where neither is here."""
     report, faults = files.report or {}, []
     job = report["run"]["job"]
-    mine = [found.receipt for found in files.receipts if found.receipt.job == job]
+    by_round: dict[int, list[Receipt]] = defaultdict(list)
+    joined: dict[str, set[int]] = defaultdict(set)
+    kept: dict[str, set[int]] = defaultdict(set)
+    for one in files.receipts:
+        if one.receipt.job == job:
+            by_round[one.receipt.round].append(one.receipt)
+            joined[one.receipt.account].add(one.receipt.round)
+            kept[one.receipt.account].add(one.receipt.seq)
     if files.digests:
-        joined: dict[str, set[int]] = defaultdict(set)
-        for receipt in mine:
-            joined[receipt.account].add(receipt.round)
         for row in files.clients:
             if row["verdict"] != "unknown" and row["rounds_joined"] != len(joined[row["account"]]):
                 faults.append(f"{row['name']}: it joined another number of rounds")
         spent: dict[str, float] = {}
         for line in report["rounds"]:
-            found = [receipt for receipt in mine if receipt.round == line["round"]]
+            found = by_round[line["round"]]
             spent |= {receipt.account: receipt.spent for receipt in found}
             if len({receipt.account for receipt in found}) > line["replies"]:
                 faults.append(f"round {line['round']} counts fewer updates than there are receipts")
@@ -1150,8 +1175,8 @@ def _told(files: _Files) -> list[str]:
             if account.backwards != row["clock_set_back"]:
                 faults.append(f"{row['name']}: its clock was set back another number of times")
             charges = len(account.jobs[job].entries) if job in account.jobs else 0
-            kept = len({receipt.seq for receipt in mine if receipt.account == row["account"]})
-            if files.digests and row["undelivered"] + row["receipts_missing"] != max(0, charges - kept):
+            unseen = max(0, charges - len(kept[row["account"]]))
+            if files.digests and row["undelivered"] + row["receipts_missing"] != unseen:
                 faults.append(f"{row['name']}: another number of its updates never arrived")
     return faults
 

@@ -15,7 +15,7 @@ import math
 import os
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,8 @@ from privacy.accounting import (
 )
 from privacy.errors import LedgerError, RunError
 from privacy.identity import COUNTERSIGN, Identity, Secret
-from privacy.ledger import Account, Receipt
+from privacy.identity.many import Signed, first_signed_otherwise, first_unsigned
+from privacy.ledger import Account, Book, Receipt
 from privacy.matrix import Turns, matrix_of
 from privacy.noise import SECURE_SOURCE
 from privacy.plan import Adjacency, Plan, Unit
@@ -67,7 +68,7 @@ def render(folder: Path, persons: Sequence[int] = ()) -> Path:
     """
     if not (folder / JOB_FILE).exists():
         raise RunError(f"expected a run folder that has started, got {folder} without {JOB_FILE}; resume it first")
-    world = World.open(folder.resolve())
+    world = World.open(folder.resolve(), vouch=True)
     return write(facts_of(world, persons), folder, server_identity(world))[1]
 
 
@@ -90,7 +91,7 @@ def facts_of(world: World, persons: Sequence[int] = ()) -> RunFacts:
     """
     settled, folder, scenario = world.settled, world.folder, world.scenario
     rounds, state = read_rounds(folder), load(folder / CHECKPOINT, vault_of(scenario))
-    lines = read_countersigned(folder, server_identity(world))
+    lines = read_countersigned(folder, server_identity(world), world.book, folder / SERVER_KEY)
     receipts = [line.receipt for line in lines]
     countersigned = {line.receipt.head: line for line in lines}
     world.book.refresh()
@@ -185,10 +186,11 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
 
 def receipts_file(folder: Path) -> dict[str, Any]:
     """Returns name, number of lines and SHA-256 of a run's receipts; empty without any."""
-    lines = _whole_lines(folder / RECEIPTS)
-    text = "".join(f"{line}\n" for line in lines)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"file": RECEIPTS, "lines": len(lines), "sha256": digest} if lines else {}
+    path = folder / RECEIPTS
+    data = path.read_bytes() if path.exists() else b""
+    data = data[: data.rfind(b"\n") + 1]
+    lines = data.count(b"\n")
+    return {"file": RECEIPTS, "lines": lines, "sha256": hashlib.sha256(data).hexdigest()} if lines else {}
 
 
 def _audit(folder: Path) -> dict[str, Any] | None:
@@ -224,12 +226,20 @@ class Countersigned:
     countersignature: str
 
 
-def read_countersigned(folder: Path, server: Identity | None) -> list[Countersigned]:
+def read_countersigned(
+    folder: Path, server: Identity | None, book: Book | None = None, key_file: Path | None = None
+) -> list[Countersigned]:
     """Reads and verifies every receipt of a run, which its own server must have countersigned.
 
     Args:
         folder: The run folder.
         server: The identity that countersigned; None where its key is not there.
+        book: The clients' ledgers where they are here, with their keys, opened to vouch. A receipt whose text is, byte
+            for byte, the one that a chain in it stands for was vouched for by its holder: the account's last signature,
+            which was checked when the chain was read, binds that text and the signature in it. Any other receipt's own
+            signature is checked.
+        key_file: Where the server's secret lies, if in a file of its own; many countersignatures are then made again
+            by several processes.
 
     Raises:
         LedgerError: One does not verify, or was countersigned by somebody else, or the server's key is missing.
@@ -239,21 +249,37 @@ def read_countersigned(folder: Path, server: Identity | None) -> list[Countersig
         return []
     if server is None:
         raise LedgerError(f"expected the key that countersigned in {folder / SERVER_KEY}, got none; restore a backup")
-    receipts, peer = [], server.public_key
-    for number, text in enumerate(lines, start=1):
-        try:
-            line = json.loads(text)
-            receipt = Receipt.from_json(line["receipt"])
-            if line["peer"] != peer:
-                raise LedgerError("expected this run's own server to have countersigned, got another one")
-            # Ed25519 signs the same bytes the same way always, and three times as fast as it verifies.
-            if server.sign(COUNTERSIGN + line["receipt"].encode()) != line["countersignature"]:
-                raise LedgerError("expected this run's own server to have countersigned, got other bytes")
-        except (ValueError, KeyError, TypeError, LedgerError) as error:
-            raise LedgerError(
-                f"expected whole receipts in {folder / RECEIPTS}, got a damaged one at line {number}: {error}"
-            ) from None
-        receipts.append(Countersigned(receipt, peer, line["countersignature"]))
+    vouched: Mapping[str, str] = {}
+    if book is not None:
+        # After the receipts: what is charged meanwhile is in the ledgers first.
+        book.refresh()
+        vouched = book.vouched
+    receipts: list[Countersigned] = []
+    alone: list[tuple[int, Signed]] = []
+
+    def damaged(number: int, why: object) -> LedgerError:
+        return LedgerError(f"expected whole receipts in {folder / RECEIPTS}, got a damaged one at line {number}: {why}")
+
+    def read() -> Iterator[Signed]:
+        for number, text in enumerate(lines, start=1):
+            try:
+                line = json.loads(text)
+                receipt, signature = Receipt.unverified(line["receipt"]), line["countersignature"]
+                if line["peer"] != server.public_key:
+                    raise LedgerError("expected this run's own server to have countersigned, got another one")
+            except (ValueError, KeyError, TypeError, LedgerError) as error:
+                raise damaged(number, error) from None
+            receipts.append(Countersigned(receipt, server.public_key, signature))
+            if vouched.get(receipt.head) != line["receipt"]:
+                alone.append((number, (receipt.public_key, receipt.signed_bytes(), receipt.signature)))
+            yield server.public_key, COUNTERSIGN + line["receipt"].encode(), signature
+
+    place = first_signed_otherwise(read(), server, key_file, "server")
+    if place is not None:
+        raise damaged(place + 1, "expected this run's own server to have countersigned, got other bytes")
+    if (place := first_unsigned(signed for _, signed in alone)) is not None:
+        why = "expected a valid signature, got one that does not match its key and message"
+        raise damaged(alone[place][0], why)
     return receipts
 
 

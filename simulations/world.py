@@ -163,13 +163,16 @@ class World:
         return world
 
     @classmethod
-    def open(cls, folder: Path, sources: Sources | None = None, scenario: Scenario | None = None) -> Self:
+    def open(
+        cls, folder: Path, sources: Sources | None = None, scenario: Scenario | None = None, *, vouch: bool = False
+    ) -> Self:
         """Opens an existing run folder.
 
         Args:
             folder: A folder that `create` made.
             sources: Randomness; the production source by default.
             scenario: The folder's scenario, where it runs on another machine set-up; read from the folder by default.
+            vouch: Whether the book keeps which receipts its chains stand for.
 
         Raises:
             TacitError: The folder is no run folder, or its ledgers are damaged.
@@ -187,7 +190,9 @@ class World:
         settled = Settled.load(folder)
         task = _task(scenario.task)
         source, population = populate(scenario, task)
-        world = cls._assemble(scenario, settled, task, source, population, folder, sources or SecureSources())
+        world = cls._assemble(
+            scenario, settled, task, source, population, folder, sources or SecureSources(), vouch=vouch
+        )
         world._preflight()
         return world
 
@@ -201,7 +206,10 @@ class World:
         population: Population,
         folder: Path,
         sources: Sources,
+        *,
+        vouch: bool = False,
     ) -> Self:
+        ledgers = Path(settled.ledgers) if settled.ledgers else folder / "ledgers"
         return cls(
             folder=folder,
             scenario=scenario,
@@ -209,7 +217,7 @@ class World:
             task=task,
             source=source,
             population=population,
-            book=Book(Path(settled.ledgers) if settled.ledgers else folder / "ledgers", settled.population),
+            book=Book(ledgers, settled.population, vouch=vouch),
             kept=Kept(folder / "kept", durable=False),
             sources=sources,
         )
