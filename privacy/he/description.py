@@ -80,12 +80,12 @@ class HeadDescription:
         if values.ndim != 2 or values.shape[1] != plan.features or not 1 <= len(values) <= plan.batch:
             raise DataError(
                 f"expected up to {plan.batch} samples of {plan.features} features, got an array of shape "
-                f"{np.shape(features)}; use the extractor that the head names"
+                f"{values.shape}; use the extractor that the head names"
             )
         # Written so that NaN is outside too.
         if not ((values >= self.low) & (values <= self.high)).all():
             raise DataError(
-                f"expected features from {self.low:g} to {self.high:g}, got one outside or no number; clip or scale them"
+                f"expected features from {self.low:g} to {self.high:g}, got one outside or no number; clip them"
             )
         integers = np.rint((values - self.centre) * self.feature_scale).astype(np.int64)
         # A rounding of the centre must not carry a feature over the bound that everything rests on.

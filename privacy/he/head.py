@@ -19,12 +19,12 @@ from typing import Final, Self, final
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.errors import HeadError, PlanError
+from privacy.errors import PlanError
 from privacy.he.bulk import BulkEvaluator
 from privacy.he.description import HeadDescription, checked
 from privacy.he.parameters import Parameters
-from privacy.he.planner import HeadPlan, Packing, Scheme, Wire
 from privacy.he.plain import PlainEvaluator
+from privacy.he.planner import MASK_BITS, HeadPlan, Packing, Scheme, Wire
 from privacy.he.ring import Floats, Integers, join, limbs_for, ring, split
 from privacy.he.stream import LARGEST_ERROR
 from privacy.he.wire import pack, read_samples, switch, times
@@ -217,7 +217,7 @@ class _SingleEvaluator:
         for index in range(plan.rounds):
             samples = read_samples(body[index * size : (index + 1) * size], plan.parameters)
             if self._direct is not None:
-                useful, second = self._evaluate_useful(samples)
+                useful, second = self._evaluate_useful(samples, self._direct)
             else:
                 first, second = self.evaluate(samples[: plan.inputs])
                 if plan.hide_weights:
@@ -246,14 +246,14 @@ class _SingleEvaluator:
         products = np.stack(found)  # -> (primes, 2, outputs, n)
         return products[:, 0], products[:, 1]
 
-    def _evaluate_useful(self, samples: Integers) -> tuple[Integers, Integers]:
+    def _evaluate_useful(self, samples: Integers, direct: Floats) -> tuple[Integers, Integers]:
         """Does what `evaluate` does, but of the first polynomials only what is useful, ``(primes, c)``."""
         useful, seconds = [], []
         for row, prime in enumerate(self._plan.parameters.primes):
             limbs = split(samples[:, :, row], prime, self._limbs)  # -> (limbs, inputs, 2, n)
             flat = np.ascontiguousarray(limbs[:, :, 0]).reshape(self._limbs, -1)
             # Sums of integers below 2**53: `limbs_for` saw to that.
-            useful.append(join((flat @ self._direct).astype(np.int64), prime))
+            useful.append(join((flat @ direct).astype(np.int64), prime))
             seconds.append(self._product(limbs[:, :, 1:], prime)[0])
         return np.stack(useful), np.stack(seconds)
 
@@ -271,7 +271,7 @@ class _SingleEvaluator:
     def _hidden(self, first: Integers, second: Integers, zero: Integers) -> tuple[Integers, Integers]:
         """Adds a fresh encryption of zero under the client's key to each output.
 
-        With the client's own encryption of zero (b, a) as if it were a public key: (b u, a u + e), u ternary. Who does
+        With the client's own encryption of zero (b, a) as if it were a public key: (b u, a u + e), u uniform. Who does
         not know u cannot tell a u + e from random (ring learning with errors), so the second polynomial tells nothing
         of W. What the first one's noise tells is flooded afterwards.
 
@@ -281,14 +281,16 @@ class _SingleEvaluator:
             zero: The client's encryption of zero, int64 of shape ``(2, primes, n)``.
         """
         plan, n, outputs = self._plan, self._ring.n, self._plan.outputs
-        spectrum = self._ring.forward(_ternary((outputs, n)))
+        masks = _masks((outputs, n))
+        norm = float(np.sqrt(np.square(masks).sum(1)).max())
+        spectrum = self._ring.forward(masks)
         error = _binomial((outputs, n))
         for row, prime in enumerate(plan.parameters.primes):
-            limbs = split(zero[:, row], prime, limbs_for(n, prime.bit_length(), math.sqrt(n)))
+            limbs = split(zero[:, row], prime, limbs_for(n, prime.bit_length(), norm))
             products = self._ring.forward(limbs)[:, :, np.newaxis] * spectrum  # -> (limbs, 2, outputs, n/2)
-            masks = join(self._ring.backward(products), prime) % prime
-            first[row] = first[row] % prime + masks[0]
-            second[row] = second[row] % prime + masks[1] + error
+            zeros = join(self._ring.backward(products), prime) % prime
+            first[row] = first[row] % prime + zeros[0]
+            second[row] = second[row] % prime + zeros[1] + error
         return first, second
 
 
@@ -299,9 +301,14 @@ def _words(count: int) -> NDArray[np.uint64]:
     return np.frombuffer(os.urandom(8 * count), dtype="<u8")
 
 
-def _ternary(shape: tuple[int, int]) -> Floats:
-    """Draws -1, 0 and 1 with equal probability up to 2**-62."""
-    return (_words(math.prod(shape)) % np.uint64(3)).astype(np.float64).reshape(shape) - 1.0
+def _masks(shape: tuple[int, int]) -> Floats:
+    """Draws integers that are uniform in [-2**(MASK_BITS - 1), 2**(MASK_BITS - 1)).
+
+    A ternary mask would do for honest encryptions of zero. A crafted one could make each logit's coefficient tell some
+    thirty bits of the mask, so a mask is wide: then that is two of its thousands of coefficients.
+    """
+    words = _words(math.prod(shape)) >> np.uint64(64 - MASK_BITS)
+    return words.astype(np.float64).reshape(shape) - 2.0 ** (MASK_BITS - 1)
 
 
 def _binomial(shape: tuple[int, int]) -> Integers:
@@ -309,7 +316,8 @@ def _binomial(shape: tuple[int, int]) -> Integers:
     words = _words(math.prod(shape)).reshape(shape)
     mask = np.uint64((1 << LARGEST_ERROR) - 1)
     ones, others = np.bitwise_count(words & mask), np.bitwise_count(words >> np.uint64(LARGEST_ERROR) & mask)
-    return ones.astype(np.int64) - others.astype(np.int64)
+    found: Integers = ones.astype(np.int64) - others.astype(np.int64)
+    return found
 
 
 def _flood(count: int, bits: int, parameters: Parameters) -> Integers:

@@ -1,9 +1,9 @@
 """The querier's secret: one key for one session of so many queries, and nothing that would serve as an oracle.
 
 SEAL makes the key and encrypts zero under it, symmetric and seed-compressed; a message is then added to the first
-polynomial, which is what encryption is in both schemes: rounded q m / t in exact mode, m itself in float mode. An answer
-has a smaller modulus than any of SEAL's, so decryption is ours: the first polynomial plus the second one times the key,
-at the coefficients that are logits, exact in float64, rounded.
+polynomial, which is what encryption is in both schemes: rounded q m / t in exact mode, m itself in float mode. An
+answer has a smaller modulus than any of SEAL's, so decryption is ours: the first polynomial plus the second one times
+the key, at the coefficients that are logits, exact in float64, rounded.
 
 What must not happen (guarantee G25). Whoever can see how a client reacts to crafted answers reads its key off bit by
 bit, and whoever sees approximate decryptions solves for it (Li & Micciancio 2021). So: decrypted values never go back;
@@ -267,9 +267,12 @@ class QueryKey:
 
         plan, of = self.public.plan, stream.context(self.public.plan.parameters)
         slot = len(body) // (plan.rounds * plan.outputs)
+        most = 1024 + 16 * plan.parameters.ring
         found = np.zeros((plan.rounds * plan.outputs, plan.rows), dtype=np.int64)
         for index in range(len(found)):
-            ciphertext = stream.loads(seal.Ciphertext(), of, emptied(body[index * slot : (index + 1) * slot]))
+            ciphertext = stream.loads(
+                seal.Ciphertext(), of, stream.bounded(emptied(body[index * slot : (index + 1) * slot]), most)
+            )
             plain = seal.Plaintext()
             self.__decryptor.decrypt(ciphertext, plain)
             for row in range(plan.rows):
@@ -302,7 +305,7 @@ def _scaled(plan: HeadPlan, message: Integers) -> Integers:
 
 @functools.lru_cache(maxsize=8)
 def _ends(n: int, block: int, rows: int) -> Integers:
-    """Returns which coefficient of the key meets which one of an answer, int64 of shape ``(n, rows)``, with its sign."""
+    """Returns which coefficient of the key meets which one of an answer, int64 ``(n, rows)``; negative past the end."""
     ends = np.arange(1, rows + 1) * block - 1
     return ends - np.arange(n)[:, np.newaxis]
 
@@ -326,4 +329,5 @@ def _product(key: NDArray[np.int8], polynomials: Integers) -> Integers:
     mask = (1 << _LIMB) - 1
     limbs = np.stack([polynomials >> shift & mask for shift in (0, _LIMB, 2 * _LIMB)]).astype(np.float64)
     products = of.backward(of.forward(limbs) * spectrum)
-    return products[0] + (products[1] << _LIMB) + (products[2] << (2 * _LIMB))
+    found: Integers = products[0] + (products[1] << _LIMB) + (products[2] << (2 * _LIMB))
+    return found

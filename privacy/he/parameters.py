@@ -3,7 +3,8 @@
 Security rests on ring learning with errors: for a ring dimension N, a ternary secret and errors of standard deviation
 3.2, a modulus of more than so many bits falls below 128 bits of security. SEAL checks such a table too, but an older
 one, one to thirteen bits wider. Ours is table 5.2 of Bossuat et al. (2024), "Security Guidelines for Implementing
-Homomorphic Encryption", IACR Communications in Cryptology, ePrint 2024/463; it is checked whenever a set is made or read.
+Homomorphic Encryption", IACR Communications in Cryptology, ePrint 2024/463. It is checked whenever a set is made or
+read.
 
 The modulus that counts is the largest under which anything is published. Nothing but ciphertexts is: there are no
 evaluation keys, no Galois keys and no public key.
@@ -61,7 +62,7 @@ def largest_primes(ring: int, bits: int, count: int) -> tuple[int, ...]:
     Raises:
         PlanError: There are not so many.
     """
-    found = []
+    found: list[int] = []
     candidate = (1 << bits) - 2 * ring + 1
     while len(found) < count and candidate > 1 << (bits - 1):
         if _is_prime(candidate):

@@ -15,14 +15,12 @@ import numpy as np
 from privacy.errors import HeadError
 from privacy.he.planner import HEAD_BYTES, HeadPlan
 from privacy.he.ring import Integers
-from privacy.he.stream import context, dumps, loads
+from privacy.he.stream import bounded, context, dumps, loads
 
 if TYPE_CHECKING:
     import tenseal.sealapi as seal
 
 _LENGTH: Final = struct.Struct("<I")
-# zstd's streams are inflated by SEAL as they are read; what a small frame could become is bounded by the loader's own
-# check of the sizes that it declares, before it makes room.
 
 
 def filled(stream: bytes, size: int) -> bytes:
@@ -103,12 +101,14 @@ class PlainEvaluator:
         plan, parts = self._plan, []
         size = plan.inputs * plan.sample_bytes
         slot = (plan.answer_bytes - HEAD_BYTES) // (plan.rounds * plan.outputs)
+        # Two polynomials and the members before them; a stream that becomes more is no ciphertext of these.
+        most = 1024 + 16 * plan.parameters.ring
         for index in range(plan.rounds):
             here = body[index * size : (index + 1) * size]
             loaded = []
             for part in range(plan.inputs):
                 piece = here[part * plan.sample_bytes : (part + 1) * plan.sample_bytes]
-                ciphertext = loads(seal.Ciphertext(), self._context, emptied(piece))
+                ciphertext = loads(seal.Ciphertext(), self._context, bounded(emptied(piece), most))
                 if ciphertext.size() != 2 or ciphertext.is_ntt_form():
                     raise HeadError("expected a fresh ciphertext of two polynomials, got another; encrypt anew")
                 loaded.append(ciphertext)

@@ -59,6 +59,9 @@ _ERROR: Final = stream.LARGEST_ERROR
 _ERROR_VARIANCE: Final = 10.5
 # What floods an answer's noise is so many bits wider than it: at most 2**-48 of a bias for each logit.
 FLOOD_BITS: Final = 48
+# Width of what an encryption of zero is multiplied by to hide weights; see `head`.
+MASK_BITS: Final = 16
+_MOST_HIDDEN_ROWS: Final = 64
 _ANSWER_BITS: Final = (32, 40, 48)
 # SEAL's own stream as it is, with room for what zstd adds to what it cannot compress.
 _SLACK: Final = 512
@@ -201,7 +204,10 @@ class HeadPlan:
     @property
     def rows(self) -> int:
         """Classes in one ciphertext that comes down."""
-        return 1 if self.packing is Packing.BULK else min(self.parameters.ring // self.block, self.classes)
+        if self.packing is Packing.BULK:
+            return 1
+        most = min(self.parameters.ring // self.block, self.classes)
+        return min(most, _MOST_HIDDEN_ROWS) if self.hide_weights else most
 
     @property
     def outputs(self) -> int:
@@ -272,7 +278,7 @@ class HeadPlan:
             spread = math.sqrt(2 * _ERROR_VARIANCE * math.log(2) * (FAILURE_BITS + 1 + math.log2(logits)))
             error = spread * norm + 0.5 * absolute
         if self.hide_weights:
-            error += 2.0 ** self.flood(absolute) + 2 * _ERROR * self.parameters.ring
+            error += 2.0 ** self.flood(absolute) + _ERROR * self.parameters.ring * (2.0**MASK_BITS + 1)
         return (error + 0.5) * per_unit + self.rounding()
 
     def holds(self, absolute: float, norm: float) -> bool | None:

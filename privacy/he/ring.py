@@ -156,7 +156,7 @@ def join(limbs: Integers, prime: int) -> Integers:
     count, bits = len(limbs), prime.bit_length()
     width = limb_bits(bits, count)
     gap, low = (1 << bits) - prime, bits - width
-    total = limbs[count - 1]
+    total: Integers = limbs[count - 1]
     for index in range(count - 2, -1, -1):
         # 2**bits is congruent to the gap, so what a shift pushes out comes back multiplied by a small number.
         pushed = total >> np.int64(low)

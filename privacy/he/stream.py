@@ -122,6 +122,30 @@ def loads(thing: Any, of: seal.SEALContext, data: bytes) -> Any:
     return thing
 
 
+def bounded(stream: bytes, most: int) -> bytes:
+    """Refuses a foreign stream that would inflate beyond ``most`` bytes, before SEAL inflates it; returns it.
+
+    SEAL inflates a stream before it looks at what is in it, and a zstd frame of 16 kB can become half a gigabyte.
+
+    Raises:
+        HeadError: It has no header of a stream, another compression, or becomes longer.
+    """
+    refusal = HeadError("expected a stream of SEAL for these parameters, got other bytes; encrypt the record anew")
+    if len(stream) < _HEADER.size:
+        raise refusal
+    magic, header, _, _, compression, _, length = _HEADER.unpack_from(stream)
+    if magic != _MAGIC or header != _HEADER.size or length != len(stream) or compression not in (_PLAIN, _ZSTD):
+        raise refusal
+    body = stream[_HEADER.size :]
+    if compression == _ZSTD:
+        room, library = np.empty(most, dtype=np.uint8), _library()
+        if library.ZSTD_isError(library.ZSTD_decompress(room.ctypes.data, most, body, len(body))):
+            raise refusal
+    elif len(body) > most:
+        raise refusal
+    return stream
+
+
 def _inflate(stream: bytes, size: int) -> bytes:
     """Inflates a stream of our own SEAL into exactly ``size`` bytes; never more memory than that."""
     magic, header, major, minor, compression, _, length = _HEADER.unpack_from(stream)

@@ -99,7 +99,9 @@ def switch(values: Integers, parameters: Parameters, bits: int) -> Integers:
             inverse = pow(parameters.modulus // prime, -1, prime)
             fractions += times(residues % prime, inverse, prime) / prime
         scaled = fractions * 2.0**bits
-    return np.rint(scaled, out=scaled).astype(np.int64) & np.int64((1 << bits) - 1)
+    found: Integers = np.rint(scaled, out=scaled).astype(np.int64)
+    found &= np.int64((1 << bits) - 1)
+    return found
 
 
 def times(values: Integers, factor: int, prime: int) -> Integers:
