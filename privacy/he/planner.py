@@ -432,7 +432,7 @@ def plan_head(
         classes: c, from 1 to 1,000.
         batch: Samples in one query.
         feature_bits: Width of a quantised feature with its sign (default 10 in EXACT, 26 in FLOAT).
-        weight_bits: Width of a quantised weight with its sign (default 8 in EXACT, 26 in FLOAT).
+        weight_bits: Width of a quantised weight with its sign (default 10 in EXACT, 26 in FLOAT).
         scheme: EXACT or FLOAT.
         hide_weights: Whether to re-randomise and flood the answers; costs a larger ring.
         plain_bits: log2 of the plaintext modulus (EXACT); by default enough for the widest weights without a bias.
@@ -445,7 +445,7 @@ def plan_head(
     """
     exact = scheme is Scheme.EXACT
     feature_bits = feature_bits or (10 if exact else 26)
-    weight_bits = weight_bits or (8 if exact else 26)
+    weight_bits = weight_bits or (10 if exact else 26)
     require(
         not exact or (feature_bits >= 10 and weight_bits >= 8),
         f"expected at least 10 bits of feature and 8 of weight, got {feature_bits} and {weight_bits}; ask for more",

@@ -37,11 +37,12 @@ def pack(values: Integers, bits: int) -> bytes:
 def unpack(data: memoryview, bits: int) -> Integers:
     """Reads what `pack` wrote, int64 of shape ``(count,)``."""
     count, start = 8 * len(data) // bits, 0
-    found = np.zeros(count, dtype=np.int64)
+    found = np.zeros(count, dtype="<i8")
     for shift, kind in _planes(bits):
         plane = np.frombuffer(data, dtype=kind, count=count, offset=start)
         start += plane.nbytes
-        found |= plane.astype(np.int64) << np.int64(shift)
+        # A plane's place inside each value, seen as an array with strides.
+        found.view(kind)[shift // (8 * plane.itemsize) :: 8 // plane.itemsize] = plane
     return found
 
 
