@@ -116,6 +116,9 @@ class Parameters:
         for prime in self.primes:
             if prime % (2 * self.ring) != 1 or not _is_prime(prime):
                 raise PlanError(f"expected primes that are 1 modulo {2 * self.ring}, got {prime}; choose others")
+            # What `ring.join` multiplies by; the widest primes of each ring are much closer.
+            if (1 << prime.bit_length()) - prime >= 1 << 25:
+                raise PlanError(f"expected primes within 2**25 below a power of two, got {prime}; choose larger ones")
         if type(self.plain_bits) is not int or not 2 <= self.plain_bits <= 50:
             raise PlanError(f"expected 2 to 50 bits of plaintext, got {self.plain_bits}; ask for less precision")
         if self.plain_bits + 1 >= bits:

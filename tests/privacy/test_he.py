@@ -409,7 +409,7 @@ def test_changed_plans_are_refused_or_other_plans() -> None:
     public = head_of(30, 4)[0].public
     fields = json.loads(public.to_bytes())
     rng = np.random.default_rng(0)
-    junk: list[Any] = [0, -1, 1.5, 2**70, "x", None, [], {}, True, float("1e300")]
+    junk: list[Any] = [0, -1, 1.5, 40.0, 1.0, 2**70, "x", None, [], {}, True, float("1e300")]
     seen = set()
     for target, prefix in ((fields, ()), (fields["plan"], ("plan",)), (fields["plan"]["parameters"], ("plan", "p"))):
         for name, value in itertools.product(list(target), junk):

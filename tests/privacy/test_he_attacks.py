@@ -200,10 +200,8 @@ def test_g23_few_weights_are_found_from_one_answers_c1_by_trying_unless_they_are
         return found
 
     assert tried(answer) == 0
-    bare = plan.__class__(**{**{f: getattr(plan, f) for f in plan.__dataclass_fields__}})
-    unmasked = EncryptedHead.load(bare, whole / hidden.public.weight_scale, np.zeros(1), RANGE)
-    unmasked._evaluator._hidden = lambda first, second, zero: (first, second)  # type: ignore[union-attr, method-assign]
-    assert tried(unmasked.answer(query)) == 1
+    hidden._evaluator._hidden = lambda first, second, zero: (first, second)  # type: ignore[union-attr, method-assign]
+    assert tried(hidden.answer(query)) == 1
 
 
 def chosen(head: EncryptedHead, positions: list[int], shifts: list[int]) -> bytes:
@@ -313,7 +311,7 @@ def test_g25_shared_exact_results_give_the_same_attack_nothing() -> None:
     secret = key._QueryKey__ternary.astype(int)  # type: ignore[attr-defined]
     rows, sides = [], []
     half = 1 << (plan.answer_bits - 1)
-    for _ in range(260):
+    for _ in range(30):
         answer = head.answer(key.encrypt(np.zeros(8)))
         shared = key.integers(answer)[0]
         values = wire.unpack(memoryview(answer)[HEAD_BYTES:], plan.answer_bits)
