@@ -125,11 +125,18 @@ class Parameters:
             raise PlanError(f"expected plaintexts narrower than the modulus of {bits} bits, got {self.plain_bits}")
 
     @classmethod
-    def widest(cls, ring: int, count: int, plain_bits: int) -> Self:
-        """Returns the set with the widest ``count`` primes that the table and our arithmetic allow."""
+    def widest(cls, ring: int, count: int, plain_bits: int, *, quantum: bool = False) -> Self:
+        """Returns the set with the widest ``count`` primes that the table and our arithmetic allow.
+
+        Args:
+            ring: Dimension.
+            count: How many primes.
+            plain_bits: log2 of the plaintext modulus.
+            quantum: Whether to keep 128 bits of security against quantum computers too.
+        """
         if ring not in MOST_BITS:
             raise PlanError(f"expected a ring of {', '.join(map(str, MOST_BITS))}, got {ring}; choose one of these")
-        bits = min(_WIDEST_PRIME, MOST_BITS[ring] // count)
+        bits = min(_WIDEST_PRIME, (MOST_BITS_QUANTUM if quantum else MOST_BITS)[ring] // count)
         return cls(ring=ring, primes=largest_primes(ring, bits, count), plain_bits=plain_bits)
 
     @property

@@ -428,6 +428,7 @@ def plan_head(
     link_bits_per_s: float = 1e8,
     wire: Wire | None = None,
     packing: Packing | None = None,
+    quantum: bool = False,
 ) -> HeadPlan:
     """Chooses ring, primes, packing and split for a head: the plan with the lowest predicted latency that is safe.
 
@@ -444,6 +445,7 @@ def plan_head(
         link_bits_per_s: Speed of the link, both ways.
         wire: How ciphertexts travel; by default PACKED where SEAL's layout is the known one.
         packing: By default the faster one.
+        quantum: Whether the modulus must leave 128 bits of security against quantum computers too.
 
     Raises:
         PlanError: No safe parameters carry such a head.
@@ -472,7 +474,7 @@ def plan_head(
     for ring, primes in ((4096, 2),) if hide_weights else ((2048, 1), (4096, 2)):
         if plain_bits + 2 >= MOST_BITS[ring]:
             continue
-        parameters = Parameters.widest(ring, primes, plain_bits)
+        parameters = Parameters.widest(ring, primes, plain_bits, quantum=quantum)
         for pack, block in _splits(features, batch, ring, packing):
             for answer_bits in _ANSWER_BITS:
                 try:

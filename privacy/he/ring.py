@@ -59,7 +59,7 @@ class Ring:
         return np.fft.fft(folded, axis=-1)
 
     def backward(self, spectra: Complexes) -> Integers:
-        """Undoes `forward` and rounds: complex128 of shape ``(..., n / 2)`` to int64 of shape ``(..., n)``, below 2**51."""
+        """Undoes `forward` and rounds: complex128 of shape ``(..., n / 2)`` to int64 ``(..., n)``, below 2**51."""
         half = self.n // 2
         folded = np.fft.ifft(spectra, axis=-1)
         folded *= self._untwist

@@ -121,7 +121,8 @@ SHAPES: list[dict[str, Any]] = [
     {"features": 2048, "classes": 3},
     {"features": 2049, "classes": 3},
     {"features": 3000, "classes": 7, "feature_bits": 12, "weight_bits": 12},
-    {"features": 100, "classes": 10, "hide_weights": True},
+    {"features": 512, "classes": 10, "quantum": True},
+    {"features": 100, "classes": 10, "hide_weights": True, "quantum": True},
     {"features": 4, "classes": 100, "hide_weights": True},
     {"features": 40, "classes": 10, "wire": Wire.SEAL},
     {"features": 2100, "classes": 3, "wire": Wire.SEAL},
@@ -470,6 +471,7 @@ def test_the_planner_trades_bytes_for_work_and_knows_what_it_costs() -> None:
     assert told.security_bits == 128
     assert told.latency_s == told.client_s + told.server_s + told.link_s
     assert not told.quantum_secure
+    assert plan_head(features=512, classes=10, quantum=True).predict().quantum_secure
     hidden = plan_head(features=512, classes=10, hide_weights=True)
     assert (hidden.parameters.ring, hidden.rows <= 64) == (4096, True)
 
