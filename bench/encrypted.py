@@ -37,21 +37,24 @@ def single(repeat: int) -> dict[str, object]:
     rows: dict[str, list[float]] = {}
 
     def clock(row: str, act: Callable[[], object], times: int) -> float:
-        began, wall = time.process_time(), time.perf_counter()
+        # Call by call, and the median: a call that another program interrupts finds its caches empty.
+        spent, wall = [], []
         for _ in range(times):
+            began, seen = time.process_time(), time.perf_counter()
             act()
-        spent = (time.process_time() - began) / times
-        rows.setdefault(row, []).append(spent)
-        rows.setdefault(f"{row}, wall", []).append((time.perf_counter() - wall) / times)
-        return spent
+            spent.append(time.process_time() - began)
+            wall.append(time.perf_counter() - seen)
+        rows.setdefault(row, []).append(statistics.median(spent))
+        rows.setdefault(f"{row}, wall", []).append(statistics.median(wall))
+        return rows[row][-1]
 
     ratios: dict[str, list[float]] = {}
     for _ in range(repeat):
-        ours = clock("ours", lambda: key.decrypt(exact.answer(key.encrypt(x))), 50)
-        clock("ours, client encrypts", lambda: key.encrypt(x), 50)
-        served = clock("ours, server", lambda: exact.answer(query), 50)
-        clock("ours, client decrypts", lambda: key.decrypt(answer), 50)
-        clock("float", lambda: near_key.decrypt(near.answer(near_key.encrypt(x))), 50)
+        ours = clock("ours", lambda: key.decrypt(exact.answer(key.encrypt(x))), 100)
+        clock("ours, client encrypts", lambda: key.encrypt(x), 100)
+        served = clock("ours, server", lambda: exact.answer(query), 100)
+        clock("ours, client decrypts", lambda: key.decrypt(answer), 100)
+        clock("float", lambda: near_key.decrypt(near.answer(near_key.encrypt(x))), 100)
         for ring, head in theirs.items():
             sent = head.encrypt(x)
             one = clock(f"theirs {ring}", lambda head=head: head.decrypt(head.answer(head.encrypt(x))), 1)
