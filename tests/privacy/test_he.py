@@ -581,9 +581,9 @@ def test_a_class_that_is_all_zero_is_refused_only_where_seal_refuses_it() -> Non
     key, x = QueryKey.fresh(packed.public), records(packed, 1)
     got = key.integers(packed.answer(key.encrypt(x[0])))
     assert got.tolist() == integer_logits(packed.public, weights, np.arange(3.0), x)
+    # One class to an output, so that an output has no weight at all.
+    plan = dataclasses.replace(plan_head(features=2000, classes=3, wire=Wire.SEAL), block=2000)
     with pytest.raises(PlanError, match="not zero"):
-        # One class to an output, so that an output has no weight at all.
-        plan = dataclasses.replace(plan_head(features=2000, classes=3, wire=Wire.SEAL), block=2000)
         EncryptedHead.load(plan, weights, np.arange(3.0), RANGE)
 
 
