@@ -2543,7 +2543,7 @@ def _infer_serve(arguments: argparse.Namespace) -> int:
         allowance=arguments.allowance,
         feature_bits=arguments.feature_bits,
         weight_bits=arguments.weight_bits,
-        scheme="ckks" if arguments.float else "bfv",
+        scheme="float" if arguments.float else "exact",
         hide_weights=arguments.hide_weights,
     )
     published = [
@@ -2645,7 +2645,7 @@ def _infer_query(arguments: argparse.Namespace) -> int:
 
     from clients.data import load_source
     from clients.inference import load
-    from clients.question import read_record, public_record
+    from clients.question import public_record, read_record
     from models.task import find_task
     from privacy.errors import PlanError
 

@@ -264,13 +264,14 @@ class Asker:
         offer = offers[head]
         # Before the session: what cannot be asked should cost no allowance.
         backbone_of(offer, tasks)
-        key, seed, session = _fresh_key(offer), os.urandom(32), os.urandom(SESSION_BYTES)
+        wanted = min(queries or offer.queries, offer.queries)
+        key, seed, session = _fresh_key(offer, wanted), os.urandom(32), os.urandom(SESSION_BYTES)
         opening = Opening(
             head=offer.version,
             plan=offer.plan,
             session=session.hex(),
             key=Secret(seed).identity("session").public_key,
-            queries=min(queries or offer.queries, offer.queries),
+            queries=wanted,
             time=int(time.time()),
         ).to_bytes(identity)
         left, until = read_opened(service.post(OPEN, opening, MOST_OPENING), opening, service.server)
@@ -359,7 +360,7 @@ class Asker:
             {
                 "v": _VERSION,
                 "offer": self.offer.fields(),
-                "key": base64.b64encode(self._key.to_bytes()).decode(),
+                "key": base64.b64encode(self._key.save()).decode(),
                 "seed": self._seed.hex(),
                 "session": self.session.hex(),
                 "left": self.left,
@@ -371,10 +372,18 @@ class Asker:
         )
 
 
-def _fresh_key(offer: Offer) -> QueryKey:
-    """Makes the keys of a session; what the server says of its plan is checked by `privacy.he`, not believed."""
+def _fresh_key(offer: Offer, queries: int) -> QueryKey:
+    """Makes the keys of a session; what the server says of its plan is checked, not believed.
+
+    Raises:
+        PlanError: The plan's parameters are below 128 bits of security, or the description contradicts the offer.
+    """
     description = HeadDescription.from_bytes(offer.description)
-    return QueryKey.fresh(description)
+    plan = description.plan
+    described = (plan.digest, plan.query_bytes, plan.answer_bytes, plan.classes, plan.batch, description.high)
+    if described != (offer.plan, offer.query_bytes, offer.answer_bytes, len(offer.classes), 1, offer.feature_range):
+        raise PlanError("expected a description that fits its offer, got another; tell the operator")
+    return QueryKey.fresh(description, queries=queries, session_s=float(offer.session_s))
 
 
 def save(asker: Asker, path: Path, secret: Secret) -> None:
@@ -412,7 +421,7 @@ def load(path: Path, home: ClientHome, tasks: Sequence[str] = ()) -> Asker:
     return Asker(
         service,
         Offer.parse(fields["offer"]),
-        QueryKey.from_bytes(base64.b64decode(fields["key"])),
+        QueryKey.restore(base64.b64decode(fields["key"])),
         bytes.fromhex(fields["seed"]),
         bytes.fromhex(fields["session"]),
         left=fields["left"],

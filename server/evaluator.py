@@ -120,6 +120,8 @@ class Evaluator:
             "from server.evaluator import main; main()",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            # Whatever a library prints about a stranger's bytes fills nobody's log.
+            stderr=asyncio.subprocess.DEVNULL,
             env=environment,
             cwd="/",
         )
@@ -250,10 +252,13 @@ def main() -> None:
         from privacy.he import EncryptedHead, HeadPlan
 
         heads = [
-            EncryptedHead.load(HeadPlan.from_bytes(one.plan), one.weights, one.bias, one.feature_range) for one in given
+            EncryptedHead.load(
+                HeadPlan.from_bytes(one.plan), one.weights, one.bias, (-one.feature_range, one.feature_range)
+            )
+            for one in given
         ]
     except Exception as error:
-        words = str(error).encode()[:1000]
+        words = (str(error) or type(error).__name__).encode()[:1000]
         out.write(_ANSWERED.pack(len(words), _REFUSED, 0) + words)
         os._exit(1)
     out.write(_ANSWERED.pack(0, _OK, 0))

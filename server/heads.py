@@ -45,7 +45,7 @@ class Terms:
         allowance: Queries that one client may ask of the head, ever; sessions are charged to it when they are opened.
         feature_bits: Bits of a feature's integer.
         weight_bits: Bits of a weight's.
-        scheme: "bfv" for exact integers, "ckks" for floating point.
+        scheme: "exact" for integers, "float" for floating point.
         hide_weights: Whether answers are flooded, so that they tell the logits and nothing else; slower and larger.
     """
 
@@ -55,7 +55,7 @@ class Terms:
     allowance: int = 100_000
     feature_bits: int = 10
     weight_bits: int = 10
-    scheme: str = "bfv"
+    scheme: str = "exact"
     hide_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -246,7 +246,7 @@ def _vouched(folder: Path, state: State, signer: str) -> dict[str, Any]:
 
 def _planned(parts: Split, terms: Terms, bound: float) -> tuple[Loaded, bytes, Any]:
     """Plans and loads a head in this process, which holds the weights anyway; queries are parsed elsewhere."""
-    from privacy.he import EncryptedHead, plan_head
+    from privacy.he import EncryptedHead, Scheme, plan_head
 
     classes, features = parts.weights.shape
     plan = plan_head(
@@ -255,10 +255,10 @@ def _planned(parts: Split, terms: Terms, bound: float) -> tuple[Loaded, bytes, A
         batch=1,
         feature_bits=terms.feature_bits,
         weight_bits=terms.weight_bits,
-        scheme=terms.scheme,
+        scheme=Scheme(terms.scheme),
         hide_weights=terms.hide_weights,
     )
-    head = EncryptedHead.load(plan, parts.weights, parts.bias, bound)
+    head = EncryptedHead.load(plan, parts.weights, parts.bias, (-bound, bound))
     loaded = Loaded(plan.to_bytes(), parts.weights, parts.bias, bound)
     return loaded, head.public.to_bytes(), plan
 

@@ -363,7 +363,7 @@ class Service(Doorway):
         if opening.session in self._sessions or opening.session in self._ended:
             raise Refused(409, "replayed")
         self._forget(now)
-        mine = sum(session.client == client for session in self._sessions.values())
+        mine = sum(session.client == client and session.left > 0 for session in self._sessions.values())
         if mine >= _OPEN_SESSIONS or len(self._sessions) >= _ALL_SESSIONS:
             raise Refused(429, "sessions")
         if opening.queries > terms.queries:

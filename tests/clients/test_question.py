@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from clients.data import breast_cancer_schema, load_source
-from clients.question import preparation, read_record, schema_fields, public_record
+from clients.question import preparation, public_record, read_record, schema_fields
 from clients.tables import parse_schema
 from models.task import TASKS, Task
 from privacy.errors import DataError
