@@ -8,7 +8,8 @@
     |-- RunError         a run folder or engine cannot go on                 exit code 6
     |-- VaultError       a sealed file or a key file does not open           exit code 8
     |-- SealError        a message is not what its sender sealed             exit code 9
-    `-- IdentityError    an invitation, key or certificate is refused        exit code 10
+    |-- IdentityError    an invitation, key or certificate is refused        exit code 10
+    `-- HeadError        an encrypted query, answer or head is refused       exit code 11
 
 A message is one sentence: what was expected, what came, what to do. No message carries a private value, and no
 error leaves a data holder (guarantee G12): the client application answers with a fixed word instead.
@@ -67,3 +68,9 @@ class IdentityError(TacitError):
     """An invitation, a key, a certificate or a list of members is not what it must be, or whoever shows it is not."""
 
     exit_code = 10
+
+
+class HeadError(TacitError):
+    """An encrypted query or answer is not what its key and head expect, or a head cannot be evaluated exactly."""
+
+    exit_code = 11
