@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -144,7 +145,7 @@ class Offer:
             "privacy": dict(self.privacy),
         }
 
-    @property
+    @functools.cached_property
     def version(self) -> str:
         """SHA-256 of all of it, 64 hex digits: what a session and every query are bound to."""
         return hashlib.sha256(canonical(self.fields())).hexdigest()

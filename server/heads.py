@@ -138,7 +138,7 @@ def publish(
             f"expected a bound on the features of task {task.name!r}, which its layers do not give, got {bound}; "
             "give --feature-range"
         )
-    loaded, description, plan = _planned(parts, terms, float(bound))
+    loaded, description, plan = planned(parts, terms, float(bound))
     numbers = np.concatenate((parts.weights.ravel(), parts.bias)).astype("<f8").tobytes()
     offer = Offer(
         name=valid_name(name or task.name.partition(":")[0].replace(".", "-")),
@@ -244,8 +244,20 @@ def _vouched(folder: Path, state: State, signer: str) -> dict[str, Any]:
     return {"guarantee": True, "unit": unit, "epsilon": float(epsilon), "delta": float(delta), "words": words}
 
 
-def _planned(parts: Split, terms: Terms, bound: float) -> tuple[Loaded, bytes, Any]:
-    """Plans and loads a head in this process, which holds the weights anyway; queries are parsed elsewhere."""
+def planned(parts: Split, terms: Terms, bound: float) -> tuple[Loaded, bytes, Any]:
+    """Plans and loads a head in this process, which holds the weights anyway; queries are parsed elsewhere.
+
+    Args:
+        parts: The model.
+        terms: Precision, scheme and whether weights are hidden.
+        bound: No feature is larger in absolute value.
+
+    Returns:
+        What the evaluator needs, what clients need, and the plan.
+
+    Raises:
+        PlanError: No safe parameters carry such a head, or its numbers break a bound (guarantee G24).
+    """
     from privacy.he import EncryptedHead, Scheme, plan_head
 
     classes, features = parts.weights.shape

@@ -196,7 +196,7 @@ class Audit:
     async def _drain(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting[:_TOGETHER], self._waiting[_TOGETHER:]
-            text = "\n".join(json.dumps(dataclasses.asdict(line), separators=(",", ":")) for line, _ in batch)
+            text = "\n".join(json.dumps(vars(line), separators=(",", ":")) for line, _ in batch)
             record = logging.LogRecord("tacit.infer", logging.INFO, "", 0, "%s", (text,), None)
             # In a thread: a disk that is slow for once must not stop the loop.
             await asyncio.get_running_loop().run_in_executor(None, self._log.emit, record)
