@@ -634,6 +634,8 @@ def test_a_session_at_rest_is_sealed_and_private_and_counts_before_it_sends(stag
     again = load(path, home)
     assert (again.left, again.number) == (1, 2)
     assert again.ask(RECORDS[:1]).name
+    for one in (asker, again):
+        one.service.close()
     with pytest.raises(RunError, match="ended"):
         load(path, home)
     assert not path.exists()
@@ -743,14 +745,14 @@ def _victim(world: World, craft: Callable[[int], bytes]) -> tuple[Asker, Hostile
 def _answer(world: World, second: np.ndarray[Any, Any]) -> bytes:
     """Builds an answer whose first part is zero and whose second is a polynomial of the server's choice."""
     from privacy.he import HeadDescription
+    from privacy.he.wire import pack
 
     description = HeadDescription.from_bytes(world.published.offer.description)
     plan = description.plan
-    size = plan.answer_bits // 8
     assert plan.outputs == 1
     coefficients = second.astype(np.int64) % (1 << plan.answer_bits)
-    packed = b"".join(int(value).to_bytes(size, "little") for value in coefficients)
-    answer = description.mark + bytes(plan.classes * size) + packed
+    values = np.concatenate((np.zeros(plan.classes, np.int64), coefficients))
+    answer = description.mark + pack(values, plan.answer_bits)
     assert len(answer) == plan.answer_bytes
     return answer
 
