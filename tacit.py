@@ -2525,9 +2525,12 @@ def _infer(arguments: argparse.Namespace) -> int:
 
 
 def _infer_serve(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
     from clients.inference import PORT_OFFSET
     from privacy.enrolment import Address
     from privacy.errors import PlanError
+    from privacy.he import HeadPlan
     from server.door import run
     from server.heads import Terms
     from server.home import ServerHome
@@ -2566,16 +2569,34 @@ def _infer_serve(arguments: argparse.Namespace) -> int:
 
     def started() -> None:
         heads = [one.offer for one in published]
+        plans = [HeadPlan.from_bytes(one.loaded.plan) for one in published]
         if arguments.json:
-            told = [{"name": one.name, "version": one.version, "privacy": dict(one.privacy)} for one in heads]
+            told = [
+                {
+                    "name": one.name,
+                    "version": one.version,
+                    "privacy": dict(one.privacy),
+                    "plan": plan.fields(),
+                    "expected": dataclasses.asdict(plan.predict()),
+                }
+                for one, plan in zip(heads, plans, strict=True)
+            ]
             print(json.dumps({"port": service.port, "heads": _finite(told)}), flush=True)
             return
         console = _console()
-        for one in heads:
+        for one, plan in zip(heads, plans, strict=True):
+            costs, bits = plan.predict(), plan.parameters.modulus.bit_length()
+            right = {True: "always right", False: "wrong with at most 2^-100", None: "approximate"}[costs.certain]
             said = one.privacy
             trained = f"epsilon {_epsilon(said['epsilon'])} at delta {said['delta']:g}" if said["guarantee"] else "NONE"
             console.print(
                 f"{one.name}: {one.task}, {len(one.classes)} classes, model of round {one.round}; guarantee: {trained}",
+                soft_wrap=True,
+            )
+            console.print(
+                f"  {plan.scheme.value}, ring {plan.parameters.ring}, modulus of {bits} bits: "
+                f"{costs.security_bits}-bit security, decryption {right}; {one.query_bytes} bytes up, {one.answer_bytes} down, about "
+                f"{1000 * costs.server_s:.2g} ms here and {1000 * costs.client_s:.2g} ms at the client",
                 soft_wrap=True,
             )
         console.print(f"answering encrypted queries on port {service.port}; Ctrl-C ends it")
@@ -2594,18 +2615,12 @@ def _infer_log(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"lines": lines[-arguments.last :]}))
         return 0
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2))
-    for name in ("time", "client", "asked", "head", "number", "ms", "bytes", "verdict"):
-        table.add_column(name)
     for line in lines[-arguments.last :]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"]))
-        cost, size = f"{line['cost_ms']:.2f}", f"{line['bytes_in']}/{line['bytes_out']}"
-        table.add_row(
-            when, line["client"], line["kind"], line["head"], str(line["number"]), cost, size, line["verdict"]
-        )
-    _console().print(table)
+        size = f"{line['bytes_in']} bytes in, {line['bytes_out']} out, {line['cost_ms']:.2f} ms"
+        more = f" ({line['unlogged']} more refusals before it)" if line["unlogged"] else ""
+        number = f" {line['number']}" if line["number"] else ""
+        print(f"{when}  {line['client']}  {line['kind']}{number} {line['head']}  {line['verdict']}  {size}{more}")
     return 0
 
 
@@ -2615,16 +2630,17 @@ def _infer_session(arguments: argparse.Namespace, named: Path | None) -> tuple[A
 
 
 def _infer_keygen(arguments: argparse.Namespace) -> int:
+    from contextlib import closing
+
     from clients.inference import Asker, Service, save
     from privacy.enrolment import Address
 
     home, path = _infer_session(arguments, arguments.out)
     service = Service.of(home, Address.parse(arguments.at) if arguments.at else None)
-    asker = Asker.begin(
-        service, home.identity(), arguments.head, queries=arguments.queries, tasks=[home.settings.task, *arguments.task]
-    )
+    tasks = [home.settings.task, *arguments.task]
+    with closing(service):
+        asker = Asker.begin(service, home.identity(), arguments.head, queries=arguments.queries, tasks=tasks)
     save(asker, path, home.secret())
-    service.close()
     offer = asker.offer
     if arguments.json:
         told = {"session": str(path), "head": offer.name, "queries": asker.left, "until": asker.until}
@@ -2641,6 +2657,8 @@ def _infer_keygen(arguments: argparse.Namespace) -> int:
 
 
 def _infer_query(arguments: argparse.Namespace) -> int:
+    from contextlib import closing
+
     import torch
 
     from clients.data import load_source
@@ -2659,9 +2677,9 @@ def _infer_query(arguments: argparse.Namespace) -> int:
         source = load_source(find_task(offer.task), data=home.settings.data or None)
         named += [(f"test {index}", public_record(source, index)) for index in arguments.test]
     began = time.perf_counter()
-    replies = asker.ask_many(torch.cat([record for _, record in named]))
+    with closing(asker.service):
+        replies = asker.ask_many(torch.cat([record for _, record in named]))
     seconds = time.perf_counter() - began
-    asker.service.close()
     if arguments.json:
         answers = [
             {"record": place, "class": reply.name, "label": reply.label, "logits": reply.logits.tolist()}
@@ -2697,13 +2715,14 @@ def _infer_demo(arguments: argparse.Namespace) -> int:
         facts = demonstrate(folder, run=arguments.run, records=arguments.records, note=note, train=train)
     if arguments.json:
         print(json.dumps(_finite(facts), allow_nan=False))
-        return 0 if facts["agree"] == facts["records"] else 7
+        return 0 if facts["exact"] == facts["records"] else 7
     took: Any = facts["latency_ms"]
     privacy: Any = facts["privacy"]
     trained = f"epsilon {_epsilon(privacy['epsilon'])}" if privacy["guarantee"] else "no guarantee"
     rows: dict[str, object] = {
         "predictions": f"{facts['agree']} of {facts['records']} the same as in plaintext; accuracy "
         f"{_metric('accuracy', float(str(facts['accuracy'])))}",
+        "logits": f"{facts['exact']} of {facts['records']} records: every one equal to the plaintext integers'",
         "head": f"{facts['features']} features, {facts['classes']} classes, trained with {trained}",
         "a query": f"{took['p50']:.2f} ms (p99 {took['p99']:.2f}): encrypt {took['encrypt']:.2f}, ask over TLS "
         f"{took['ask']:.2f}, decrypt {took['decrypt']:.2f}",
@@ -2711,7 +2730,7 @@ def _infer_demo(arguments: argparse.Namespace) -> int:
         "server": "held no key of the client, saw ciphertexts alone",
     }
     _print_rows(_console(), rows)
-    return 0 if facts["agree"] == facts["records"] else 7
+    return 0 if facts["exact"] == facts["records"] else 7
 
 
 def _vault_page(kinds: Any) -> None:

@@ -263,9 +263,9 @@ class Asker:
             raise PlanError(f"expected a published head, got {head or 'none'!r}; there are: {', '.join(offers)}")
         offer = offers[head]
         # Before the session: what cannot be asked should cost no allowance.
-        backbone_of(offer, tasks)
+        width = backbone_of(offer, tasks).weights.shape[1]
         wanted = min(queries or offer.queries, offer.queries)
-        key, seed, session = _fresh_key(offer, wanted), os.urandom(32), os.urandom(SESSION_BYTES)
+        key, seed, session = _fresh_key(offer, width, wanted), os.urandom(32), os.urandom(SESSION_BYTES)
         opening = Opening(
             head=offer.version,
             plan=offer.plan,
@@ -372,7 +372,7 @@ class Asker:
         )
 
 
-def _fresh_key(offer: Offer, queries: int) -> QueryKey:
+def _fresh_key(offer: Offer, width: int, queries: int) -> QueryKey:
     """Makes the keys of a session; what the server says of its plan is checked, not believed.
 
     Raises:
@@ -380,8 +380,14 @@ def _fresh_key(offer: Offer, queries: int) -> QueryKey:
     """
     description = HeadDescription.from_bytes(offer.description)
     plan = description.plan
-    described = (plan.digest, plan.query_bytes, plan.answer_bytes, plan.classes, plan.batch, description.high)
-    if described != (offer.plan, offer.query_bytes, offer.answer_bytes, len(offer.classes), 1, offer.feature_range):
+    most = offer.feature_range
+    described = (plan.digest, plan.query_bytes, plan.answer_bytes, description.low, description.high)
+    shaped = (plan.features, plan.classes, plan.batch)
+    if described != (offer.plan, offer.query_bytes, offer.answer_bytes, -most, most) or shaped != (
+        width,
+        len(offer.classes),
+        1,
+    ):
         raise PlanError("expected a description that fits its offer, got another; tell the operator")
     return QueryKey.fresh(description, queries=queries, session_s=float(offer.session_s))
 

@@ -17,10 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from clients.data import load_source
 from clients.home import ClientHome, Policy
@@ -31,6 +32,7 @@ from models.task import find_task
 from privacy.asking import ANSWER_OVERHEAD, QUERY_OVERHEAD
 from privacy.enrolment import Address
 from privacy.errors import PlanError, RunError
+from privacy.he import HeadDescription
 from privacy.identity import Secret
 from privacy.identity.authority import Authority
 from privacy.vault.keys import Opener
@@ -45,6 +47,7 @@ from simulations.evidence import SERVER_KEY
 from simulations.scenario import Scenario
 from simulations.world import vault_of
 
+Floats: TypeAlias = NDArray[np.float64]
 _START_S: Final = 120.0
 
 
@@ -228,8 +231,8 @@ def demonstrate(
         train: Trains the main job into a folder.
 
     Returns:
-        Facts: records, how many predictions agree with the plaintext integers and floats, accuracy, privacy, latencies
-        in ms, bytes, and what was planned.
+        Facts: records, for how many every decrypted logit equals the plaintext integer's, how many predictions agree
+        with the plaintext float head, accuracy, privacy, latencies in ms and bytes.
 
     Raises:
         TacitError: Anything that goes wrong on the way.
@@ -260,9 +263,11 @@ def demonstrate(
     labels = np.array([reply.label for reply in replies])
     logits = np.stack([reply.logits for reply in replies])
     offer = asker.offer
+    whole = _integers(HeadDescription.from_bytes(offer.description), features, plain.weights, plain.bias)
     return {
         "task": scenario.task,
         "records": count,
+        "exact": int((np.abs(logits - whole) < 1e-9 * np.abs(whole).max()).all(1).sum()),
         "agree": int((labels == floats.argmax(1)).sum()),
         "largest_difference": float(np.abs(logits - floats).max()),
         "accuracy": float((torch.from_numpy(labels) == targets).double().mean()),
@@ -277,6 +282,14 @@ def demonstrate(
         "keys_at_server": 0,
         "run": str(run),
     }
+
+
+def _integers(description: HeadDescription, features: Floats, weights: Floats, bias: Floats) -> Floats:
+    """Returns the logits of the head as integers, in plaintext, divided by their scale as a client does."""
+    steps, scale = description.feature_scale, description.weight_scale
+    shift = np.array([round(float(one) * steps * scale) for one in bias + description.centre * weights.sum(1)])
+    whole = np.vstack([description.quantise(row) for row in features]) @ np.rint(weights * scale).T + shift
+    return np.asarray(whole / (steps * scale), dtype=np.float64)
 
 
 def _asked(asker: Asker, inputs: torch.Tensor) -> tuple[list[Reply], Mapping[str, Any]]:
