@@ -2595,8 +2595,12 @@ def _infer_serve(arguments: argparse.Namespace) -> int:
             )
             console.print(
                 f"  {plan.scheme.value}, ring {plan.parameters.ring}, modulus of {bits} bits: "
-                f"{costs.security_bits}-bit security, decryption {right}; {one.query_bytes} bytes up, {one.answer_bytes} down, about "
-                f"{1000 * costs.server_s:.2g} ms here and {1000 * costs.client_s:.2g} ms at the client",
+                f"{costs.security_bits}-bit security, decryption {right}",
+                soft_wrap=True,
+            )
+            console.print(
+                f"  {one.query_bytes} bytes up, {one.answer_bytes} down, about {1000 * costs.server_s:.2g} ms here and "
+                f"{1000 * costs.client_s:.2g} ms at the client",
                 soft_wrap=True,
             )
         console.print(f"answering encrypted queries on port {service.port}; Ctrl-C ends it")

@@ -140,12 +140,12 @@ def test_serve_says_what_it_publishes_and_ends_at_a_signal(place: Path, homes: t
         [*command, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(3)]
+        lines = [process.stdout.readline() for _ in range(4)]
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     assert "guarantee: epsilon 2." in lines[0]
     assert "128-bit security" in lines[1]
-    assert "answering encrypted queries on port" in lines[2]
+    assert "answering encrypted queries on port" in lines[3]
 
 
 @pytest.mark.slow
