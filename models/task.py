@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from models.image import cnn, flip_and_shift
 from models.shape import Shape, classification, cross_entropy, random_batch
-from models.table import mlp, softmax_regression, table_metrics
+from models.table import mlp, random_features, softmax_regression, table_metrics
 
 __all__ = ["TASKS", "Shape", "Task", "find_task"]
 
@@ -138,6 +138,14 @@ TASKS: dict[str, Task] = {
             data="digits",
             build=functools.partial(mlp, standardise=True),
             defaults={"rounds": 30, "steps-per-round": 1, "sample-rate": 0.5, "l2-clip": 1.0, "lr": 1.7},
+        ),
+        Task(
+            name="digits-features",
+            summary="softmax regression on 512 public random features of the same digits; no download",
+            record="one handwritten digit, 8x8 pixels",
+            data="digits",
+            build=functools.partial(random_features, standardise=True),
+            defaults={"lr": 1.0},
         ),
         Task(
             name="digits-cnn",

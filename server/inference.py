@@ -194,12 +194,14 @@ class Audit:
         return await asyncio.shield(written)
 
     async def _drain(self) -> None:
+        # This task starts in the loop's next turn: by then everything that came in this one is waiting too.
         while self._waiting:
             batch, self._waiting = self._waiting[:_TOGETHER], self._waiting[_TOGETHER:]
             text = "\n".join(json.dumps(vars(line), separators=(",", ":")) for line, _ in batch)
             record = logging.LogRecord("tacit.infer", logging.INFO, "", 0, "%s", (text,), None)
-            # In a thread: a disk that is slow for once must not stop the loop.
-            await asyncio.get_running_loop().run_in_executor(None, self._log.emit, record)
+            # In this thread: an append is a tenth of a millisecond, less than handing it to another one takes, and
+            # no answer would leave before it anyway.
+            self._log.emit(record)
             for _, written in batch:
                 if not written.done():
                     written.set_result(self._log.lost == 0)
