@@ -18,11 +18,15 @@ from PIL import Image
 from clients.data import load_source
 from clients.home import ClientHome
 from models.task import TASKS
+from privacy.enrolment import Address
+from privacy.errors import TacitError
+from privacy.vault.container import is_sealed
 from server.home import ServerHome
-from simulations.inference import federation, served
+from simulations.inference import federation, published_of, served
 from simulations.run import simulate
 from simulations.scenario import Scenario
 from tacit import main
+from tests.deploying import Federation
 from tests.inferring import Quiet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,3 +169,36 @@ def test_the_demonstration_trains_publishes_asks_and_agrees(capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "360 of 360 records: every one equal" in out
     assert "trained with epsilon" in out
+
+
+@pytest.mark.slow
+def test_a_head_trained_on_separate_machines_is_asked_by_a_member_that_trained_it(tmp_path: Path):
+    with Federation(tmp_path / "f") as on:
+        for client in on.clients:
+            client.join("--epsilon", 3, "--delta", 1e-5, "--records-bound", 2000)
+        on.start_clients()
+        words = ("--clients", 2, "--rounds", 2, "--records-per-client", 720)
+        on.finished(on.run("one", *words))
+        # Its checkpoint is sealed by the home's keys, its report signed by the home's application.
+        assert is_sealed(on.folder / "one" / "checkpoints" / "latest.ckpt")
+        serving = on.spawn(
+            on.command("infer", "serve", on.folder / "one", "--home", on.home, "--listen", "127.0.0.1:0", "--json")
+        )
+        assert serving.stdout is not None
+        facts = json.loads(serving.stdout.readline())
+        assert facts["heads"][0]["privacy"]["guarantee"] is True
+        asking = on.clients[0]
+        told_of = on.tell(
+            "infer", "keygen", "--home", asking.home, "--at", f"127.0.0.1:{facts['port']}", "--queries", 3
+        )
+        assert told_of["queries"] == 3
+        answers = on.tell("infer", "query", "--home", asking.home, "--test", 0, "--test", 1)["answers"]
+        assert len(answers) == 2
+        lines = on.tell("infer", "log", "--home", on.home)["lines"]
+        assert [line["client"] for line in lines] == [asking.name] * 3
+        # A report that another server signed vouches for nothing here.
+        ServerHome.create(
+            tmp_path / "other", name="o", addresses=[Address("127.0.0.1", 1)], enrol=[Address("127.0.0.1", 2)]
+        )
+        with pytest.raises(TacitError):
+            published_of(on.folder / "one", ServerHome.open(tmp_path / "other"))

@@ -40,6 +40,7 @@ from privacy.asking import (
 from privacy.errors import DataError, HeadError, IdentityError, LedgerError, PlanError, RunError, SealError, TacitError
 from privacy.hop import Refused
 from privacy.identity import Secret
+from privacy.plan import canonical
 from privacy.vault import read_log
 from server.enrol import revoke
 from server.evaluator import Evaluator
@@ -919,3 +920,32 @@ def test_a_service_without_heads_or_with_two_of_one_name_is_refused(world: World
     for heads in ([world.published, world.published],):
         with pytest.raises(PlanError, match="differ"), staged(world, tmp_path, heads):
             pass
+
+
+def test_a_client_is_not_talked_into_weaker_parameters(stage: Staged, monkeypatch: pytest.MonkeyPatch):
+    honest = stage.world.published.offer
+    told = json.loads(honest.description)
+
+    def offered(**changes: Any) -> Offer:
+        return dataclasses.replace(honest, **changes)
+
+    def described(**changes: Any) -> bytes:
+        return canonical(told | {"plan": told["plan"] | {"parameters": told["plan"]["parameters"] | changes}})
+
+    def begun(offer: Offer) -> None:
+        way = stage.way()
+        monkeypatch.setattr(way, "heads", lambda: [offer])
+        before = len(lines_of(stage))
+        with pytest.raises((PlanError, DataError), match="expected"):
+            Asker.begin(way, stage.world.clients[0].identity())
+        # Refused before anything was opened.
+        assert len(lines_of(stage)) == before
+        monkeypatch.undo()
+
+    ring = told["plan"]["parameters"]["ring"]
+    for changed in (described(ring=ring // 2), described(primes=[*told["plan"]["parameters"]["primes"]] * 2)):
+        begun(offered(description=changed))
+    begun(offered(description=b"{}"))
+    begun(offered(feature_range=honest.feature_range / 2))
+    begun(offered(query_bytes=honest.query_bytes + 1))
+    begun(offered(inputs=(1, 8, 7)))
