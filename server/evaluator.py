@@ -89,6 +89,7 @@ class Evaluator:
         self._patience, self._start_s = patience_s, start_s
         self._process: asyncio.subprocess.Process | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._busy = asyncio.Lock()
         self._closed = False
         self.starts = 0
@@ -146,6 +147,18 @@ class Evaluator:
             await _end(process)
             raise RunError(f"expected heads that can be evaluated, got: {words.decode(errors='replace')[:500]}")
         self._process = process
+        self._watching = asyncio.get_running_loop().create_task(self._watch(process))
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Starts another one as soon as this one has ended, whoever notices first."""
+        await process.wait()
+        await self._gone(process)
+
+    async def _gone(self, process: asyncio.subprocess.Process) -> None:
+        if self._process is process:
+            self._process = None
+            self._again()
+        await _end(process)
 
     async def evaluate(self, head: int, ciphertexts: bytes) -> tuple[bytes, int] | None:
         """Evaluates one query; others wait meanwhile.
@@ -160,21 +173,16 @@ class Evaluator:
         async with self._busy:
             process = self._process
             if process is None or process.returncode is not None:
-                self._again()
                 raise RunError("expected an evaluator, got one that is starting")
             try:
                 async with asyncio.timeout(self._patience):
                     answer, status, cost = await _exchange(process, _ASKED.pack(len(ciphertexts), head), ciphertexts)
             except (OSError, asyncio.IncompleteReadError):
-                self._process = None
-                await _end(process)
-                self._again()
+                await self._gone(process)
                 raise RunError("expected the evaluator to answer, got its end") from None
             except BaseException:
                 # Cancelled in the middle: what it answers next would be this query's.
-                self._process = None
-                await _end(process)
-                self._again()
+                await self._gone(process)
                 raise
             return (answer, cost) if status == _OK else None
 
@@ -201,6 +209,8 @@ class Evaluator:
         process, self._process = self._process, None
         if process is not None:
             await _end(process)
+        if self._watching is not None:
+            await asyncio.wait((self._watching,))
 
 
 async def _exchange(process: asyncio.subprocess.Process, *parts: bytes) -> tuple[bytes, int, int]:

@@ -427,6 +427,21 @@ def test_a_killed_evaluator_costs_one_query_and_comes_back(world: World, tmp_pat
         assert "restarting" in {line["verdict"] for line in lines_of(on)}
 
 
+def test_an_evaluator_that_dies_while_nobody_asks_is_back_before_somebody_does(world: World):
+    async def scenario() -> None:
+        evaluator = Evaluator([world.published.loaded])
+        await evaluator.start()
+        first = evaluator.pid
+        os.kill(first, signal.SIGKILL)
+        while not evaluator.ready or evaluator.pid == first:
+            await asyncio.sleep(0.05)
+        assert await evaluator.evaluate(0, b"x" * 100) is None
+        await evaluator.close()
+        assert not evaluator.ready
+
+    asyncio.run(scenario())
+
+
 def test_an_evaluator_that_hangs_is_ended(world: World):
     async def scenario() -> None:
         evaluator = Evaluator([world.published.loaded], patience_s=0.3)
