@@ -558,6 +558,13 @@ def vault(repeat: int) -> dict[str, object]:
     return {row: statistics.median(values) for row, values in rows.items()}
 
 
+def encrypted(repeat: int) -> dict[str, object]:
+    """Encrypted linear heads beside TenSEAL's documented product, SEAL's multiply-add loop and Concrete-ML."""
+    from bench.encrypted import compared
+
+    return compared(repeat)
+
+
 def _made(write: Callable[[Sequence[Path], Path], Path], folder: Path) -> Path:
     return write([folder / "book"], folder)
 
@@ -579,6 +586,7 @@ BENCHES = {
     "report": report,
     "seal": seal,
     "vault": vault,
+    "encrypted": encrypted,
     "startup": startup,
     "accuracy": accuracy,
     "dp-job": dp_job,

@@ -62,6 +62,7 @@ FLOOD_BITS: Final = 48
 # Width of what an encryption of zero is multiplied by to hide weights; see `head`.
 MASK_BITS: Final = 16
 _MOST_HIDDEN_ROWS: Final = 64
+_FEW_FEATURES: Final = 64
 _ANSWER_BITS: Final = (32, 40, 48)
 # SEAL's own stream as it is, with room for what zstd adds to what it cannot compress.
 _SLACK: Final = 512
@@ -435,7 +436,8 @@ def plan_head(
         weight_bits: Width of a quantised weight with its sign (default 10 in EXACT, 26 in FLOAT).
         scheme: EXACT or FLOAT.
         hide_weights: Whether to re-randomise and flood the answers; costs a larger ring.
-        plain_bits: log2 of the plaintext modulus (EXACT); by default enough for the widest weights without a bias.
+        plain_bits: log2 of the plaintext modulus (EXACT); by default enough for the widest weights, and for a bias
+            where they are not all the widest.
         link_bits_per_s: Speed of the link, both ways.
         wire: How ciphertexts travel; by default PACKED where SEAL's layout is the known one.
         packing: By default the faster one.
@@ -456,7 +458,8 @@ def plan_head(
     )
     if exact:
         largest = features * ((1 << (feature_bits - 1)) - 1) * ((1 << (weight_bits - 1)) - 1)
-        plain_bits = plain_bits or (2 * largest + 1).bit_length()
+        # All weights at their widest leave no room for a bias; real ones do, unless there are few of them.
+        plain_bits = plain_bits or (2 * largest + 1).bit_length() + (features <= _FEW_FEATURES)
     else:
         require(plain_bits is None, "expected no plaintext modulus in float mode, got one; leave plain_bits out")
         # SEAL wants one; nothing is scaled by it.
