@@ -37,15 +37,30 @@ from privacy.asking import (
     Query,
     tell_answer,
 )
-from privacy.errors import DataError, HeadError, IdentityError, LedgerError, PlanError, RunError, SealError, TacitError
+from privacy.errors import (
+    DataError,
+    HeadError,
+    IdentityError,
+    LedgerError,
+    PlanError,
+    RunError,
+    SealError,
+    TacitError,
+    VaultError,
+)
 from privacy.hop import Refused
 from privacy.identity import Secret
 from privacy.plan import canonical
 from privacy.vault import read_log
+from privacy.vault.container import is_sealed
+from server.checkpoint import load as load_state
+from server.checkpoint import save as save_state
 from server.enrol import revoke
 from server.evaluator import Evaluator
 from server.heads import Terms, planned
+from server.home import ServerHome
 from server.inference import Allowances
+from simulations.deployment import keyring_of
 from simulations.inference import federation, published_of
 from tests.certificates import Authority as Foreign
 from tests.inferring import QUICK, Staged, World, make_world, staged, with_terms
@@ -712,9 +727,6 @@ def test_g23_a_head_that_no_report_vouches_for_is_refused_unless_forced(world: W
 
 
 def test_g23_a_report_of_another_round_vouches_for_nothing(world: World, tmp_path: Path):
-    from server.checkpoint import load as load_state
-    from server.checkpoint import save as save_state
-
     run = tmp_path / "run"
     shutil.copytree(world.run, run)
     state = load_state(run / "checkpoints" / "latest.ckpt")
@@ -737,9 +749,6 @@ def test_g24_a_head_whose_numbers_break_the_bound_is_refused_when_it_is_publishe
 ):
     # What the report says is another test's.
     monkeypatch.setattr("server.heads.privacy_of", lambda *_, **__: dict(world.published.offer.privacy))
-    from server.checkpoint import load as load_state
-    from server.checkpoint import save as save_state
-
     run = tmp_path / "run"
     shutil.copytree(world.run, run)
     path = run / "checkpoints" / "latest.ckpt"
@@ -964,3 +973,27 @@ def test_a_client_is_not_talked_into_weaker_parameters(stage: Staged, monkeypatc
     begun(offered(feature_range=honest.feature_range / 2))
     begun(offered(query_bytes=honest.query_bytes + 1))
     begun(offered(inputs=(1, 8, 7)))
+
+
+def test_a_deployed_run_is_published_by_its_own_server_alone(world: World, tmp_path: Path):
+    # As a deployed run leaves it: signed by the home's application, sealed by the home's keys, no key inside.
+    run, folder = tmp_path / "run", tmp_path / "server"
+    shutil.copytree(world.run, run)
+    shutil.copytree(world.home.folder, folder)
+    key = folder / "application" / "server.key"
+    (run / "server.key").replace(key)
+    application = Secret.load_or_create(key).identity("server").public_key
+    home = ServerHome(folder, dataclasses.replace(world.home.settings, application=application))
+    state = load_state(run / "checkpoints" / "latest.ckpt")
+    state.vault = keyring_of(home)
+    save_state(state, run / "checkpoints" / "latest.ckpt")
+    assert is_sealed(run / "checkpoints" / "latest.ckpt")
+    made = published_of(run, home, terms=QUICK)
+    assert made.offer.privacy == world.published.offer.privacy
+    assert made.offer.model != world.published.offer.model, "versions are told apart under each server's own secret"
+    # Another server has neither the keys nor the signature.
+    with pytest.raises(VaultError):
+        published_of(run, world.home, terms=QUICK)
+    shutil.copy(world.run / "checkpoints" / "latest.ckpt", run / "checkpoints" / "latest.ckpt")
+    with pytest.raises(RunError, match="signed by this server"):
+        published_of(run, world.home, terms=QUICK)
