@@ -243,7 +243,7 @@ class _SingleEvaluator:
         for row, prime in enumerate(self._plan.parameters.primes):
             limbs = split(samples[:, :, row], prime, self._limbs)  # -> (limbs, inputs, 2, n)
             found.append(self._product(limbs, prime))
-        products = np.stack(found)  # -> (primes, 2, outputs, n)
+        products = _stacked(found)  # -> (primes, 2, outputs, n)
         return products[:, 0], products[:, 1]
 
     def _evaluate_useful(self, samples: Integers, direct: Floats) -> tuple[Integers, Integers]:
@@ -255,7 +255,7 @@ class _SingleEvaluator:
             # Sums of integers below 2**53: `limbs_for` saw to that.
             useful.append(join((flat @ direct).astype(np.int64), prime))
             seconds.append(self._product(limbs[:, :, 1:], prime)[0])
-        return np.stack(useful), np.stack(seconds)
+        return _stacked(useful), _stacked(seconds)
 
     def _product(self, limbs: Floats, prime: int) -> Integers:
         """Multiplies and adds: float64 of shape ``(limbs, inputs, k, n)`` to int64 ``(k, outputs, n)``."""
@@ -292,6 +292,11 @@ class _SingleEvaluator:
             first[row] = first[row] % prime + zeros[0]
             second[row] = second[row] % prime + zeros[1] + error
         return first, second
+
+
+def _stacked(parts: list[Integers]) -> Integers:
+    """Stacks one array for each prime; one alone is not copied."""
+    return parts[0][np.newaxis] if len(parts) == 1 else np.stack(parts)
 
 
 # Secret randomness that hides weights: from the operating system, never from a generator with a state.

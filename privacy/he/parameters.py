@@ -116,17 +116,27 @@ class Parameters:
         for prime in self.primes:
             if prime % (2 * self.ring) != 1 or not _is_prime(prime):
                 raise PlanError(f"expected primes that are 1 modulo {2 * self.ring}, got {prime}; choose others")
+            # What `ring.join` multiplies by; the widest primes of each ring are much closer.
+            if (1 << prime.bit_length()) - prime >= 1 << 25:
+                raise PlanError(f"expected primes within 2**25 below a power of two, got {prime}; choose larger ones")
         if type(self.plain_bits) is not int or not 2 <= self.plain_bits <= 50:
             raise PlanError(f"expected 2 to 50 bits of plaintext, got {self.plain_bits}; ask for less precision")
         if self.plain_bits + 1 >= bits:
             raise PlanError(f"expected plaintexts narrower than the modulus of {bits} bits, got {self.plain_bits}")
 
     @classmethod
-    def widest(cls, ring: int, count: int, plain_bits: int) -> Self:
-        """Returns the set with the widest ``count`` primes that the table and our arithmetic allow."""
+    def widest(cls, ring: int, count: int, plain_bits: int, *, quantum: bool = False) -> Self:
+        """Returns the set with the widest ``count`` primes that the table and our arithmetic allow.
+
+        Args:
+            ring: Dimension.
+            count: How many primes.
+            plain_bits: log2 of the plaintext modulus.
+            quantum: Whether to keep 128 bits of security against quantum computers too.
+        """
         if ring not in MOST_BITS:
             raise PlanError(f"expected a ring of {', '.join(map(str, MOST_BITS))}, got {ring}; choose one of these")
-        bits = min(_WIDEST_PRIME, MOST_BITS[ring] // count)
+        bits = min(_WIDEST_PRIME, (MOST_BITS_QUANTUM if quantum else MOST_BITS)[ring] // count)
         return cls(ring=ring, primes=largest_primes(ring, bits, count), plain_bits=plain_bits)
 
     @property

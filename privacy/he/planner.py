@@ -173,7 +173,10 @@ class HeadPlan:
                 f"expected 2 to {most} bits of {name}, got {value}; plan again",
             )
         require(type(self.hide_weights) is bool, "expected hide-weights to be true or false; plan again")
-        require(self.answer_bits in _ANSWER_BITS, f"expected an answer of 32, 40 or 48 bits, got {self.answer_bits}")
+        require(
+            type(self.answer_bits) is int and self.answer_bits in _ANSWER_BITS,
+            f"expected an answer of 32, 40 or 48 bits, got {self.answer_bits}; plan again",
+        )
         n, primes = self.parameters.ring, len(self.parameters.primes)
         require(primes <= 2, f"expected one or two primes, got {primes}; plan again")
         if self.packing is Packing.BULK:
@@ -313,9 +316,9 @@ class HeadPlan:
             server = 1e-4 + 9e-5 * scale * ups + 5e-5 * scale * downs + 8e-6 * scale * ups * self.outputs
             back = 4e-5 + 2e-5 * scale * downs
         if self.hide_weights:
-            server += 1e-3 * scale * downs
+            server += 5e-4 * scale * downs
         elif self.wire is Wire.SEAL:
-            server, back = 10 * server, 10 * back
+            server, back = 2.5 * server, 4 * back
         half = self.features * (0.5 / self.largest_feature + 0.5 / self.largest_weight)
         absolute, norm = self.widest()
         if self.scheme is Scheme.FLOAT:
@@ -425,6 +428,7 @@ def plan_head(
     link_bits_per_s: float = 1e8,
     wire: Wire | None = None,
     packing: Packing | None = None,
+    quantum: bool = False,
 ) -> HeadPlan:
     """Chooses ring, primes, packing and split for a head: the plan with the lowest predicted latency that is safe.
 
@@ -441,6 +445,7 @@ def plan_head(
         link_bits_per_s: Speed of the link, both ways.
         wire: How ciphertexts travel; by default PACKED where SEAL's layout is the known one.
         packing: By default the faster one.
+        quantum: Whether the modulus must leave 128 bits of security against quantum computers too.
 
     Raises:
         PlanError: No safe parameters carry such a head.
@@ -469,7 +474,7 @@ def plan_head(
     for ring, primes in ((4096, 2),) if hide_weights else ((2048, 1), (4096, 2)):
         if plain_bits + 2 >= MOST_BITS[ring]:
             continue
-        parameters = Parameters.widest(ring, primes, plain_bits)
+        parameters = Parameters.widest(ring, primes, plain_bits, quantum=quantum)
         for pack, block in _splits(features, batch, ring, packing):
             for answer_bits in _ANSWER_BITS:
                 try:

@@ -32,6 +32,8 @@ Complexes: TypeAlias = NDArray[np.complex128]
 MOST_ERROR: Final = 0.4
 _MOST_LIMBS: Final = 8
 _EPSILON: Final = 2.0**-53
+_ROUNDER: Final = 1.5 * 2.0**52
+_ROUNDER_BITS: Final = np.float64(_ROUNDER).view(np.int64)
 
 
 @final
@@ -57,14 +59,17 @@ class Ring:
         return np.fft.fft(folded, axis=-1)
 
     def backward(self, spectra: Complexes) -> Integers:
-        """Undoes `forward` and rounds: complex128 of shape ``(..., n / 2)`` to int64 of shape ``(..., n)``."""
+        """Undoes `forward` and rounds: complex128 of shape ``(..., n / 2)`` to int64 ``(..., n)``, below 2**51."""
         half = self.n // 2
         folded = np.fft.ifft(spectra, axis=-1)
         folded *= self._untwist
-        np.rint(folded, out=folded)
-        found = np.empty((*spectra.shape[:-1], self.n), dtype=np.int64)
-        found[..., :half], found[..., half:] = folded.real, folded.imag
-        return found
+        found = np.empty((*spectra.shape[:-1], self.n))
+        # Adding 1.5 * 2**52 rounds to an integer below 2**51, and leaves it in the low bits: no cast, and two passes.
+        np.add(folded.real, _ROUNDER, out=found[..., :half])
+        np.add(folded.imag, _ROUNDER, out=found[..., half:])
+        integers = found.view(np.int64)
+        integers -= _ROUNDER_BITS
+        return integers
 
     def error(self, norm: float, terms: int = 1) -> float:
         """Bounds the error of any coefficient of a sum of products, before rounding.

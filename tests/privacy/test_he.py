@@ -35,6 +35,8 @@ from privacy.he import head as head_module
 from privacy.he import ring as ring_module
 from privacy.he.bulk import BulkEvaluator, Engine
 from privacy.he.parameters import MOST_BITS, largest_primes
+from privacy.he.plain import PlainEvaluator
+from privacy.he.reference import DocumentedHead, MultiplyAdd, likely_head, likely_records
 from privacy.he.ring import Ring, join, limbs_for, split
 
 RANGE = (-4.0, 4.0)
@@ -119,7 +121,8 @@ SHAPES: list[dict[str, Any]] = [
     {"features": 2048, "classes": 3},
     {"features": 2049, "classes": 3},
     {"features": 3000, "classes": 7, "feature_bits": 12, "weight_bits": 12},
-    {"features": 100, "classes": 10, "hide_weights": True},
+    {"features": 512, "classes": 10, "quantum": True},
+    {"features": 100, "classes": 10, "hide_weights": True, "quantum": True},
     {"features": 4, "classes": 100, "hide_weights": True},
     {"features": 40, "classes": 10, "wire": Wire.SEAL},
     {"features": 2100, "classes": 3, "wire": Wire.SEAL},
@@ -409,7 +412,7 @@ def test_changed_plans_are_refused_or_other_plans() -> None:
     public = head_of(30, 4)[0].public
     fields = json.loads(public.to_bytes())
     rng = np.random.default_rng(0)
-    junk: list[Any] = [0, -1, 1.5, 2**70, "x", None, [], {}, True, float("1e300")]
+    junk: list[Any] = [0, -1, 1.5, 40.0, 1.0, 2**70, "x", None, [], {}, True, float("1e300")]
     seen = set()
     for target, prefix in ((fields, ()), (fields["plan"], ("plan",)), (fields["plan"]["parameters"], ("plan", "p"))):
         for name, value in itertools.product(list(target), junk):
@@ -468,6 +471,7 @@ def test_the_planner_trades_bytes_for_work_and_knows_what_it_costs() -> None:
     assert told.security_bits == 128
     assert told.latency_s == told.client_s + told.server_s + told.link_s
     assert not told.quantum_secure
+    assert plan_head(features=512, classes=10, quantum=True).predict().quantum_secure
     hidden = plan_head(features=512, classes=10, hide_weights=True)
     assert (hidden.parameters.ring, hidden.rows <= 64) == (4096, True)
 
@@ -683,3 +687,59 @@ def test_two_queries_of_one_record_have_nothing_in_common() -> None:
 
 def test_numbers_of_the_ring_module_are_what_the_text_says() -> None:
     assert ring_module.MOST_ERROR < 0.5
+
+
+# The slow, obvious versions.
+
+
+@pytest.mark.parametrize(("features", "classes"), [(100, 45), (2300, 3)])
+def test_products_are_seals_own_bit_for_bit(features: int, classes: int) -> None:
+    import tenseal.sealapi as seal
+
+    head, weights, _ = head_of(features, classes)
+    plan, n = head.public.plan, head.public.plan.parameters.ring
+    assert len(plan.parameters.primes) == 1
+    whole = np.rint(weights * head.public.weight_scale).astype(np.int64)
+    query = QueryKey.fresh(head.public).encrypt(records(head, 1)[0])
+    samples = wire.read_samples(memoryview(query)[20:], plan.parameters)
+    first, second = head._evaluator.evaluate(samples)  # type: ignore[union-attr, misc]
+    of = stream.context(plan.parameters)
+    theirs = [
+        stream.loads(seal.Ciphertext(), of, stream.write_ciphertext(sample[0], sample[1], of.first_parms_id()))
+        for sample in samples
+    ]
+    plain = PlainEvaluator(plan, whole, (0,) * classes).evaluate(theirs)
+    for output, ciphertext in enumerate(plain[:2]):
+        ours = np.concatenate((first[0, output], second[0, output])) % plan.parameters.modulus
+        assert ours.tolist() == [ciphertext[index] for index in range(2 * n)]
+
+
+def test_bulk_products_are_those_of_seals_multiply_add_loop() -> None:
+    head = bulk_head(9, 3)
+    plan, query = head.public.plan, QueryKey.fresh(head.public).encrypt(records(head, 64))
+    samples = wire.read_samples(memoryview(query)[20:], plan.parameters)
+    weights = np.random.default_rng(0).integers(-5, 6, (3, 9))
+    weights[0, 0] = 0
+    ours = BulkEvaluator(plan, weights, np.zeros((1, 3), dtype=np.int64), Engine.NUMPY).evaluate(samples)
+    loop = MultiplyAdd(plan.parameters, weights)
+    for label, ciphertext in enumerate(loop.evaluate(loop.ciphertexts(samples))):
+        both = np.stack((ours[0][0, label], ours[1][0, label])) % plan.parameters.modulus
+        assert (loop.residues(ciphertext) == both).all()
+
+
+def test_the_documented_way_gives_the_same_logits_and_needs_keys() -> None:
+    weights, bias = likely_head(8, 3, 0)
+    x = likely_records(1, 8, 1)[0]
+    theirs = DocumentedHead(weights, bias, 4096)
+    head = EncryptedHead.load(plan_head(features=8, classes=3, scheme=Scheme.FLOAT), weights, bias, RANGE)
+    key = QueryKey.fresh(head.public)
+    ours = key.decrypt(head.answer(key.encrypt(x)))
+    assert np.abs(theirs.decrypt(theirs.answer(theirs.encrypt(x))) - ours).max() < 2e-2
+    assert np.abs(ours - (weights @ x + bias)).max() < 2e-5
+    assert len(theirs.keys) > 1_000_000
+
+
+def test_float_mode_in_bulk_is_as_close() -> None:
+    head, weights, bias = head_of(50, 3, scheme=Scheme.FLOAT, batch=200, packing=Packing.BULK)
+    key, x = QueryKey.fresh(head.public), records(head, 200)
+    assert np.abs(key.decrypt(head.answer(key.encrypt(x))) - (x @ weights.T + bias)).max() < 2e-5
