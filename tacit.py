@@ -115,6 +115,11 @@ ledgers, and every epsilon computed anew, by a second accountant too. Needs the 
 only if nothing failed; what cannot be proven is said, and does not fail.
 """
 
+_INFER: Final = """\
+Ask a trained model about a record without showing it: the record, its features and the answer stay with the client, the
+server computes on ciphertexts and holds no key. For models that end in one linear layer over fixed features.
+"""
+
 _CLIENT: Final = """\
 What a data holder does: join a federation, take part, say what jobs may use its data, and keep its own ledger, out of
 any job's reach. A budget is set once for a data set's lifetime; afterwards it can be lowered, and raised only by an
@@ -232,6 +237,7 @@ def _dispatch(argv: list[str]) -> int:
         "client": _client,
         "server": _server,
         "vault": _vault,
+        "infer": _infer,
         "tasks": _tasks,
     }
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
@@ -246,6 +252,7 @@ def _dispatch(argv: list[str]) -> int:
     _client_page(kinds)
     _server_page(kinds)
     _vault_page(kinds)
+    _infer_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
     if not argv:
@@ -2443,6 +2450,297 @@ def _server_enrol(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     serve(home, authority, listener, stop=stop)
     return 0
+
+
+def _infer_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "infer",
+        help="ask a trained model about a record without showing it: publish, keys, queries, a demonstration",
+        description=_INFER,
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    acts = page.add_subparsers(title="verbs", dest="act", metavar="VERB", required=True, parser_class=_Parser)
+
+    def act(name: str, text: str, whose: str) -> Any:
+        made = acts.add_parser(name, help=text, description=text, formatter_class=_Page, allow_abbrev=False)
+        if whose:
+            default = f"~/.tacit/{whose}"
+            made.add_argument("--home", metavar="DIR", type=Path, help=f"the {whose}'s folder (default {default})")
+        made.add_argument("--json", action="store_true", help="one JSON object, for programs")
+        return made
+
+    serve = act("serve", "publish the heads of runs and answer encrypted queries, until Ctrl-C", "server")
+    serve.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders, simulated or deployed")
+    serve.add_argument("--name", action="append", default=[], help="the head's name; once per RUN (default: its task)")
+    serve.add_argument(
+        "--listen", metavar="HOST:PORT", default="", help="where (default: two above the gateway's port)"
+    )
+    serve.add_argument("--queries", type=int, default=1000, help="most queries of one session and key (default 1000)")
+    serve.add_argument("--session", metavar="TIME", default="1h", help="longest session, such as 30m (default 1h)")
+    serve.add_argument("--rate", type=float, default=50.0, help="queries a second of one client (default 50)")
+    serve.add_argument(
+        "--allowance", type=int, default=100_000, help="queries of one client per model, ever (default 100000)"
+    )
+    serve.add_argument("--feature-bits", type=int, default=10, help="precision of a feature (default 10)")
+    serve.add_argument("--weight-bits", type=int, default=10, help="precision of a weight (default 10)")
+    serve.add_argument("--feature-range", type=float, help="bound on the features, where the layers give none")
+    serve.add_argument("--float", action="store_true", help="CKKS floating point instead of exact integers")
+    serve.add_argument("--hide-weights", action="store_true", help="answers tell the logits alone; larger and slower")
+    serve.add_argument("--evaluators", type=int, default=1, help="processes that evaluate (default 1)")
+    serve.add_argument(
+        "--force-unprotected",
+        action="store_true",
+        help="publish a head that no report vouches for: its training data is not protected, and every client is told",
+    )
+    log = act("log", "print the log of queries: who, when, which head, cost and verdict; never content", "server")
+    log.add_argument("--last", type=int, default=50, help="so many lines (default 50)")
+    keygen = act("keygen", "make secret keys and open a session: so many queries, and an end", "client")
+    _infer_at(keygen)
+    keygen.add_argument("--queries", type=int, default=0, help="how many (default: what the service allows)")
+    keygen.add_argument("--out", metavar="FILE", type=Path, help="the session's file (default: HOME/infer/session)")
+    query = act("query", "ask about records: an image, a table's row, an array; they stay here", "client")
+    query.add_argument("records", metavar="RECORD", nargs="*", help="FILE.png, FILE.csv:ROW, FILE.npy")
+    query.add_argument("--test", metavar="INDEX", type=int, action="append", default=[], help="of the public test set")
+    query.add_argument("--session", metavar="FILE", type=Path, help="of keygen (default: HOME/infer/session)")
+    query.add_argument("--task", metavar="NAME", action="append", default=[], help="a task of your own to accept")
+    demo = act("demo", "train, publish, ask encrypted and compare with plaintext, on this machine", "")
+    demo.add_argument("--run", metavar="RUN", type=Path, help="publish this run instead of training one")
+    demo.add_argument("--records", type=int, default=0, help="of the public test set (default: all)")
+    demo.add_argument("--rounds", type=int, default=5, help="rounds to train (default 5)")
+    demo.add_argument("--out", metavar="DIR", type=Path, help="keep everything there (default: nothing is kept)")
+
+
+def _infer_at(page: Any) -> None:
+    page.add_argument("--head", default="", help="name of the head (may be left out where there is one)")
+    page.add_argument(
+        "--at", metavar="HOST:PORT", default="", help="the service (default: two above the gateway's port)"
+    )
+    page.add_argument("--task", metavar="NAME", action="append", default=[], help="a task of your own to accept")
+
+
+def _infer(arguments: argparse.Namespace) -> int:
+    acts = {
+        "serve": _infer_serve,
+        "log": _infer_log,
+        "keygen": _infer_keygen,
+        "query": _infer_query,
+        "demo": _infer_demo,
+    }
+    return acts[arguments.act](arguments)
+
+
+def _infer_serve(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from clients.inference import PORT_OFFSET
+    from privacy.enrolment import Address
+    from privacy.errors import PlanError
+    from privacy.he import HeadPlan
+    from server.door import run
+    from server.heads import Terms
+    from server.home import ServerHome
+    from simulations.inference import published_of, service_of
+
+    home = ServerHome.open(_server_folder(arguments))
+    if len(arguments.name) not in (0, len(arguments.runs)):
+        raise PlanError(f"expected a --name for each of {len(arguments.runs)} runs or for none, got other numbers")
+    terms = Terms(
+        queries=arguments.queries,
+        session_s=int(_seconds(arguments.session)),
+        rate=arguments.rate,
+        allowance=arguments.allowance,
+        feature_bits=arguments.feature_bits,
+        weight_bits=arguments.weight_bits,
+        scheme="float" if arguments.float else "exact",
+        hide_weights=arguments.hide_weights,
+    )
+    published = [
+        published_of(
+            folder,
+            home,
+            name=name,
+            terms=terms,
+            feature_range=arguments.feature_range,
+            force=arguments.force_unprotected,
+        )
+        for folder, name in zip(arguments.runs, arguments.name or [""] * len(arguments.runs), strict=True)
+    ]
+    port = home.settings.addresses[0].port + PORT_OFFSET
+    # Port 0 is for programs: they read what it became.
+    free = arguments.listen.endswith(":0")
+    at = Address.parse(arguments.listen[:-1] + "1") if free else None
+    at = at or (Address.parse(arguments.listen) if arguments.listen else Address("", port))
+    service = service_of(published, home, host=at.host, port=0 if free else at.port, evaluators=arguments.evaluators)
+
+    def started() -> None:
+        heads = [one.offer for one in published]
+        plans = [HeadPlan.from_bytes(one.loaded.plan) for one in published]
+        if arguments.json:
+            told = [
+                {
+                    "name": one.name,
+                    "version": one.version,
+                    "privacy": dict(one.privacy),
+                    "plan": plan.fields(),
+                    "expected": dataclasses.asdict(plan.predict()),
+                }
+                for one, plan in zip(heads, plans, strict=True)
+            ]
+            print(json.dumps({"port": service.port, "heads": _finite(told)}), flush=True)
+            return
+        console = _console()
+        for one, plan in zip(heads, plans, strict=True):
+            costs, bits = plan.predict(), plan.parameters.modulus.bit_length()
+            right = {True: "always right", False: "wrong with at most 2^-100", None: "approximate"}[costs.certain]
+            said = one.privacy
+            trained = f"epsilon {_epsilon(said['epsilon'])} at delta {said['delta']:g}" if said["guarantee"] else "NONE"
+            console.print(
+                f"{one.name}: {one.task}, {len(one.classes)} classes, model of round {one.round}; guarantee: {trained}",
+                soft_wrap=True,
+            )
+            console.print(
+                f"  {plan.scheme.value}, ring {plan.parameters.ring}, modulus of {bits} bits: "
+                f"{costs.security_bits}-bit security, decryption {right}",
+                soft_wrap=True,
+            )
+            console.print(
+                f"  {one.query_bytes} bytes up, {one.answer_bytes} down, about {1000 * costs.server_s:.2g} ms here and "
+                f"{1000 * costs.client_s:.2g} ms at the client",
+                soft_wrap=True,
+            )
+        console.print(f"answering encrypted queries on port {service.port}; Ctrl-C ends it")
+
+    run(service, started)
+    return 0
+
+
+def _infer_log(arguments: argparse.Namespace) -> int:
+    from privacy.vault import read_log
+    from server.home import ServerHome
+
+    home = ServerHome.open(_server_folder(arguments))
+    texts = read_log(home.folder / "application" / "infer" / "queries.log", home.application_secret())
+    lines = [json.loads(line) for text in texts for line in text.splitlines() if line.startswith("{")]
+    if arguments.json:
+        print(json.dumps({"lines": lines[-arguments.last :]}))
+        return 0
+    for line in lines[-arguments.last :]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"]))
+        size = f"{line['bytes_in']} bytes in, {line['bytes_out']} out, {line['cost_ms']:.2f} ms"
+        more = f" ({line['unlogged']} more refusals before it)" if line["unlogged"] else ""
+        number = f" {line['number']}" if line["number"] else ""
+        print(f"{when}  {line['client']}  {line['kind']}{number} {line['head']}  {line['verdict']}  {size}{more}")
+    return 0
+
+
+def _infer_session(arguments: argparse.Namespace, named: Path | None) -> tuple[Any, Path]:
+    home = _client_home(arguments)
+    return home, named or home.folder / "infer" / "session"
+
+
+def _infer_keygen(arguments: argparse.Namespace) -> int:
+    from contextlib import closing
+
+    from clients.inference import Asker, Service, save
+    from privacy.enrolment import Address
+
+    home, path = _infer_session(arguments, arguments.out)
+    service = Service.of(home, Address.parse(arguments.at) if arguments.at else None)
+    tasks = [home.settings.task, *arguments.task]
+    with closing(service):
+        asker = Asker.begin(service, home.identity(), arguments.head, queries=arguments.queries, tasks=tasks)
+    save(asker, path, home.secret())
+    offer = asker.offer
+    if arguments.json:
+        told = {"session": str(path), "head": offer.name, "queries": asker.left, "until": asker.until}
+        print(json.dumps(_finite(told | {"privacy": dict(offer.privacy)})))
+        return 0
+    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(asker.until))
+    rows: dict[str, object] = {
+        "head": f"{offer.name}: {', '.join(offer.classes[:12])}{', ...' if len(offer.classes) > 12 else ''}",
+        "trained": str(offer.privacy.get("words", "")),
+        "session": f"{asker.left} queries, until {until}; secret keys in {_short(str(path))}, sealed",
+    }
+    _print_rows(_console(), rows)
+    return 0
+
+
+def _infer_query(arguments: argparse.Namespace) -> int:
+    from contextlib import closing
+
+    import torch
+
+    from clients.data import load_source
+    from clients.inference import load
+    from clients.question import public_record, read_record
+    from models.catalog import find_task
+    from privacy.errors import PlanError
+
+    home, path = _infer_session(arguments, arguments.session)
+    if not arguments.records and not arguments.test:
+        raise PlanError("expected records to ask about, got none; give files, or --test INDEX")
+    asker = load(path, home, [home.settings.task, *arguments.task])
+    offer = asker.offer
+    named = [(place, read_record(place, offer.inputs, offer.prepare)) for place in arguments.records]
+    if arguments.test:
+        source = load_source(find_task(offer.task), data=home.settings.data or None)
+        named += [(f"test {index}", public_record(source, index)) for index in arguments.test]
+    began = time.perf_counter()
+    with closing(asker.service):
+        replies = asker.ask_many(torch.cat([record for _, record in named]))
+    seconds = time.perf_counter() - began
+    if arguments.json:
+        answers = [
+            {"record": place, "class": reply.name, "label": reply.label, "logits": reply.logits.tolist()}
+            for (place, _), reply in zip(named, replies, strict=True)
+        ]
+        print(json.dumps(_finite({"answers": answers, "left": asker.left, "seconds": seconds}), allow_nan=False))
+        return 0
+    rows: dict[str, object] = {place: reply.name for (place, _), reply in zip(named, replies, strict=True)}
+    rows["session"] = f"{asker.left} queries left; {1000 * seconds / len(named):.1f} ms a query"
+    _print_rows(_console(), rows)
+    return 0
+
+
+def _infer_demo(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    from simulations.inference import demonstrate
+    from simulations.scenario import Scenario
+
+    console = _console_on_errors()
+
+    def note(text: str) -> None:
+        if not arguments.json:
+            console.print(text, style="dim", soft_wrap=True)
+
+    def train(folder: Path) -> object:
+        from simulations.run import simulate as run_it
+
+        return run_it(Scenario.layered(None, {"rounds": arguments.rounds}), out=folder, observer=_Silent())
+
+    with tempfile.TemporaryDirectory(prefix="tacit-infer-") as scratch:
+        folder = (arguments.out or Path(scratch)).resolve()
+        facts = demonstrate(folder, run=arguments.run, records=arguments.records, note=note, train=train)
+    if arguments.json:
+        print(json.dumps(_finite(facts), allow_nan=False))
+        return 0 if facts["exact"] == facts["records"] else 7
+    took: Any = facts["latency_ms"]
+    privacy: Any = facts["privacy"]
+    trained = f"epsilon {_epsilon(privacy['epsilon'])}" if privacy["guarantee"] else "no guarantee"
+    rows: dict[str, object] = {
+        "predictions": f"{facts['agree']} of {facts['records']} the same as in plaintext; accuracy "
+        f"{_metric('accuracy', float(str(facts['accuracy'])))}",
+        "logits": f"{facts['exact']} of {facts['records']} records: every one equal to the plaintext integers'",
+        "head": f"{facts['features']} features, {facts['classes']} classes, trained with {trained}",
+        "a query": f"{took['p50']:.2f} ms (p99 {took['p99']:.2f}): encrypt {took['encrypt']:.2f}, ask over TLS "
+        f"{took['ask']:.2f}, decrypt {took['decrypt']:.2f}",
+        "bytes": f"{facts['bytes_up']} up, {facts['bytes_down']} down, in front of TLS",
+        "server": "held no key of the client, saw ciphertexts alone",
+    }
+    _print_rows(_console(), rows)
+    return 0 if facts["exact"] == facts["records"] else 7
 
 
 def _vault_page(kinds: Any) -> None:

@@ -626,6 +626,14 @@ def _require(sound: bool) -> None:
     assert sound
 
 
+def inference(repeat: int) -> dict[str, object]:
+    """Encrypted queries over TLS on loopback to a head of 512 features and 10 classes."""
+    from bench.inference import measured
+
+    with scratch() as folder:
+        return measured(folder, queries=80 * repeat)
+
+
 BENCHES = {
     "ledger": ledger,
     "report": report,
@@ -637,6 +645,7 @@ BENCHES = {
     "dp-job": dp_job,
     "flower": flower,
     "deployed": deployed,
+    "inference": inference,
     "engine": engine,
     "scale": scale,
 }

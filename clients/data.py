@@ -479,7 +479,21 @@ def _images(folder: Place, rules: _ImageRules, strict: bool) -> Records:
 
 
 def _image(file: Place, rules: _ImageRules) -> Tensor:
-    """One image, shape ``(C, size, size)`` in [-1, 1]; its size is read and checked before its pixels are."""
+    """One image, shape ``(C, size, size)`` in [-1, 1]."""
+    return image_of(file, rules.size, rules.mode).div_(127.5).sub_(1)
+
+
+def image_of(file: Place, size: int, mode: str) -> Tensor:
+    """Returns one image, shape ``(C, size, size)``, of 0 to 255; its size is read and checked before its pixels are.
+
+    Args:
+        file: PNG or JPEG, sealed or not.
+        size: Pixels a side; an image of another size is resized.
+        mode: "L" for one channel, "RGB" for three.
+
+    Raises:
+        DataError: It is no whole image, or too large.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -494,9 +508,9 @@ def _image(file: Place, rules: _ImageRules) -> Tensor:
                     raise DataError(
                         f"{file}: expected at most {_MOST_PIXELS} pixels, got {image.size}; shrink or remove it"
                     )
-                picture = image.convert(rules.mode)
-        if picture.size != (rules.size, rules.size):
-            picture = picture.resize((rules.size, rules.size), Image.Resampling.BILINEAR)
+                picture = image.convert(mode)
+        if picture.size != (size, size):
+            picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     except (
         OSError,
         SyntaxError,
@@ -507,8 +521,31 @@ def _image(file: Place, rules: _ImageRules) -> Tensor:
     ) as error:
         # Pillow reports damage as any of these, depending on where in the file it is.
         raise DataError(f"{file}: expected a whole PNG or JPEG image, got {error}; replace or remove it") from error
-    pixels = np.asarray(picture, dtype=np.float32).reshape(rules.size, rules.size, -1)  # (H, W, C)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
+    pixels = np.asarray(picture, dtype=np.float32).reshape(size, size, -1)  # (H, W, C)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def image_rules_of(task: Task, data: str) -> _ImageRules:
+    """Returns the public rules of a task's folder of images; raises DataError where they are damaged."""
+    return _image_rules(_place(task, data), {})
+
+
+def schema_of(task: Task, data: str) -> Schema:
+    """Returns the public schema of a task's table; raises DataError where it is damaged."""
+    path = _place(task, data)
+    return read_schema(path / "schema.toml" if path.is_dir() else path)
+
+
+def constants_of(task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and deviation of each channel, as published for a task's data set.
+
+    Raises:
+        DataError: The task names no published set of images.
+    """
+    for name, facts in _PUBLISHED.items():
+        if name == task.data:
+            return facts.mean, facts.deviation
+    raise DataError(f"expected task {task.name!r} to name a published set of images, got {task.data!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

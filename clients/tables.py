@@ -248,6 +248,18 @@ def read_table(path: Place, schema: Schema, *, strict: bool) -> Table:
     return encode(columns, schema, where=str(path), strict=strict, whole=whole)
 
 
+def read_cells(path: Place, schema: Schema) -> Mapping[str, Cells]:
+    """Returns a file's columns as they stand there; the target's need not be among them.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        return (_read_csv(path, strict=True) if path.suffix == ".csv" else _read_parquet(path, schema))[0]
+    except OSError as error:
+        raise DataError(f"expected a table at {path}, got {error.strerror or error}") from error
+
+
 def encode(
     cells: Mapping[str, Cells], schema: Schema, *, where: str, strict: bool, whole: Flags | None = None
 ) -> Table:

@@ -47,6 +47,34 @@ def softmax_regression(shape: Shape, *, standardise: bool = False) -> nn.Sequent
     return nn.Sequential(*_entry(width, standardise), linear)
 
 
+def random_features(
+    shape: Shape, *, features: int = 512, spread: float = 1.0, standardise: bool = False
+) -> nn.Sequential:
+    """Returns one linear layer, starting at zero, over random features that are public and never trained.
+
+    The features are ``tanh(A x + a)`` with A and a drawn once from the task's public seed. They depend on no record, so
+    they cost no privacy, and whoever asks the model can compute them alone.
+
+    Args:
+        shape: The records.
+        features: Number of features.
+        spread: Standard deviation of a feature before the tanh, for a record of mean 0 and variance 1.
+        standardise: As for `softmax_regression`.
+
+    References:
+        Rahimi and Recht (2007), "Random features for large-scale kernel machines".
+    """
+    width = math.prod(shape.inputs)
+    drawn = nn.Linear(width, features)
+    nn.init.normal_(drawn.weight, std=spread / math.sqrt(width))
+    nn.init.normal_(drawn.bias, std=spread / 2)
+    drawn.requires_grad_(False)
+    head = nn.Linear(features, shape.classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*_entry(width, standardise), drawn, nn.Tanh(), head)
+
+
 def mlp(
     shape: Shape,
     *,
@@ -145,6 +173,14 @@ TASKS = (
         data="digits",
         build=functools.partial(mlp, standardise=True),
         defaults={"rounds": 30, "steps-per-round": 1, "sample-rate": 0.5, "l2-clip": 1.0, "lr": 1.7},
+    ),
+    Task(
+        name="digits-features",
+        summary="softmax regression on 512 public random features of the same digits; no download",
+        record="one handwritten digit, 8x8 pixels",
+        data="digits",
+        build=functools.partial(random_features, standardise=True),
+        defaults={"lr": 1.0},
     ),
     Task(
         name="breast-cancer",

@@ -100,11 +100,29 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """A request that may cross: POST to one of `FLEET`.
+class Crossing:
+    """What may cross a hop, to the letter.
 
     Attributes:
-        path: One of `FLEET`.
+        paths: Paths that may be posted to.
+        content: The content type that every request must have.
+        fields: Header fields that cross, lower-case.
+    """
+
+    paths: frozenset[bytes]
+    content: bytes
+    fields: frozenset[bytes]
+
+
+FLEET_CALLS: Final = Crossing(FLEET, b"application/protobuf", _ASKED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request that may cross: POST to one of the paths of a `Crossing`.
+
+    Attributes:
+        path: One of its paths.
         fields: Header fields that cross, lower-case name to value.
         body: The body, whole.
     """
@@ -202,11 +220,11 @@ class Room:
             self._give_back(size)
 
 
-def _checked(event: h11.Request, limits: Limits) -> tuple[Request, int]:
+def _checked(event: h11.Request, limits: Limits, crossing: Crossing) -> tuple[Request, int]:
     """Checks a head against the rules; returns the request without its body, and the body's size."""
     if event.method != b"POST":
         raise Refused(405, "method")
-    if event.target not in FLEET:
+    if event.target not in crossing.paths:
         raise Refused(404, "path")
     if event.http_version != b"1.1":
         raise Refused(505, "version")
@@ -222,7 +240,7 @@ def _checked(event: h11.Request, limits: Limits) -> tuple[Request, int]:
         raise Refused(400, "host")
     if fields.get(b"connection", b"keep-alive").lower() not in (b"keep-alive", b"close"):
         raise Refused(400, "framing")
-    if fields.get(b"content-type") != b"application/protobuf":
+    if fields.get(b"content-type") != crossing.content:
         raise Refused(415, "type")
     if fields.get(b"content-encoding", b"identity") != b"identity":
         raise Refused(415, "encoding")
@@ -231,8 +249,8 @@ def _checked(event: h11.Request, limits: Limits) -> tuple[Request, int]:
         raise Refused(411, "length")
     if int(length) > limits.body_bytes:
         raise Refused(413, "size")
-    crossing = {name: value for name, value in fields.items() if name in _ASKED}
-    return Request(event.target, crossing, b""), int(length)
+    kept = {name: value for name, value in fields.items() if name in crossing.fields}
+    return Request(event.target, kept, b""), int(length)
 
 
 async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
@@ -247,11 +265,19 @@ async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
 class Asked:
     """The answering end of one connection: reads requests, one at a time, and writes their answers."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limits: Limits, room: Room) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        limits: Limits,
+        room: Room,
+        crossing: Crossing = FLEET_CALLS,
+    ) -> None:
         self._reader = reader
         self._writer = writer
         self._limits = limits
         self._room = room
+        self._crossing = crossing
         self._parser = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_bytes)
         self.closing = False
 
@@ -307,7 +333,7 @@ class Asked:
         if not isinstance(head, h11.Request):
             yield None
             return
-        request, size = _checked(head, self._limits)
+        request, size = _checked(head, self._limits, self._crossing)
         deadline = clock.time() + self._limits.body_time(size)
         async with contextlib.AsyncExitStack() as stack:
             try:

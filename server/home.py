@@ -202,8 +202,13 @@ class ServerHome:
 
     def application_identity(self) -> Identity:
         """Returns the server application's identity; raises as `Secret.load_or_create`."""
-        self._require(self.folder / "application" / "server.key")
-        return self._own(_application(self.folder), self.settings.application, "server.key")
+        return self._own(self.application_secret().identity("server"), self.settings.application, "server.key")
+
+    def application_secret(self) -> Secret:
+        """Returns the server application's secret; raises as `Secret.load_or_create`."""
+        path = self.folder / "application" / "server.key"
+        self._require(path)
+        return Secret.load_or_create(path)
 
     def _require(self, path: Path) -> None:
         if not path.exists():

@@ -156,6 +156,8 @@ class SealedLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.lost = 0
         self._path, self._safe, self._limit = path, Safe(secret, _PURPOSE), limit
+        # Which file we wrote last, how long it was then, and where it ended: who appends often must not read it all.
+        self._last: tuple[tuple[int, int, int], _End] | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _locked(path):
@@ -196,6 +198,9 @@ class SealedLog(logging.Handler):
                 except OSError:
                     file.truncate(end.offset)
                     raise
+                status = os.fstat(file.fileno())
+            after = _End(end.start, end.number + 1, frame[-_TAG:], end.offset + len(frame))
+            self._last = (status.st_ino, status.st_size, status.st_mtime_ns), after
 
     def _end(self) -> _End:
         """Returns where the file ends, having begun it if there is none."""
@@ -204,6 +209,9 @@ class SealedLog(logging.Handler):
             last = _end_of(self._safe, older) if older.exists() else _End(0, 0, bytes(_TAG), 0)
             head = self._safe.seal("head", last.number.to_bytes(8, "big"), last.tag)
             write_whole(self._path, _framed(head))
+        status = os.stat(self._path)
+        if self._last is not None and self._last[0] == (status.st_ino, status.st_size, status.st_mtime_ns):
+            return self._last[1]
         return _end_of(self._safe, self._path)
 
 

@@ -433,6 +433,29 @@ def test_processes_write_one_log_together(tmp_path: Path) -> None:
         assert [word for word in words if word.startswith(name)] == [f"{name}{number}" for number in range(10)]
 
 
+def test_an_append_reads_the_file_only_where_somebody_else_wrote_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, read = Secret(bytes(range(32))), []
+    end_of = vault._end_of
+
+    def counted(safe: Safe, path: Path) -> Any:
+        read.append(path)
+        return end_of(safe, path)
+
+    first, second = (SealedLog(tmp_path / "log", secret) for _ in range(2))
+    monkeypatch.setattr(vault, "_end_of", counted)
+
+    def say(log: SealedLog, text: str) -> int:
+        read.clear()
+        log.emit(logging.LogRecord("x", logging.INFO, "", 0, text, None, None))
+        return len(read)
+
+    assert [say(first, "1"), say(first, "2"), say(second, "3"), say(second, "4"), say(first, "5")] == [1, 0, 1, 0, 1]
+    # Remembered or read anew, the chain is one: each record binds the one before it.
+    assert [line[-1] for line in read_log(tmp_path / "log", secret)] == list("12345")
+
+
 def test_a_lock_that_is_never_given_back_costs_records_and_half_a_second(tmp_path: Path) -> None:
     handler = SealedLog(tmp_path / "client.log", SECRET)
     with open(tmp_path / ".client.log.lock", "rb") as lock:

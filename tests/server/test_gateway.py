@@ -22,7 +22,7 @@ from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PullMessagesRequest
 from flwr.proto.node_pb2 import Node
 
 import privacy.hop
-import server.gateway
+import server.door
 from privacy.errors import PlanError, RunError
 from privacy.hop import FLEET, Limits
 from server.gateway import Door, Gateway, ring
@@ -233,7 +233,7 @@ def test_a_gateway_that_asks_for_no_certificate_is_found(tmp_path: Path, monkeyp
     def careless(context: ssl.SSLContext, authority: Path) -> None:
         context.verify_mode = ssl.CERT_NONE
 
-    monkeypatch.setattr(server.gateway, "trust", careless)
+    monkeypatch.setattr(server.door, "trust", careless)
     monkeypatch.setattr(Gateway, "_serve", lambda self, reader, writer: _let_in(self, reader, writer), raising=True)
 
     async def _let_in(gateway: Gateway, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -492,7 +492,7 @@ def test_a_list_of_prefixes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def __contains__(self, path: object) -> bool:
             return isinstance(path, bytes) and path.startswith(b"/v1/fleet/")
 
-    monkeypatch.setattr(privacy.hop, "FLEET", Prefixes())
+    monkeypatch.setattr(Gateway, "crossing", dataclasses.replace(privacy.hop.FLEET_CALLS, paths=Prefixes()))
 
     async def scenario() -> None:
         async with stage(tmp_path) as on:
