@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
+from clients import ratings
 from clients.places import Place, entries_of, place_of, stream_of
 from clients.records import Records, faults, sanitize
 from clients.tables import SUFFIXES, Schema, Table, encode, parse_schema, read_schema, read_table
@@ -55,6 +56,7 @@ class SourceName(StrEnum):
     MNIST = "mnist"
     FASHION_MNIST = "fashion-mnist"
     CIFAR10 = "cifar10"
+    MOVIELENS = "movielens-100k"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +99,8 @@ def load_source(
     Args:
         task: Its ``data`` names a built-in source or is a callable.
         data: Where the data lies: a folder or a schema file for ``table``, a folder for ``image-folder``, the
-            download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``. None or "" for the others. A
+            download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, a folder or zip file for
+            ``movielens-100k``. None or "" for the others. A
             relative path is looked for in the current folder, then in `data_folder`. The first two may be sealed
             (`clients.places`); they are opened in memory.
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
@@ -140,6 +143,8 @@ def load_source(
             return _image_folder(_place(task, data), options, strict)
         case SourceName.MNIST | SourceName.FASHION_MNIST | SourceName.CIFAR10:
             return _torchvision(name, Path(data).expanduser() if data else data_folder())
+        case SourceName.MOVIELENS:
+            return _movielens(data, strict)
 
 
 def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | None]:
@@ -160,6 +165,8 @@ def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | 
     if task.data in (SourceName.DIGITS, SourceName.BREAST_CANCER):
         source = load_source(task)
         return source.shape, source.declared_records
+    if task.data == SourceName.MOVIELENS:
+        return ratings.SHAPE, _MOVIELENS_RECORDS
     if task.data == SourceName.TABLE and data:
         path = _place(task, data)
         schema = read_schema(path / "schema.toml" if path.is_dir() else path)
@@ -192,6 +199,25 @@ def _tested(count: int, multiplier: int, test: int) -> Tensor:
     machine and for every version of every library.
     """
     return torch.arange(count) * multiplier % count < test
+
+
+# 100,000 ratings are published, of which each user's last fifth is held out.
+_MOVIELENS_RECORDS = 80_000
+
+
+def _movielens(data: str | None, strict: bool) -> Source:
+    """MovieLens 100K; each user is a natural client."""
+    found = ratings.load(ratings.where(data, data_folder()), strict)
+    return Source(
+        name=SourceName.MOVIELENS,
+        shape=ratings.SHAPE,
+        train=found.train,
+        test=found.test,
+        declared_records=_MOVIELENS_RECORDS,
+        keys=found.users,
+        key_names=found.names,
+        classes=tuple(f"{number} star{'s' * (number > 1)}" for number in range(1, ratings.STARS + 1)),
+    )
 
 
 def _all_valid(inputs: Tensor, targets: Tensor) -> Records:

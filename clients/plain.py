@@ -70,8 +70,8 @@ class PlainTrainer:
         """
         require(
             task.local is None or local == Local(lr=local.lr),
-            f"expected no optimizer, momentum, weight-decay or proximal-mu for task {task.name}, whose clients train by "
-            "a rule of its own that would ignore them, got one; drop it",
+            f"expected no optimizer, momentum, weight-decay or proximal-mu for task {task.name}, whose clients train "
+            "by a rule of its own that would ignore them, got one; drop it",
         )
         self._plan, self._local, self._task = plan, local, task
         self._model = copy.deepcopy(model).to(device).train()

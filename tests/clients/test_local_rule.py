@@ -1,4 +1,4 @@
-"""A task's own local rule (G16): one clipped update of the usual length leaves, whatever it does; at unit client only."""
+"""A task's own local rule (G16): whatever it does, one clipped update of the usual length leaves."""
 
 import dataclasses
 
