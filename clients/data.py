@@ -32,6 +32,8 @@ from clients import ratings
 from clients.places import Place, entries_of, place_of, stream_of
 from clients.records import Records, faults, sanitize
 from clients.tables import SUFFIXES, Schema, Table, encode, parse_schema, read_schema, read_table
+from models.ratings import SHAPE as RATING_SHAPE
+from models.ratings import STARS
 from models.shape import Shape
 from models.task import Task
 from privacy.errors import DataError, TacitError
@@ -166,7 +168,7 @@ def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | 
         source = load_source(task)
         return source.shape, source.declared_records
     if task.data == SourceName.MOVIELENS:
-        return ratings.SHAPE, _MOVIELENS_RECORDS
+        return RATING_SHAPE, _MOVIELENS_RECORDS
     if task.data == SourceName.TABLE and data:
         path = _place(task, data)
         schema = read_schema(path / "schema.toml" if path.is_dir() else path)
@@ -210,13 +212,13 @@ def _movielens(data: str | None, strict: bool) -> Source:
     found = ratings.load(ratings.where(data, data_folder()), strict)
     return Source(
         name=SourceName.MOVIELENS,
-        shape=ratings.SHAPE,
+        shape=RATING_SHAPE,
         train=found.train,
         test=found.test,
         declared_records=_MOVIELENS_RECORDS,
         keys=found.users,
         key_names=found.names,
-        classes=tuple(f"{number} star{'s' * (number > 1)}" for number in range(1, ratings.STARS + 1)),
+        classes=tuple(f"{number} star{'s' * (number > 1)}" for number in range(1, STARS + 1)),
     )
 
 

@@ -150,24 +150,22 @@ def load(place: Place, strict: bool) -> Rated:
     texts = _texts(place)
     films = _films(texts["u.item"], f"{place}: u.item")
     people = _people(texts["u.user"], f"{place}: u.user")
-    table, valid = _table(texts["u.data"], films, people, f"{place}: u.data", strict)
+    table = _table(texts["u.data"], films, people, f"{place}: u.data", strict)
     names = tuple(sorted(people, key=int))
     place_of_user = {name: index for index, name in enumerate(names)}
-    users = np.array([place_of_user.get(name, 0) for name in table["user"]], dtype=np.int64)
+    users = torch.tensor([place_of_user.get(name, 0) for name in table.users], dtype=torch.int64)
     inputs = torch.zeros((len(users), *SHAPE.inputs))
-    inputs[:, 0] = torch.from_numpy(table["film"].astype(np.float32))
-    inputs[:, 1] = torch.from_numpy(users.astype(np.float32))
-    inputs[:, 3 : 3 + FILM_FEATURES] = films.features[torch.from_numpy(table["film"])]
-    described = torch.stack([people[name] for name in names]) if names else torch.zeros((0, USER_FEATURES))
-    inputs[:, 3 + FILM_FEATURES :] = described[torch.from_numpy(users)] if names else 0.0
-    every = Records(inputs, torch.from_numpy(table["stars"] - 1), torch.from_numpy(valid))
+    inputs[:, 0], inputs[:, 1] = table.films.float(), users.float()
+    inputs[:, 3 : 3 + FILM_FEATURES] = films.features[table.films]
+    inputs[:, 3 + FILM_FEATURES :] = torch.stack([people[name] for name in names])[users]
+    every = Records(inputs, table.stars - 1, table.valid)
     if not strict:
         nothing = every.take(torch.empty(0, dtype=torch.int64))
-        return Rated(films, every, nothing, torch.from_numpy(users), names)
+        return Rated(films, every, nothing, users, names)
     # By user, then time, then film: the same order on every machine, whatever the file's is.
-    order = np.lexsort((table["film"], table["time"], users))
+    order = np.lexsort((table.films.numpy(), table.times.numpy(), users.numpy()))
     held = np.zeros(len(order), dtype=bool)
-    for mine in np.split(np.arange(len(order)), np.flatnonzero(np.diff(users[order])) + 1):
+    for mine in np.split(np.arange(len(order)), np.flatnonzero(np.diff(users.numpy()[order])) + 1):
         if len(mine) < 2:
             raise DataError(f"{place}: expected at least two ratings of each user, got {len(mine)}; drop the user")
         held[mine[-max(1, int(len(mine) * _HELD_OUT)) :]] = True
@@ -179,7 +177,7 @@ def load(place: Place, strict: bool) -> Rated:
         torch.cat([torch.zeros(len(rows), dtype=torch.int64), train.targets, last.targets]),
         torch.ones(len(rows) + len(train) + len(last), dtype=torch.bool),
     )
-    return Rated(films, train, test, torch.from_numpy(users)[known], names)
+    return Rated(films, train, test, users[known], names)
 
 
 def films_at(place: Place) -> Films:
@@ -321,11 +319,19 @@ def _people(text: str, where: str) -> dict[str, Tensor]:
     return people
 
 
-def _table(
-    text: str, films: Films, people: dict[str, Tensor], where: str, strict: bool
-) -> tuple[dict[str, np.ndarray[tuple[int], np.dtype[np.generic]]], np.ndarray[tuple[int], np.dtype[np.bool_]]]:
-    """The ratings as columns, and which of them are sound."""
-    users, numbers, values, times, valid = [], [], [], [], []
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Table:
+    """Ratings as columns; what is not valid is of the first film and user, with one star."""
+
+    users: list[str]
+    films: Tensor
+    stars: Tensor
+    times: Tensor
+    valid: Tensor
+
+
+def _table(text: str, films: Films, people: dict[str, Tensor], where: str, strict: bool) -> _Table:
+    users, rows, valid = [], [], []
     seen: set[tuple[str, str]] = set()
     for line, (user, film, rating, moment) in enumerate(_lines(text, "\t", 4, where), 1):
         fault = ""
@@ -335,7 +341,7 @@ def _table(
             fault = f"expected a film from 1 to {len(films.titles)}, got {film!r:.20}"
         elif rating not in ("1", "2", "3", "4", "5"):
             fault = f"expected a rating of 1 to {STARS} stars, got {rating!r:.20}"
-        elif not moment.isdecimal():
+        elif not moment.isdecimal() or len(moment) > 15:
             fault = f"expected a time in seconds, got {moment!r:.20}"
         elif (user, film) in seen:
             fault = f"expected one rating of a film by a user, got a second of film {film} by user {user}"
@@ -343,14 +349,7 @@ def _table(
             raise DataError(f"{where}, line {line}: {fault}; correct or drop it")
         seen.add((user, film))
         users.append(user)
-        numbers.append(0 if fault else int(film) - 1)
-        values.append(1 if fault else int(rating))
-        times.append(0 if fault else int(moment))
+        rows.append((0, 1, 0) if fault else (int(film) - 1, int(rating), int(moment)))
         valid.append(not fault)
-    columns = {
-        "user": np.array(users, dtype=str),
-        "film": np.array(numbers, dtype=np.int64),
-        "stars": np.array(values, dtype=np.int64),
-        "time": np.array(times, dtype=np.int64),
-    }
-    return columns, np.array(valid, dtype=bool)
+    columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+    return _Table(users, columns[:, 0], columns[:, 1], columns[:, 2], torch.tensor(valid, dtype=torch.bool))

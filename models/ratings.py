@@ -96,7 +96,8 @@ class Recommender(nn.Module):
         with torch.no_grad():
             offset, features = self.shared(inputs)
             gram = features.T @ features + torch.diag(self.penalty)
-            return torch.linalg.solve(gram, features.T @ (stars(targets) - MIDDLE - offset))
+            solved: Tensor = torch.linalg.solve(gram, features.T @ (stars(targets) - MIDDLE - offset))
+        return solved
 
     def predict(self, inputs: Tensor, own: Tensor) -> Tensor:
         """Returns the stars that one user is predicted to give, shape ``(n,)``; not cut to 1 to 5."""
@@ -202,7 +203,7 @@ def solve_and_descend(model: nn.Module, inputs: Tensor, targets: Tensor, pace: P
     """
     if not isinstance(model, Recommender):
         raise TypeError(f"expected a recommender, got {type(model).__name__}")
-    users = [inputs[:, 1] == user for user in inputs[:, 1].unique()]
+    users = [inputs[:, 1] == user for user in sorted(set(inputs[:, 1].tolist()))]
     parameters = list(model.parameters())
     for _ in range(pace.steps):
         error = torch.zeros((), device=inputs.device)
@@ -239,6 +240,7 @@ def ranking(scores: Tensor, liked: Tensor, top: int = _TOP) -> tuple[float, floa
     return float((gains * discounts[: len(gains)]).sum() / best), float(gains.any())
 
 
+@torch.no_grad()
 def figures(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, float]:
     """Returns RMSE in stars (first: the headline), and NDCG@10 and hit rate@10 by full ranking over unseen films.
 
