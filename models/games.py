@@ -34,6 +34,8 @@ from models.shape import Shape
 from models.task import Pace, Task
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+# Physics are computed in double precision as gymnasium does, the network in its own.
+Reals = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Actions = np.ndarray[Any, np.dtype[np.int64]]
 Marks = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -251,20 +253,20 @@ class QNetwork(nn.Module):
 class _Values:
     """A `QNetwork` in NumPy, with its gradient: a step on 128 states costs a tenth of autograd's."""
 
-    def __init__(self, weights: list[Floats]) -> None:
+    def __init__(self, weights: list[Reals]) -> None:
         self.weights = weights
 
-    def __call__(self, seen: Floats) -> Floats:
-        return self._hidden(seen) @ self.weights[2].T + self.weights[3]
+    def __call__(self, seen: Reals) -> Reals:
+        return self._hidden(seen.astype(self.weights[0].dtype, copy=False)) @ self.weights[2].T + self.weights[3]
 
-    def _hidden(self, seen: Floats) -> Floats:
-        hidden: Floats = np.tanh(seen @ self.weights[0].T + self.weights[1])
+    def _hidden(self, seen: Reals) -> Reals:
+        hidden: Reals = np.tanh(seen @ self.weights[0].T + self.weights[1])
         return hidden
 
-    def gradient(self, seen: Floats, actions: Actions, slope: Floats) -> list[Floats]:
+    def gradient(self, seen: Reals, actions: Actions, slope: Reals) -> list[Reals]:
         """Returns the gradient of ``sum(slope * value of action)`` by every weight."""
         hidden = self._hidden(seen)
-        back = np.zeros((len(seen), len(self.weights[3])))
+        back = np.zeros((len(seen), len(self.weights[3])), dtype=self.weights[0].dtype)
         back[np.arange(len(seen)), actions] = slope
         inner = (back @ self.weights[2]) * (1 - np.square(hidden))
         return [inner.T @ seen, inner.sum(0), back.T @ hidden, back.sum(0)]
@@ -281,7 +283,7 @@ def values_of(model: nn.Module) -> _Values:
     """
     if not isinstance(model, QNetwork):
         raise TypeError(f"expected a Q-network, got {type(model).__name__}")
-    return _Values([p.detach().cpu().double().numpy().copy() for p in model.parameters()])
+    return _Values([p.detach().cpu().numpy().copy() for p in model.parameters()])
 
 
 def q_learning(
@@ -327,8 +329,9 @@ def q_learning(
     first = [np.zeros_like(weight) for weight in values.weights]
     second = [np.zeros_like(weight) for weight in values.weights]
     size = (pace.steps + warm) * worlds
-    before, after = np.empty((size, game.inputs)), np.empty((size, game.inputs))
-    taken, ended, shaped = np.empty(size, dtype=np.int64), np.empty(size, dtype=bool), np.zeros(size)
+    kind = values.weights[0].dtype
+    before, after = np.empty((size, game.inputs), kind), np.empty((size, game.inputs), kind)
+    taken, ended, shaped = np.empty(size, np.int64), np.empty(size, bool), np.zeros(size, kind)
     wide = np.where(np.arange(worlds) % 2 == 0, 1.0, spread)[:, None]
     states = game.start(worlds, chance) * wide
     for step in range(pace.steps + warm):
@@ -347,8 +350,8 @@ def q_learning(
             continue
         rows = chance.integers(0, (step + 1) * worlds, batch)
         best = values(after[rows]).argmax(1)
-        ahead = discount * frozen(after[rows])[np.arange(batch), best]
-        wanted = np.where(ended[rows], goal, ahead) + shaped[rows]
+        ahead = kind.type(discount) * frozen(after[rows])[np.arange(batch), best]
+        wanted = np.where(ended[rows], kind.type(goal), ahead) + shaped[rows]
         error = values(before[rows])[np.arange(batch), taken[rows]] - wanted
         count = step - warm + 1
         slopes = values.gradient(before[rows], taken[rows], np.clip(error, -1, 1) / batch)
