@@ -2746,7 +2746,7 @@ def _recommend(arguments: argparse.Namespace) -> int:
         print(json.dumps(told))
         return 0
     console = _console()
-    console.print(f"for {told['user']}, who rated {told['ratings']} films; stars are predicted")
+    console.print(f"for {told['user']}, who rated {told['ratings']} films; stars are predicted", soft_wrap=True)
     for film in told["films"]:
         console.print(f"  {film['stars']:.2f}  {film['title']}", soft_wrap=True)
     return 0

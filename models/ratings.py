@@ -277,7 +277,7 @@ def figures(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, floa
         if not len(liked) or not len(films):
             continue
         unseen = films[~torch.isin(films[:, 0], mine[~held, 0])]
-        scores = model.predict(of_user(unseen, mine[0]), own)
+        scores = model.predict(of_user(unseen, user_features(mine[:1])), own)
         ranks.append(ranking(scores.cpu(), torch.isin(unseen[:, 0], liked).cpu()))
     found = {"rmse": math.sqrt(squared / number) if number else math.nan}
     if ranks:
@@ -288,11 +288,15 @@ def figures(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, floa
     return found
 
 
-def of_user(films: Tensor, row: Tensor) -> Tensor:
-    """Returns films' rows with the user and the user's features of another row, shape ``(n, 46)``."""
+def of_user(films: Tensor, features: Tensor) -> Tensor:
+    """Returns films' rows with a user's features, shape ``(n, 46)``.
+
+    Args:
+        films: Rows of films, shape ``(n, 46)``.
+        features: The user's, shape ``(23,)`` or ``(1, 23)``.
+    """
     rows = films.clone()
-    rows[:, 1] = row[1]
-    rows[:, 3 + FILM_FEATURES :] = row[3 + FILM_FEATURES :]
+    rows[:, 3 + FILM_FEATURES :] = features
     return rows
 
 
@@ -336,13 +340,13 @@ _DEFAULTS: dict[str, float | int | str] = {
     "clients": 943,
     "partition": "natural",
     "epsilon": 8.0,
-    "rounds": 30,
+    "rounds": 20,
     "client-rate": 1.0,
     "steps-per-round": 1,
     "sample-rate": 1.0,
-    "l2-clip": 15.0,
-    "lr": 3.0,
-    "evaluate-every": 5,
+    "l2-clip": 20.0,
+    "lr": 5.0,
+    "evaluate-every": 10,
 }
 _RECORD = "one rating of a film by a user; what is protected is the user, with all ratings"
 

@@ -21,7 +21,7 @@ from clients.places import Place
 from clients.records import Records
 from models.catalog import find_task
 from models.games import UNSEEN_SEED, Acrobot, Floats, Game, QNetwork, machines, values_of
-from models.ratings import STARS, USER_FEATURES, Recommender, of_user
+from models.ratings import STARS, USER_FEATURES, Recommender, of_user, user_features
 from models.task import Task
 from privacy.errors import DataError, PlanError, RunError
 from privacy.files import write_whole
@@ -120,9 +120,9 @@ def recommend(
         if any(described):
             raise PlanError("expected no --age, --gender or --occupation for a user of the data set, which has them")
         films, known = _of_data_set(place, user)
+        features = user_features(known.inputs)[0]
     with torch.no_grad():
-        rows = films.rows()
-        rows = of_user(rows, known.inputs[0]) if len(known) else rows
+        rows = of_user(films.rows(), features)
         own = model.own(known.inputs, known.targets)
         unseen = rows[~torch.isin(rows[:, 0], known.inputs[:, 0])]
         scores = model.predict(unseen, own)
