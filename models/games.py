@@ -449,7 +449,7 @@ def _task(
         local=functools.partial(rule, game=game),
         evaluate=functools.partial(figures, game=game),
         synthetic=functools.partial(_synthetic, game=game),
-        defaults=_EVERYBODY | defaults,
+        defaults={**_EVERYBODY, **defaults},
     )
 
 

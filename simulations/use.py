@@ -179,7 +179,8 @@ def play(
     require(episodes >= 1, f"expected at least one episode, got {episodes}")
     require(0 <= seed < 2**31, f"expected a seed from 0, got {seed}")
     game, values = model.game, values_of(model)
-    returns, pictures = [], []
+    returns: list[float] = []
+    pictures: list[Image] = []
     for episode, physics in enumerate(machines(game, episodes, seed).double().numpy()):
         world = gymnasium.make(game.name)
         game.configure(world.unwrapped, physics)
