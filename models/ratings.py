@@ -71,13 +71,11 @@ def user_features(inputs: Tensor) -> Tensor:
 class Recommender(nn.Module):
     """What is shared, and how a user's own part is solved from it."""
 
-    penalty: Tensor
-
     def __init__(self, films: int, penalty: list[float]) -> None:
         """Takes the number of films and the ridge penalty of each own weight, the constant's first."""
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(films))
-        self.register_buffer("penalty", torch.tensor(penalty))
+        self.penalty = penalty
 
     def shared(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what is shared about rows: offsets ``(n,)`` and features ``(n, d)``, the first of which is 1."""
@@ -95,7 +93,7 @@ class Recommender(nn.Module):
         """
         with torch.no_grad():
             offset, features = self.shared(inputs)
-            gram = features.T @ features + torch.diag(self.penalty)
+            gram = features.T @ features + torch.diag(features.new_tensor(self.penalty))
             solved: Tensor = torch.linalg.solve(gram, features.T @ (stars(targets) - MIDDLE - offset))
         return solved
 

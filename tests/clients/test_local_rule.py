@@ -10,6 +10,7 @@ import clients.plain
 from clients.plain import PlainTrainer, check_unit
 from clients.records import Records
 from models.catalog import TASKS
+from models.ratings import SHAPE as RATINGS
 from models.shape import Shape
 from models.task import Task
 from privacy.errors import PlanError
@@ -163,3 +164,36 @@ def test_a_task_may_judge_a_whole_test_set_by_itself():
     inputs, targets = torch.ones(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64)
     assert judged.figures(judged.fresh(SHAPE, 0), inputs, targets) == {"sum": 192.0}
     assert set(TASKS["digits"].figures(judged.fresh(SHAPE, 0), inputs, targets)) == {"accuracy", "loss", "macro_f1"}
+
+
+# -- G17: what a recommender's client sends ----------------------------------------------------------------------------
+
+
+def sent_after(count, rule=None):
+    """Returns what the client of a user with so many ratings sends, and the number of its films' parameters."""
+    task = TASKS["movielens-mf"]
+    task = task if rule is None else dataclasses.replace(task, local=rule)
+    model = task.fresh(RATINGS, 1)
+    inputs, targets = task.synthetic(RATINGS, count, torch.Generator().manual_seed(count))
+    trainer = PlainTrainer(model, task, plan=plan(), local=Local(lr=0.5))
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    given = Records(inputs, targets, torch.ones(count, dtype=torch.bool))
+    sent = trainer.update(start, given, Keystream(), lr=0.5, clip=0.5, simulated=rule is not None)
+    return sent, sum(p.numel() for p in model.parameters())
+
+
+def test_g17_a_users_update_is_as_long_whatever_and_however_much_was_rated():
+    for count in (0, 1, 300):
+        sent, size = sent_after(count)
+        assert sent.shape == (size,)
+        assert np.linalg.norm(sent) <= 0.5 * (1 + 1e-6)
+        assert bool(sent.any()) == (count > 0)
+
+
+def test_g17_planted_bug_a_rule_that_sends_rated_films_only_is_stopped_at_the_client():
+    def sparse(model, inputs, targets, pace):
+        TASKS["movielens-mf"].local(model, inputs, targets, pace)
+        model.bias.data = model.bias.data[inputs[:, 0].long().unique()]
+
+    with pytest.raises(ValueError, match="shapes"):
+        sent_after(30, sparse)

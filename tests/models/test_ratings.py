@@ -34,7 +34,7 @@ def test_a_users_part_is_scikit_learns_ridge_regression(name):
     model, (inputs, targets) = model_of(name), ratings()
     offset, features = (part.detach().double().numpy() for part in model.shared(inputs))
     # scikit-learn has one penalty for all weights: features over the root of theirs have weights times it.
-    root = model.penalty.double().sqrt().numpy()
+    root = np.sqrt(model.penalty)
     wanted = Ridge(alpha=1.0, fit_intercept=False).fit(features / root, stars(targets).numpy() - MIDDLE - offset)
     assert np.allclose(model.own(inputs, targets).numpy(), wanted.coef_ / root, atol=1e-4)
     assert not model.own(inputs[:0], targets[:0]).any()
@@ -46,7 +46,7 @@ def test_a_round_descends_the_error_with_the_users_part_solved_away(name):
 
     def error(of):
         own = of.own(inputs, targets)
-        penalty = (of.penalty * own**2).sum()
+        penalty = (torch.tensor(of.penalty) * own**2).sum()
         return float((((stars(targets) - of.predict(inputs, own)) ** 2).double().sum() + penalty).detach()) / 2
 
     before = error(model)
@@ -98,6 +98,15 @@ def test_the_figures_of_a_tiny_test_set_are_those_worked_out_by_hand():
     # Film 0 was seen, so the list is 2, 1; film 2 was liked.
     assert (found["ndcg_at_10"], found["hit_rate_at_10"]) == (1.0, 1.0)
     assert item_mean_rmse(rows, targets) == pytest.approx(math.sqrt(((4 - 5) ** 2 + (4 - 2) ** 2) / 2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_ratings_judges_each_row_alone(name):
+    model, (inputs, _) = model_of(name), ratings(4)
+    before = model(inputs)
+    inputs[2] = 17.0
+    assert torch.equal(before[[0, 1, 3]], model(inputs)[[0, 1, 3]])
+    assert not list(model.buffers())
 
 
 # -- G17 --------------------------------------------------------------------------------------------------------------

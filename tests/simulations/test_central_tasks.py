@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import privacy.central
+import tacit
 from privacy.errors import PlanError
 from server.checkpoint import load
 from simulations.run import simulate
@@ -111,3 +112,20 @@ def test_g16_such_a_task_is_refused_at_unit_record_with_a_sentence_and_nothing_i
     with pytest.raises(PlanError, match="expected unit client for task cartpole-dqn"):
         go(tmp_path / "run", "cartpole-dqn", unit="record")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_search_over_such_a_task_is_refused_with_a_sentence_too(capsys, tmp_path):
+    for unit, sentence in (("record", "expected unit client for task"), ("client", "got unit client")):
+        words = [
+            "tune",
+            "--task",
+            "acrobot-dqn",
+            "--unit",
+            unit,
+            "--try",
+            "lr=0.1,0.2",
+            "--out",
+            str(tmp_path / "search"),
+        ]
+        assert tacit.main(words) == 2
+        assert sentence in capsys.readouterr().err
