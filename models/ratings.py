@@ -127,7 +127,8 @@ class Factors(Recommender):
             scale: Standard deviation of the first vectors.
         """
         super().__init__(films, [5.0] + [10.0] * rank)
-        self.factors = nn.Parameter(torch.randn(films, rank) * scale)
+        self.factors = nn.Parameter(torch.empty(films, rank))
+        nn.init.normal_(self.factors, std=scale)
 
     def shared(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the films' biases, and 1 beside their vectors."""
