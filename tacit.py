@@ -238,6 +238,8 @@ def _dispatch(argv: list[str]) -> int:
         "server": _server,
         "vault": _vault,
         "infer": _infer,
+        "recommend": _recommend,
+        "play": _play,
         "tasks": _tasks,
     }
     parser = _Parser(prog="tacit", description=_ABOUT, formatter_class=_Page, allow_abbrev=False)
@@ -253,6 +255,8 @@ def _dispatch(argv: list[str]) -> int:
     _server_page(kinds)
     _vault_page(kinds)
     _infer_page(kinds)
+    _recommend_page(kinds)
+    _play_page(kinds)
     tasks = kinds.add_parser("tasks", help="what can be trained, on which data", formatter_class=_Page)
     tasks.add_argument("--json", action="store_true", help="one JSON object, for programs")
     if not argv:
@@ -3005,6 +3009,89 @@ def _new_passphrase() -> str:
     if _asked("Again: ") != first:
         raise VaultError("expected the same passphrase twice, got two; try again")
     return first
+
+
+def _recommend_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "recommend",
+        help="films for a user, by a trained recommender",
+        description="Recommends films by what a run has trained. The user's own part is solved here, from the user's "
+        "ratings, and kept nowhere; it costs no privacy.",
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    page.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    page.add_argument(
+        "--user",
+        metavar="RATINGS.csv|ID",
+        required=True,
+        help="the user's ratings, with the columns film and rating; or, where the data set is at hand, a user of it",
+    )
+    page.add_argument("--top", metavar="N", type=int, default=10, help="length of the list (default 10)")
+    page.add_argument("--data", metavar="PATH", default=None, help="where the films are described (default: the run's)")
+    page.add_argument("--age", metavar="YEARS", type=float, help="of the user, for a model by features")
+    page.add_argument("--gender", choices=("F", "M"), help="as the data set has it")
+    page.add_argument("--occupation", metavar="WORD", help="as the data set has it")
+    page.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    use = importlib.import_module("simulations.use")
+    told = use.recommend(
+        arguments.run,
+        arguments.user,
+        top=arguments.top,
+        data=arguments.data,
+        age=arguments.age,
+        gender=arguments.gender,
+        occupation=arguments.occupation,
+    )
+    if arguments.json:
+        print(json.dumps(told))
+        return 0
+    console = _console()
+    console.print(f"for {told['user']}, who rated {told['ratings']} films; stars are predicted", soft_wrap=True)
+    for film in told["films"]:
+        console.print(f"  {film['stars']:.2f}  {film['title']}", soft_wrap=True)
+    return 0
+
+
+def _play_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "play",
+        help="games of a trained agent",
+        description="Plays greedy episodes of gymnasium's game by what a run has trained, each on another machine; by "
+        "default on machines that no client has.",
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    page.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    page.add_argument("--episodes", metavar="N", type=int, default=10, help="how many (default 10)")
+    page.add_argument("--seed", metavar="N", type=int, default=2, help="of the machines and first states (default 2)")
+    page.add_argument("--gif", metavar="FILE", type=Path, help="write the first episode as a moving picture")
+    page.add_argument("--frames", metavar="DIR", type=Path, help="write its pictures, one PNG file each")
+    page.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
+def _play(arguments: argparse.Namespace) -> int:
+    use = importlib.import_module("simulations.use")
+    told = use.play(
+        arguments.run,
+        episodes=arguments.episodes,
+        seed=arguments.seed,
+        gif=arguments.gif,
+        frames=arguments.frames,
+    )
+    if arguments.json:
+        print(json.dumps(told))
+        return 0
+    worst, best = min(told["returns"]), max(told["returns"])
+    rows = {"game": told["game"], "mean return": f"{told['return']:.1f} over {len(told['returns'])} greedy episodes"}
+    rows["from, to"] = f"{worst:g}, {best:g}"
+    if arguments.gif:
+        rows["picture"] = str(arguments.gif)
+    _print_rows(_console(), rows)
+    return 0
 
 
 def _size_of(path: Path) -> int:

@@ -634,6 +634,32 @@ def inference(repeat: int) -> dict[str, object]:
         return measured(folder, queries=80 * repeat)
 
 
+def recommender(repeat: int) -> dict[str, object]:
+    """Recommenders on MovieLens 100K with the client as the unit, beside the item-mean baseline without privacy."""
+    from bench.central import rows
+    from clients.data import load_source
+    from models.catalog import TASKS
+    from models.ratings import item_mean_rmse
+    from privacy.errors import DataError
+
+    names = ("movielens-mf", "movielens-ncf", "movielens-context")
+    try:
+        test = load_source(TASKS[names[0]]).test
+    except DataError as missing:
+        raise Skipped(str(missing)) from None
+    base = {"item means, computed centrally without privacy: rmse": item_mean_rmse(test.inputs, test.targets)}
+    with scratch() as folder:
+        return base | rows(names, repeat, folder, tacit, dict.fromkeys(names, ("--lr=2", "--rounds=40")))
+
+
+def agent(repeat: int) -> dict[str, object]:
+    """Game agents over 200 clients with the client as the unit: mean return on 100 machines that no client has."""
+    from bench.central import rows
+
+    with scratch() as folder:
+        return rows(("cartpole-dqn", "acrobot-dqn"), repeat, folder, tacit, {})
+
+
 BENCHES = {
     "ledger": ledger,
     "report": report,
@@ -648,6 +674,8 @@ BENCHES = {
     "inference": inference,
     "engine": engine,
     "scale": scale,
+    "recommender": recommender,
+    "agent": agent,
 }
 
 

@@ -38,7 +38,7 @@ from flwr.clientapp import ClientApp
 
 from clients.holder import Holder, Release, noise_name
 from clients.metrics import Judge
-from clients.plain import PlainTrainer
+from clients.plain import PlainTrainer, check_unit
 from privacy.accounting import Event
 from privacy.central import BIT
 from privacy.dpsgd import PrivateTrainer, check_model
@@ -287,6 +287,7 @@ class _Worker:
 
     def __init__(self, holder: Holder, request: Request) -> None:
         task, plan, local = holder.task, request.plan, request.local
+        check_unit(task, plan.unit)
         self.task, self.shape = task, holder.shape
         self.model = task.fresh(holder.shape, request.seed)
         self.trainer: PrivateTrainer | PlainTrainer

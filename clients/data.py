@@ -28,9 +28,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
+from clients import ratings
 from clients.places import Place, entries_of, place_of, stream_of
 from clients.records import Records, faults, sanitize
 from clients.tables import SUFFIXES, Schema, Table, encode, parse_schema, read_schema, read_table
+from models.ratings import SHAPE as RATING_SHAPE
+from models.ratings import STARS
 from models.shape import Shape
 from models.task import Features, Task
 from privacy.errors import DataError, TacitError
@@ -56,6 +59,7 @@ class SourceName(StrEnum):
     MNIST = "mnist"
     FASHION_MNIST = "fashion-mnist"
     CIFAR10 = "cifar10"
+    MOVIELENS = "movielens-100k"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,7 +103,7 @@ def load_source(
         task: Its ``data`` names a built-in source or is a callable.
         data: Where the data lies: a folder or a schema file for ``table``, a folder for ``image-folder``, the
             download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, or for the last one a folder of its
-            images. None or "" for the others. A
+            images; a folder or zip file for ``movielens-100k``. None or "" for the others. A
             relative path is looked for in the current folder, then in `data_folder`. The first two may be sealed
             (`clients.places`); they are opened in memory.
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
@@ -175,6 +179,8 @@ def _loaded(task: Task, data: str | None, options: Mapping[str, str], strict: bo
             if data and name == SourceName.CIFAR10 and (place := _place(task, data) / "train").is_dir():
                 return _cifar_images(place.parent, strict)
             return _torchvision(name, Path(data).expanduser() if data else data_folder())
+        case SourceName.MOVIELENS:
+            return _movielens(data, strict)
 
 
 def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | None]:
@@ -202,6 +208,8 @@ def _published(task: Task, data: str | None) -> tuple[Shape | None, int | None]:
     if task.data in (SourceName.DIGITS, SourceName.BREAST_CANCER):
         source = _loaded(task, None, {}, True)
         return source.shape, source.declared_records
+    if task.data == SourceName.MOVIELENS:
+        return RATING_SHAPE, _MOVIELENS_RECORDS
     if task.data == SourceName.TABLE and data:
         path = _place(task, data)
         schema = read_schema(path / "schema.toml" if path.is_dir() else path)
@@ -234,6 +242,25 @@ def _tested(count: int, multiplier: int, test: int) -> Tensor:
     machine and for every version of every library.
     """
     return torch.arange(count) * multiplier % count < test
+
+
+# 100,000 ratings are published, of which each user's last fifth is held out.
+_MOVIELENS_RECORDS = 80_000
+
+
+def _movielens(data: str | None, strict: bool) -> Source:
+    """MovieLens 100K; each user is a natural client."""
+    found = ratings.load(ratings.where(data, data_folder()), strict)
+    return Source(
+        name=SourceName.MOVIELENS,
+        shape=RATING_SHAPE,
+        train=found.train,
+        test=found.test,
+        declared_records=_MOVIELENS_RECORDS,
+        keys=found.users,
+        key_names=found.names,
+        classes=tuple(f"{number} star{'s' * (number > 1)}" for number in range(1, STARS + 1)),
+    )
 
 
 def _all_valid(inputs: Tensor, targets: Tensor) -> Records:

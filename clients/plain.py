@@ -1,5 +1,9 @@
 """Training at a client whose update a trusted server will hide: plain steps, then a clip (guarantee G16).
 
+A task may bring its own local rule instead of steps on its loss (`models.task.Task.local`): a ridge regression, games
+played on the client's own machine. It changes nothing here: whatever a rule does, what leaves is the difference of the
+parameters, of the same length always, clipped in the one place that clips plain steps too.
+
 Nothing here is private by itself. The update goes to the server in the clear; what protects the client from everybody
 else is the noise that `privacy.central` adds there, and it is added for an update of norm at most the clip. The server
 clips again, so a mistake here can cost usefulness and never the guarantee.
@@ -17,16 +21,29 @@ import torch
 from torch import Tensor, nn
 
 from clients.records import Records
-from models.task import Task
+from models.task import Pace, Task
 from privacy.central import Vector, clip_update
 from privacy.dpsgd import Descent
 from privacy.errors import PlanError
 from privacy.noise import RandomSource
-from privacy.plan import Local, Plan
+from privacy.plan import Local, Plan, Unit, require
 from privacy.vault import private_logger
 
 # Details of a fault stay with the holder; they reach only what a deployment attaches here, a `SealedLog`.
 _log = private_logger("tacit.client")
+
+
+def check_unit(task: Task, unit: Unit) -> None:
+    """Refuses a plan that protects records for a task whose clients train by a rule of its own.
+
+    Raises:
+        PlanError: Such a rule has no gradient of one record that could be clipped.
+    """
+    require(
+        task.local is None or unit is Unit.CLIENT,
+        f"expected unit client for task {task.name}, whose clients train by a rule of its own, got unit {unit}; no "
+        "bound on one record exists there, so use --unit client, at a server that is trusted to add the noise",
+    )
 
 
 class PlainTrainer:
@@ -43,11 +60,19 @@ class PlainTrainer:
 
         Args:
             model: Checked by `privacy.dpsgd.check_model`; only trainable parameters move and travel.
-            task: Its loss and augmentation.
+            task: Its loss and augmentation, or its local rule.
             plan: At unit client: steps, and the rate of local batches.
             local: Learning knobs.
             device: Where gradients are computed.
+
+        Raises:
+            PlanError: A learning knob is given that the task's own local rule would ignore.
         """
+        require(
+            task.local is None or local == Local(lr=local.lr),
+            f"expected no optimizer, momentum, weight-decay or proximal-mu for task {task.name}, whose clients train "
+            "by a rule of its own that would ignore them, got one; drop it",
+        )
         self._plan, self._local, self._task = plan, local, task
         self._model = copy.deepcopy(model).to(device).train()
         self._trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
@@ -67,7 +92,17 @@ class PlainTrainer:
             return
         try:
             inputs, targets = make_batch(self._plan.physical_batch)
-            self._gradient(inputs, targets)
+            if self._task.local is None:
+                self._gradient(inputs, targets)
+            else:
+                self._ruled(
+                    torch.cat([p.detach().cpu().flatten() for p in self._trainable.values()]),
+                    inputs,
+                    targets,
+                    1,
+                    self._local.lr,
+                    0,
+                )
         except Exception as error:
             raise PlanError(
                 f"expected the model to run on {self._plan.physical_batch} synthetic records, got {error}; check the "
@@ -112,6 +147,11 @@ class PlainTrainer:
         """Returns the parameters after the steps, float32 ``(P,)`` on the CPU."""
         weights = start.to("cpu", torch.float32, copy=True)
         usable = records.valid.nonzero().squeeze(1)
+        if self._task.local is not None:
+            if not len(usable):
+                return weights
+            inputs, targets = records.inputs[usable], records.targets[usable]
+            return self._ruled(weights, inputs, targets, self._plan.steps, lr, source.seed())
         descent = Descent(self._local, lr, start.to("cpu", torch.float32))
         for _ in range(self._plan.steps):
             chosen = usable[source.coins(len(usable), self._plan.sample_rate)]
@@ -125,6 +165,25 @@ class PlainTrainer:
             with torch.no_grad():
                 descent.move(weights, total / len(chosen))
         return weights
+
+    def _ruled(self, start: Tensor, inputs: Tensor, targets: Tensor, steps: int, lr: float, seed: int) -> Tensor:
+        """Returns where the task's own rule leads from ``start``, float32 ``(P,)`` on the CPU.
+
+        Raises:
+            ValueError: The rule changed a parameter's shape.
+        """
+        if self._task.local is None:
+            raise ValueError("expected a task with a local rule, got one without")
+        self._write(start)
+        # A copy each time: what a rule leaves in the model may not reach the next client of this process.
+        model = copy.deepcopy(self._model)
+        plan = self._plan
+        pace = Pace(steps=steps, sample_rate=plan.sample_rate, lr=lr, batch=plan.physical_batch, seed=seed)
+        self._task.local(model, inputs.to(self._device), targets.to(self._device), pace)
+        moved = dict(model.named_parameters())
+        if any(tuple(moved[name].shape) != shape for name, shape in zip(self.names, self.shapes, strict=True)):
+            raise ValueError("expected parameters of the shapes that the model has, got others from the local rule")
+        return torch.cat([moved[name].detach().to("cpu", torch.float32).flatten() for name in self.names])
 
     @torch.no_grad()
     def _write(self, weights: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from models.shape import Shape, classification, cross_entropy, random_batch
 
-__all__ = ["Features", "Shape", "Task"]
+__all__ = ["Features", "Pace", "Shape", "Task"]
 
 Pair = tuple[Dataset[Any], Dataset[Any]]
 
@@ -41,6 +41,25 @@ class Features(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How far one client goes in one round; what a local rule makes of it is its own affair.
+
+    Attributes:
+        steps: Local steps, at least 1.
+        sample_rate: Rate of the local batches, in (0, 1].
+        lr: This round's learning rate > 0.
+        batch: The most records in memory at a time.
+        seed: Fresh for every client and round, in [0, 2**63); all randomness of a rule comes from it.
+    """
+
+    steps: int
+    sample_rate: float
+    lr: float
+    batch: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """What is learned: records, model, loss and metrics. Frozen, and public in every field.
 
@@ -61,6 +80,12 @@ class Task:
             the shape of the features. None to train on the records as they are.
         augment: Random views of one record: gets it K times, shape ``(K, *inputs)`` on the CPU, and returns K views of
             it. It never sees two records, so it cannot mix them. None for no augmentation.
+        local: How a client trains, where that is not plain steps on ``loss``: gets a copy of the round's model, the
+            client's records, inputs ``(n, *inputs)`` and classes ``(n,)`` with n >= 1, and a `Pace`, and moves the
+            model's parameters in place. What it does is not bounded, so such a task needs unit client, where the whole
+            update is clipped afterwards, whatever the rule did. None for plain steps.
+        evaluate: Figures of a model over the whole public test set, the headline first, where they are no function of
+            one output a record; gets the model, inputs ``(N, *inputs)`` and classes ``(N,)``. None for ``metrics``.
         defaults: Scenario keys that this task sets, by their kebab-case names; flags and files override them.
         shape: Public shape of the records; required where ``data`` is a callable, ignored for built-in
             sources, which know their own.
@@ -81,6 +106,8 @@ class Task:
     synthetic: Callable[[Shape, int, torch.Generator], tuple[Tensor, Tensor]] = random_batch
     features: Features | None = None
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    local: Callable[[nn.Module, Tensor, Tensor, Pace], None] | None = None
+    evaluate: Callable[[nn.Module, Tensor, Tensor], dict[str, float]] | None = None
     defaults: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
     shape: Shape | None = None
     declared_records: int | None = None
@@ -95,6 +122,22 @@ class Task:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.build(shape)
+
+    @torch.no_grad()
+    def figures(self, model: nn.Module, inputs: Tensor, targets: Tensor, *, device: str = "cpu") -> dict[str, float]:
+        """Returns the figures of a model over the whole public test set, the headline first.
+
+        Args:
+            model: On ``device``; put into evaluation mode.
+            inputs: Shape ``(N, *inputs)``, on the CPU.
+            targets: Classes, shape ``(N,)``.
+            device: Where the model lies.
+        """
+        model.eval()
+        if self.evaluate is not None:
+            return {name: float(value) for name, value in self.evaluate(model, inputs, targets).items()}
+        outputs = torch.cat([model(part.to(device)).cpu() for part in torch.split(inputs, 1024)])
+        return {name: float(value) for name, value in self.metrics(outputs, targets).items()}
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -199,10 +199,7 @@ def evaluate(job: Job, model: torch.nn.Module, arrays: Arrays) -> dict[str, floa
     with torch.no_grad():
         for name, value in arrays.items():
             parameters[name].copy_(torch.from_numpy(value))
-        model.eval()
-        inputs, targets = job.test
-        outputs = torch.cat([model(part.to(job.device)).cpu() for part in torch.split(inputs, 1024)])
-    return {name: float(value) for name, value in job.task.metrics(outputs, targets).items()}
+    return job.task.figures(model, *job.test, device=job.device)
 
 
 def run(job: Job, grid: Grid) -> Ending:

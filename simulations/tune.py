@@ -28,6 +28,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from clients.data import Source, SourceName, load_source, published
+from clients.plain import check_unit
 from models.catalog import find_task
 from models.task import Task
 from privacy.accounting import Event, Grant, best_order, merged, pld_epsilon, rdp, split_noise
@@ -225,6 +226,7 @@ def prepare(
             raise PlanError(f"expected {clash[0]} either for all candidates or to try, got both; drop one of the two")
     scenarios = [Scenario.layered(file, {**flags, **settings}) for settings in candidates]
     task = _task(base.task)
+    check_unit(task, Unit(base.unit))
     why = _why_public(base, task, statement) if public else ""
     populations = {population_words(each, _task(each.task)) for each in scenarios}
     require(
@@ -652,7 +654,7 @@ def _metrics(folder: Path, scenario: Scenario, source: Source, rows: torch.Tenso
 
 def less_is_better(metric: str) -> bool:
     """Says whether a metric counts faults: its name speaks of a loss or an error."""
-    return any(word in metric.lower() for word in ("loss", "error", "perplexity"))
+    return any(word in metric.lower() for word in ("loss", "error", "perplexity", "rmse"))
 
 
 def _conclude(search: dict[str, Any], base: Scenario, out: Path, ledgers: Path | None, source: Source) -> None:

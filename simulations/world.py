@@ -24,7 +24,7 @@ from clients.app import parse_request
 from clients.data import Source, load_source
 from clients.holder import Holder, Kept, SecureSources, Sources, content_of, noise_name
 from clients.metrics import Judge
-from clients.plain import PlainTrainer
+from clients.plain import PlainTrainer, check_unit
 from clients.records import Records, faults
 from models.catalog import find_task
 from models.task import Shape, Task
@@ -545,6 +545,7 @@ def settle(scenario: Scenario, task: Task, shape: Shape) -> Settled:
     """
     if scenario.weights == "declared" and scenario.engine != "local":
         raise PlanError("expected engine local with declared weights, got ray, where nodes have no fixed numbers")
+    check_unit(task, Unit(scenario.unit))
     device = _device(scenario.device)
     if scenario.unit == Unit.CLIENT:
         return _settle_central(scenario, task, shape, device)
