@@ -1192,7 +1192,8 @@ def _work_pages(acts: Any) -> None:
         made.add_argument("--json", action="store_true", help="one JSON object, for programs")
         return made
 
-    _metrics_flag(act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C"))
+    start = act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C")
+    _metrics_flag(start)
     stop = act("stop", "end what start runs; the round that is on is finished first")
     stop.add_argument("--now", action="store_true", help="wait for no round; it is spent, and may be lost")
     act("status", "show what runs, which jobs were offered, and what is left of the budget")
@@ -1210,13 +1211,13 @@ def _work_pages(acts: Any) -> None:
     policy.add_argument("--nothing", action="store_true", help="accept nothing without asking")
     worker = act("worker", "run the worker alone, under a user who may read the data")
     worker.add_argument("--courier-group", metavar="GROUP", help="group of the user that the courier runs under")
-    worker.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
     act("tunnel", "run the tunnel alone")
     act("supernode", "run Flower's SuperNode alone, under a user who may not read the data")
     act("prepare", "choose ports and make certificates for parts that are started one by one")
     courier = act("courier", "run the courier alone, under a user who may not read the data")
     units = act("units", "write systemd units, a compose file and an image recipe for these parts into a folder")
-    units.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
+    for made in (start, worker, units):
+        made.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
     _units_flags(units)
     for made in (worker, courier):
         made.add_argument(
@@ -1270,14 +1271,23 @@ def _places(arguments: argparse.Namespace) -> Any:
     return Places(_client_home(arguments))
 
 
-def _until_stopped() -> Any:
-    """Returns an event that SIGTERM and Ctrl-C set."""
+def _until_stopped(*, twice: bool = False) -> Any:
+    """Returns an event that SIGTERM and Ctrl-C set; where ``twice``, a second one ends what is on at once."""
     import signal
     import threading
 
     stop = threading.Event()
+
+    def ask(*_: object) -> None:
+        if twice and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        if twice:
+            # Not through a buffer: it may be the one that is being written to.
+            os.write(2, b"\ntacit: stopping after this round; press Ctrl-C again to stop at once\n")
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, ask)
     return stop
 
 
@@ -1309,7 +1319,8 @@ def _client_start(arguments: argparse.Namespace) -> int:
         print(f"tacit: the certificate is not renewed yet: {error}", file=sys.stderr)
     _log_to_stderr()
     renewal = Chore(name="renewal", do=lambda: renew_when_due(places.home, version=__version__), every_s=300)
-    processes = Processes(parts_of(places), logs=places.logs, status=places.status, chores=[renewal])
+    parts = parts_of(places, device=arguments.device)
+    processes = Processes(parts, logs=places.logs, status=places.status, chores=[renewal])
     processes.start()
     with _metrics(arguments, processes, loopback=True, collect=lambda: figures_of(places.home)) as shown:
         _say_started_client(arguments, name, federation, places, shown)
@@ -2068,6 +2079,9 @@ def _server_page(kinds: Any) -> None:
     run.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="scenario file")
     run.add_argument("--resume", metavar="RUN", type=Path, help="go on with the job in this folder")
     run.add_argument("--wait", metavar="TIME", default="10m", help="longest wait for the clients: 30m, 24h, 7d")
+    run.add_argument(
+        "--relay-wait", metavar="TIME", default="24h", help="longest wait for a relay that went away: 30m, 24h, 7d"
+    )
     run.add_argument("--quiet", action="store_true", help="print the closing summary only")
     _keys(run, _deployed_groups())
     for made in (init, enrol, start, prepare):
@@ -2275,20 +2289,25 @@ def _server_run(arguments: argparse.Namespace) -> int:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     silent = arguments.json or arguments.quiet
     display = _Silent() if silent else _Display(scenario)
-    stop = _until_stopped()
+    stop = _until_stopped(twice=True)
     folder = arguments.resume or (
         Path(scenario.out) if scenario.out else Path("runs") / time.strftime("job-%Y%m%d-%H%M%S")
     )
-    with display.shown():
-        summary = deploy(
-            scenario,
-            ServerHome.open(_server_folder(arguments)),
-            folder.resolve(),
-            resume=arguments.resume is not None,
-            wait_s=_seconds(arguments.wait),
-            observer=display,
-            stopping=stop.is_set,
-        )
+    how = f"stopped; go on with: tacit server run --resume {_short(str(folder.resolve()))}"
+    try:
+        with display.shown():
+            summary = deploy(
+                scenario,
+                ServerHome.open(_server_folder(arguments)),
+                folder.resolve(),
+                resume=arguments.resume is not None,
+                wait_s=_seconds(arguments.wait),
+                relay_wait_s=_seconds(arguments.relay_wait),
+                observer=display,
+                stopping=stop.is_set,
+            )
+    except KeyboardInterrupt:
+        return _fail(how if (folder / "job.json").exists() else "stopped", 130)
     if arguments.json:
         print(json.dumps(_finite(summary), allow_nan=False))
     else:
@@ -2298,7 +2317,7 @@ def _server_run(arguments: argparse.Namespace) -> int:
         rows["report"] = _short(str(summary["report"]))
         _print_rows(_console(), rows)
     if summary["status"] == "interrupted":
-        return _fail(f"stopped; go on with: tacit server run --resume {_short(str(summary['run']))}", 130)
+        return _fail(how, 130)
     return 0
 
 

@@ -33,6 +33,8 @@ _ENVIRONMENT: Final = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "SSL_CERT_DIR"),
     # How many cores torch takes: who shares a machine with others says so there.
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    # Which GPUs it takes, and where a driver's libraries lie that are not in the usual folders.
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "LD_LIBRARY_PATH"),
 )
 _QUIET: Final = {
     # Flower tells its maker about every start otherwise.
