@@ -428,7 +428,9 @@ class Relay:
             # Every start makes another certificate; this run's connection would never trust it.
             with contextlib.suppress(OSError):
                 if (_pem(self._authority) or b"") != self._root:
-                    raise RunOverError(f"{over}it was started anew; go on with the job: tacit server run --resume") from None
+                    raise RunOverError(
+                        f"{over}it was started anew; go on with the job: tacit server run --resume"
+                    ) from None
             raise
         except (ValueError, ObjectPushError) as error:
             # Flower's word for an answer that is not in its format.

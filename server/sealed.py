@@ -412,7 +412,9 @@ class SealedGrid(Grid):
             ) from None
         if now - self._told >= _STILL_AWAY_S:
             self._told = now
-            _log.warning("the relay has not answered for %.0f s (%s); waiting for it: is tacit server start on?", silent, error)
+            _log.warning(
+                "the relay has not answered for %.0f s (%s); waiting for it: is tacit server start on?", silent, error
+            )
 
     def _see(self, lines: Iterable[_Line]) -> None:
         """Looks who is there, now and then; a node that has come anew is told again at once what it is to do."""
