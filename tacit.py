@@ -1177,6 +1177,7 @@ def _client(arguments: argparse.Namespace) -> int:
         "tunnel": _client_tunnel,
         "courier": _client_courier,
         "supernode": _client_supernode,
+        "metrics": _client_metrics,
         "prepare": _client_prepare,
         "units": _client_units,
     }
@@ -1215,6 +1216,7 @@ def _work_pages(acts: Any) -> None:
     act("supernode", "run Flower's SuperNode alone, under a user who may not read the data")
     act("prepare", "choose ports and make certificates for parts that are started one by one")
     courier = act("courier", "run the courier alone, under a user who may not read the data")
+    act("metrics", _SHOWS).add_argument("where", metavar="HOST:PORT", help="on loopback; so is a port alone")
     units = act("units", "write systemd units, a compose file and an image recipe for these parts into a folder")
     for made in (start, worker, units):
         made.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
@@ -1223,6 +1225,9 @@ def _work_pages(acts: Any) -> None:
         made.add_argument(
             "--socket", metavar="FILE", type=Path, help="where the two meet (default: run/worker.sock in the home)"
         )
+
+
+_SHOWS: Final = "serve figures for Prometheus alone, beside parts that are started one by one, until Ctrl-C"
 
 
 def _metrics_flag(page: Any) -> None:
@@ -1236,6 +1241,7 @@ def _units_flags(page: Any) -> None:
     page.add_argument("--user", metavar="NAME", help="who runs what reads secrets (default: who owns the home)")
     page.add_argument("--program", metavar="FILE", type=Path, help="path of tacit there (default: this one's)")
     page.add_argument("--force", action="store_true", help="replace files that are there")
+    page.add_argument("--metrics", metavar="HOST:PORT", help="one unit more, which serves figures for Prometheus there")
 
 
 def _write_units(arguments: argparse.Namespace, home: Any, files_of: Any, **more: str) -> int:
@@ -1249,6 +1255,7 @@ def _write_units(arguments: argparse.Namespace, home: Any, files_of: Any, **more
         program=str(program.absolute()),
         folder=folder,
         version=__version__,
+        metrics=arguments.metrics,
         **more,
     )
     written = write_files(folder, texts, force=arguments.force)
@@ -1357,6 +1364,34 @@ def _metrics(arguments: argparse.Namespace, processes: Any, *, loopback: bool, c
         yield f"; metrics at port {shown.port}"
     finally:
         shown.close()
+
+
+def _show_metrics(arguments: argparse.Namespace, *, loopback: bool, collect: Any) -> int:
+    from privacy.exposition import Exposition, place
+
+    _log_to_stderr()
+    stop = _until_stopped()
+    shown = Exposition(*place(arguments.where, loopback=loopback), collect)
+    print(json.dumps({"port": shown.port}) if arguments.json else f"metrics at port {shown.port}", flush=True)
+    try:
+        stop.wait()
+    finally:
+        shown.close()
+    return 0
+
+
+def _group_of(text: str | None) -> int | None:
+    """Returns the number of a group that is given by name or number."""
+    import grp
+
+    from privacy.errors import PlanError
+
+    if not text or text.isdecimal():
+        return int(text) if text else None
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise PlanError(f"expected a group of this machine, got {text!r}; make it first") from None
 
 
 def _require_stopped(status: Mapping[str, object] | None, what: str) -> None:
@@ -1688,19 +1723,12 @@ def _client_policy(arguments: argparse.Namespace) -> int:
 
 
 def _client_worker(arguments: argparse.Namespace) -> int:
-    import grp
-
     from clients.isolation import Noted
     from clients.services import worker_of
     from clients.worker import Doorway
-    from privacy.errors import PlanError
     from simulations.world import code_hash
 
-    places = _places(arguments)
-    try:
-        group = grp.getgrnam(arguments.courier_group).gr_gid if arguments.courier_group else None
-    except KeyError:
-        raise PlanError(f"expected a group of this machine, got {arguments.courier_group!r}; make it first") from None
+    places, group = _places(arguments), _group_of(arguments.courier_group)
     stop = _until_stopped()
     worker = worker_of(places, code=code_hash(), device=arguments.device)
     at = arguments.socket or places.worker
@@ -1727,6 +1755,14 @@ def _client_units(arguments: argparse.Namespace) -> int:
     from clients.units import files_of
 
     return _write_units(arguments, _client_home(arguments), files_of, device=arguments.device)
+
+
+def _client_metrics(arguments: argparse.Namespace) -> int:
+    from clients.services import figures_of
+
+    home = _client_home(arguments)
+    _ = home.settings
+    return _show_metrics(arguments, loopback=True, collect=lambda: figures_of(home))
 
 
 def _client_prepare(arguments: argparse.Namespace) -> int:
@@ -2071,7 +2107,10 @@ def _server_page(kinds: Any) -> None:
     act("stop", "end what start runs")
     act("status", "show what runs, who is enrolled, and who is connected")
     _logs_page(act("logs", "show what the processes wrote"))
-    act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
+    gateway = act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
+    gateway.add_argument("--bell", metavar="FILE", type=Path, help="where it hears of messages (default: in the home)")
+    gateway.add_argument("--bell-group", metavar="GROUP", help="group whose members may say so, by name or number")
+    act("metrics", _SHOWS).add_argument("where", metavar="HOST:PORT", help="a port alone is one on loopback")
     act("relay", "run the relay alone, under a user who may read no key of the server's")
     prepare = act("prepare", "choose ports and make certificates for parts that are started one by one")
     _units_flags(act("units", "write systemd units, a compose file and an image recipe for these parts into a folder"))
@@ -2105,6 +2144,7 @@ def _server(arguments: argparse.Namespace) -> int:
         "status": _server_status,
         "logs": _server_logs,
         "gateway": _server_gateway,
+        "metrics": _server_metrics,
         "relay": _server_relay,
         "prepare": _server_prepare,
         "units": _server_units,
@@ -2238,7 +2278,7 @@ def _server_gateway(arguments: argparse.Namespace) -> int:
 
     _log_to_stderr()
     places, stop = _server_places(arguments), threading.Event()
-    gateway = gateway_of(places)
+    gateway = gateway_of(places, bell=arguments.bell, group=_group_of(arguments.bell_group))
     for keep in (Roster(places).keep, Counted(places, gateway).keep):
         threading.Thread(target=keep, args=(stop,), daemon=True).start()
     try:
@@ -2246,6 +2286,13 @@ def _server_gateway(arguments: argparse.Namespace) -> int:
     finally:
         stop.set()
     return 0
+
+
+def _server_metrics(arguments: argparse.Namespace) -> int:
+    from server.services import figures_of
+
+    places = _server_places(arguments)
+    return _show_metrics(arguments, loopback=False, collect=lambda: figures_of(places))
 
 
 def _server_relay(arguments: argparse.Namespace) -> int:

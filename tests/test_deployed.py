@@ -331,6 +331,7 @@ def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_wi
             # A moment later in each round than in the one before, so that not all die while they idle.
             federation.await_rounds("wild", len(federation.rounds("wild")) + 1)
             time.sleep(0.15 * len(took))
+            until(lambda: part in machine.pids, f"a {part}")
             pid, told, began = machine.pids[part], len(federation.rounds("wild")), time.monotonic()
             os.kill(pid, signal.SIGKILL)
             until(lambda: machine.pids.get(part, pid) != pid, f"another {part}")
@@ -534,7 +535,7 @@ class Network:
 def test_across_networks_what_is_cut_killed_and_healed_costs_no_reply_and_ends_with_the_model_of_a_calm_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names, rounds = ("north", "east", "south"), 24
+    names, rounds = ("north", "east", "south"), 18
     took: dict[str, float] = {}
     with (
         Network(["server", *names]) as network,
@@ -556,6 +557,8 @@ def test_across_networks_what_is_cut_killed_and_healed_costs_no_reply_and_ends_w
             took[what] = federation.await_rounds("wild", told() + 2)
 
         def kill(machine: Federation | Client, part: str) -> None:
+            # A SuperNode is ended with its courier.
+            until(lambda: part in machine.pids, f"a {part}")
             pid = machine.pids[part]
             os.kill(pid, signal.SIGKILL)
             until(lambda: machine.pids.get(part, pid) != pid, f"another {part}")
