@@ -278,8 +278,14 @@ def test_g19_from_invitation_to_report_and_neither_records_nor_updates_are_on_th
 SAME = 1e-6
 
 
-def require_right_model(federation: Federation, name: str, calm: str, scratch: Path) -> str:
+def require_right_model(federation: Federation, name: str, scratch: Path, calm: str = "") -> str:
     """Checks a job's model: that of a calm run where every reply came, else what the recorded answers make.
+
+    Args:
+        federation: Where it was run.
+        name: Of the job.
+        scratch: A new folder.
+        calm: A job that nothing befell; without one, it is played again in one process in either case.
 
     Returns:
         Which of the two it was.
@@ -287,7 +293,7 @@ def require_right_model(federation: Federation, name: str, calm: str, scratch: P
     asked, rounds = len(federation.clients), federation.rounds(name)
     model = model_of(federation, name)
     assert max(np.abs(value).max() for value in model.values()) > 1e-2
-    if all(line["replies"] == asked for line in rounds):
+    if calm and all(line["replies"] == asked for line in rounds):
         assert [line["replies"] for line in federation.rounds(calm)] == [asked] * len(rounds)
         assert distance(model, model_of(federation, calm)) < SAME
         return "as in calm"
@@ -317,7 +323,7 @@ def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_wi
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     took: dict[str, float] = {}
-    rounds = 40
+    rounds = 32
     job = ("--clients", 2, "--rounds", rounds, "--records-per-client", 720)
     with Federation(tmp_path / "all", seeded=True) as federation:
         for client in federation.clients:
@@ -328,9 +334,8 @@ def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_wi
         run = federation.run("wild", *job)
 
         def kill(machine: Federation | Client, part: str) -> None:
-            # A moment later in each round than in the one before, so that not all die while they idle.
-            federation.await_rounds("wild", len(federation.rounds("wild")) + 1)
-            time.sleep(0.15 * len(took))
+            # Some time after the end of a round, and never the same, so that not all die while they idle.
+            time.sleep(0.1 * len(took))
             until(lambda: part in machine.pids, f"a {part}")
             pid, told, began = machine.pids[part], len(federation.rounds("wild")), time.monotonic()
             os.kill(pid, signal.SIGKILL)
@@ -340,11 +345,12 @@ def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_wi
             took[part] = time.monotonic() - began
             assert run.poll() is None
 
+        federation.await_rounds("wild", 1)
         for part in ("worker", "courier", "supernode", "tunnel"):
             kill(first, part)
         for part in ("gateway", "relay", "enrolment"):
             kill(federation, part)
-        federation.await_rounds("wild", len(federation.rounds("wild")) + 1)
+        time.sleep(0.5)
         run.kill()
         run.communicate()
         assert len(federation.rounds("wild")) < rounds - 2
@@ -368,7 +374,7 @@ def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_wi
         assert [line["replies"] for line in federation.rounds("wild")] == [2] * rounds
         verified(federation, "wild")
         require_sound_charges(federation, "wild", {first.name: 2})
-        assert require_right_model(federation, "wild", "calm", tmp_path / "again") == "as in calm"
+        assert require_right_model(federation, "wild", tmp_path / "again", "calm") == "as in calm"
     with capsys.disabled():
         usual = sorted(line["seconds"] for line in federation.rounds("calm"))
         rounded = {part: round(seconds, 1) for part, seconds in took.items()}
@@ -389,7 +395,6 @@ def test_a_job_waits_for_a_servers_machine_that_was_off_for_longer_than_the_rela
         for client in federation.clients:
             client.join(*RICH)
         federation.start_clients()
-        federation.finished(federation.run("calm", *job))
         run = federation.run("job", *job)
         federation.await_rounds("job", 2)
         server, pids = federation.server, federation.pids
@@ -411,7 +416,8 @@ def test_a_job_waits_for_a_servers_machine_that_was_off_for_longer_than_the_rela
         assert (summary["status"], summary["rounds"]) == ("finished", 8)
         verified(federation, "job")
         require_sound_charges(federation, "job", {})
-        assert require_right_model(federation, "job", "calm", tmp_path / "again") == "as in calm"
+        assert [line["replies"] for line in federation.rounds("job")] == [2] * 8
+        assert require_right_model(federation, "job", tmp_path / "again") == "as played again"
     with capsys.disabled():
         print(f"\nafter {off:g} s without a server's machine, a round ended {took:.1f} s after its start")
     assert took < 120
@@ -532,10 +538,10 @@ class Network:
 
 
 @pytest.mark.slow
-def test_across_networks_what_is_cut_killed_and_healed_costs_no_reply_and_ends_with_the_model_of_a_calm_run(
+def test_across_networks_what_is_cut_killed_and_healed_ends_with_the_model_of_the_answers_that_came(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names, rounds = ("north", "east", "south"), 18
+    names, rounds = ("north", "east", "south"), 16
     took: dict[str, float] = {}
     with (
         Network(["server", *names]) as network,
@@ -545,7 +551,6 @@ def test_across_networks_what_is_cut_killed_and_healed_costs_no_reply_and_ends_w
             client.join(*RICH)
         federation.start_clients()
         job = ("--clients", 3, "--rounds", rounds, "--records-per-client", 400)
-        federation.finished(federation.run("calm", *job))
         run = federation.run("wild", *job)
         _, east, south = federation.clients
 
@@ -597,10 +602,11 @@ def test_across_networks_what_is_cut_killed_and_healed_costs_no_reply_and_ends_w
         verified(federation, "wild")
         missing = sum(3 - line["replies"] for line in federation.rounds("wild"))
         require_sound_charges(federation, "wild", {east.name: 1, south.name: 1}, missed=missing)
-        model = require_right_model(federation, "wild", "calm", tmp_path / "again")
+        # Nobody's answer missing, that is the model of an undisturbed run in one process.
+        require_right_model(federation, "wild", tmp_path / "again")
     with capsys.disabled():
         rounded = {what: round(seconds, 1) for what, seconds in took.items()}
-        print(f"\nreplies missing: {missing}; the model is {model}; seconds from healing to two rounds: {rounded}")
+        print(f"\nreplies missing: {missing}; seconds from healing to two rounds: {rounded}")
     assert max(took.values()) < 120
 
 
