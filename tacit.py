@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -1327,12 +1327,33 @@ def _client_start(arguments: argparse.Namespace) -> int:
     _log_to_stderr()
     renewal = Chore(name="renewal", do=lambda: renew_when_due(places.home, version=__version__), every_s=300)
     parts = parts_of(places, device=arguments.device)
-    processes = Processes(parts, logs=places.logs, status=places.status, chores=[renewal])
+    offers = Chore(name="offers", do=_tells_of_offers(places, arguments.json), every_s=2, again_s=30)
+    processes = Processes(parts, logs=places.logs, status=places.status, chores=[renewal, offers])
     processes.start()
     with _metrics(arguments, processes, loopback=True, collect=lambda: figures_of(places.home)) as shown:
         _say_started_client(arguments, name, federation, places, shown)
         processes.run()
     return 0
+
+
+def _tells_of_offers(places: Any, silent: bool) -> Callable[[], None]:
+    """Returns what says, once for each job, that it waits for the holder's decision."""
+    from clients.jobs import Decision, Jobs
+
+    told: set[str] = set()
+
+    def look() -> None:
+        for name in sorted(set(Jobs(places.jobs).names()) - told):
+            job = Jobs(places.jobs).get(name)
+            told.add(name)
+            if job is not None and job.decision is Decision.WAITING and not silent:
+                print(
+                    f"a job of {job.terms.task} waits for your decision; what it asks and costs: tacit client plan "
+                    f"{name[:12]}; then approve or refuse it",
+                    flush=True,
+                )
+
+    return look
 
 
 def _say_started_client(arguments: argparse.Namespace, name: str, federation: str, places: Any, shown: str) -> None:
@@ -1586,7 +1607,9 @@ def _client_status(arguments: argparse.Namespace) -> int:
         **_faults(status),
         "spent": f"epsilon {_epsilon(account.spent)} of {_epsilon(account.grant.epsilon)} at delta "
         f"{account.grant.delta:g}, in {account.charges} charges",
-        "jobs": f"{len(jobs)}, {sum(job['decision'] == 'waiting' for job in jobs)} of them wait for a decision",
+        "jobs": f"{len(jobs)}, {sum(job['decision'] == 'waiting' for job in jobs)} of them wait for a decision"
+        if jobs
+        else "none was offered yet",
     }
     _print_rows(console, rows)
     if status:
@@ -1634,6 +1657,13 @@ def _one_job(places: Any, digits: str) -> Any:
     return jobs.get(found[0])
 
 
+def _turns_of(plan: Mapping[str, Any]) -> str:
+    spare = plan["joins"] - plan["rounds"]
+    if spare < 0:
+        return f"at most {plan['joins']} of {plan['rounds']} rounds"
+    return f"{plan['rounds']} rounds; the cost covers {spare} spare charge{'' if spare == 1 else 's'} for retries"
+
+
 def _client_plan(arguments: argparse.Namespace) -> int:
     places = _places(arguments)
     account = _client_account(places)
@@ -1644,7 +1674,7 @@ def _client_plan(arguments: argparse.Namespace) -> int:
     plan, cost = job["plan"], job["cost"]
     rows = {
         "job": job["job"],
-        "asks for": f"{job['task']}, from {job['clients']} clients, at most {plan['joins']} of {plan['rounds']} rounds",
+        "asks for": f"{job['task']}, from {job['clients']} clients, {_turns_of(plan)}",
         "curator": job["curator"] or "not said",
         "purpose": job["purpose"] or "not said",
         "protects": _protected(job["unit"]),
@@ -2009,6 +2039,10 @@ def _client_join(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         if told["joined"]:
             print(f"\nJoined {told['federation']} as {invitation.name}; this client's home is {home.folder}.")
+            print(
+                f"Next: tacit client start. A job waits for your decision: tacit client jobs, then approve or refuse; "
+                f"or say once what needs none: tacit client policy --accept {settings.task} --epsilon X."
+            )
         else:
             print("\nNot joined, and the invitation is still good: mend what failed and join again.")
     return code
@@ -2185,7 +2219,10 @@ def _server_start(arguments: argparse.Namespace) -> int:
     words = (
         f"{home.settings.name} is reached at {', '.join(map(str, home.settings.addresses))}; "
         f"logs in {_short(str(places.logs))}; Ctrl-C ends it"
-        + ("\nrelay = server: one user of this machine reads both folders, so the relay counts as the server" * same)
+        + (
+            "\nnote: one user runs relay and server, so reports count them as one; to part them: tacit server units"
+            * same
+        )
     )
     with _metrics(arguments, processes, loopback=False, collect=lambda: figures_of(places)) as shown:
         print(json.dumps(told) if arguments.json else words + shown, flush=True)
@@ -2236,8 +2273,7 @@ def _server_status(arguments: argparse.Namespace) -> int:
             "runs": f"yes, pid {status['pid']}"
             if status
             else ("yes, its relay answers" if relay else "no; start it with: tacit server start"),
-            "connected": ", ".join(one["name"] for one in members if one["connected"]) or "nobody",
-            "away": ", ".join(one["name"] for one in members if not one["connected"]) or "nobody",
+            **_members_rows(members, relay),
             **_faults(status),
             **_job_rows(job),
         },
@@ -2248,26 +2284,23 @@ def _server_status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# What an operator does where a client answers a job with one of these words.
-_REMEDIES: Final = {
-    "other-program": "runs another Tacit than this server; bring both to one version",
-    "other-task": "joined with another task, or its data has another shape",
-    "refused": "was refused by its holder",
-    "waiting": "waits for its holder's decision",
-}
+def _members_rows(members: Sequence[Mapping[str, Any]], relay: bool) -> dict[str, str]:
+    if not members:
+        return {"members": "nobody has joined yet; invite them: tacit server invite NAME"} if relay else {}
+    there, away = ([one["name"] for one in members if one["connected"] is wanted] for wanted in (True, False))
+    return {"connected": ", ".join(there) or "nobody"} | ({"not connected": ", ".join(away)} if away else {})
 
 
 def _job_rows(job: Mapping[str, Any] | None) -> dict[str, str]:
     """Returns what the last job said, for people."""
+    from server.services import told_by
+
     if job is None:
         return {}
     state = job["status"] if job["on"] or job["status"] not in ("waiting", "running") else "ended without a word"
     words = f"; {job['words']}" if job.get("words") else ""
     rows = {"job": f"{str(job['job'])[:12]}, {job['task']}, round {job['round']} of {job['rounds']}: {state}{words}"}
-    said = [
-        f"{name}: {word}" + f" ({_REMEDIES.get(word)})" * (word in _REMEDIES) for name, word in job["members"].items()
-    ]
-    return rows | ({"said": "; ".join(said)} if said else {})
+    return rows | ({"said": told_by(job["members"])} if job["members"] else {})
 
 
 def _server_gateway(arguments: argparse.Namespace) -> int:
@@ -2409,7 +2442,7 @@ def _server_init(arguments: argparse.Namespace) -> int:
         else "not encrypted: who reads that folder can sign for anybody",
     }
     _print_rows(_console(), rows)
-    print("\nNext: tacit server invite NAME, and tacit server enrol on this machine.")
+    print("\nNext: tacit server start; then, in another terminal: tacit server invite NAME.")
     return 0
 
 

@@ -313,6 +313,23 @@ class Progress:
                 _log.warning("the job's progress could not be written: %s", error)
 
 
+# What an operator does where a client answers a job with one of these words.
+_REMEDIES: Final = {
+    "other-program": "runs another Tacit than this server; bring both to one version",
+    "other-task": "joined with another task, or its data has another shape",
+    "refused": "was refused by its holder",
+    "waiting": "waits for its holder's decision; there: tacit client jobs",
+    "not connected": "is it started? there: tacit client start",
+}
+
+
+def told_by(members: Mapping[str, str]) -> str:
+    """Returns what each member of a job said last, in words for an operator."""
+    return "; ".join(
+        f"{name}: {word}" + f" ({_REMEDIES.get(word)})" * (word in _REMEDIES) for name, word in members.items()
+    )
+
+
 def job_of(places: Places) -> dict[str, Any] | None:
     """Returns what the server application said of its last job, or None where it had none; ``on`` says if it runs."""
     try:

@@ -44,7 +44,7 @@ from server.gateway import ring
 from server.home import ServerHome
 from server.relay import Relay
 from server.sealed import Member, RunOverError, SealedGrid
-from server.services import Places, Progress, members_of
+from server.services import Places, Progress, members_of, told_by
 from simulations.evidence import (
     PATHS,
     Countersigned,
@@ -111,7 +111,7 @@ def deploy(
     began = time.perf_counter()
     places, identity = Places(home), home.application_identity()
     with _alone(home.folder / "application"):
-        settled, scenario = _settled(scenario, folder, resume)
+        settled, scenario = _settled(scenario, places, folder, resume)
         task = find_task(scenario.task)
         source = load_source(task, data=scenario.data or None)
         if not len(source.test):
@@ -163,8 +163,15 @@ def deploy(
         def said() -> dict[str, str]:
             return {member.name: word for member, word in grid.words}
 
+        heard: list[str] = []
+
         def waiting() -> None:
             progress.tell(members=said())
+            # In between they are neither ready nor kept from it by anybody.
+            words = told_by({name: word for name, word in said().items() if word not in ("not reached", "in session")})
+            if words and words not in heard[-1:]:
+                heard.append(words)
+                observer.note(words)
 
         def ring_all() -> None:
             for bell in places.bells:
@@ -181,7 +188,7 @@ def deploy(
 
         def play() -> Ending:
             """Plays the rounds that are left, in the run that is open."""
-            observer.note(f"waiting for {scenario.clients} clients, at most {wait_s:g} s")
+            observer.note(f"waiting for {scenario.clients} clients, at most {wait_s / 60:g} min")
             if (folder / MEMBERS).exists():
                 # They are fixed. One that is gone for ever is missing in every round, and holds up nobody's job.
                 grid.gather(scenario.min_replies or 1, patience_s=wait_s, seen=waiting)
@@ -478,7 +485,7 @@ def _spend_of(
     )
 
 
-def _settled(scenario: Scenario, folder: Path, resume: bool) -> tuple[Settled, Scenario]:
+def _settled(scenario: Scenario, places: Places, folder: Path, resume: bool) -> tuple[Settled, Scenario]:
     """Settles a new job, or reads what was settled; a plan is never solved twice for one job."""
     if resume:
         settled = Settled.load(folder)
@@ -495,6 +502,7 @@ def _settled(scenario: Scenario, folder: Path, resume: bool) -> tuple[Settled, S
     source = load_source(task, data=scenario.data or None)
     scenario = scenario.resolved(source.declared_records)
     settled = _at_holders_order(settle(scenario, task, source.shape), scenario)
+    _require_joined(places, scenario.clients)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     scenario.save(folder)
     settled.save(folder)
@@ -522,6 +530,20 @@ def _at_holders_order(settled: Settled, scenario: Scenario) -> Settled:
     )
     noise = max(noise, plan.noise_multiplier)
     return dataclasses.replace(settled, plan=dataclasses.replace(plan, noise_multiplier=noise), order=order)
+
+
+def _require_joined(places: Places, wanted: int) -> None:
+    """Finds before a run folder is made that a job cannot begin.
+
+    Raises:
+        RunError: Too few clients are enrolled, or the relay does not answer.
+    """
+    joined = [member.name for member, _ in members_of(places)]
+    if len(joined) < wanted:
+        raise RunError(
+            f"expected {wanted} clients that have joined, got {len(joined)} ({', '.join(joined) or 'nobody'}); invite "
+            "more (tacit server invite NAME), or ask for fewer with --clients"
+        )
 
 
 def _members(places: Places, folder: Path) -> list[Member]:

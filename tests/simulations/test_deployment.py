@@ -530,6 +530,27 @@ def test_who_stops_a_job_that_waits_for_its_clients_can_go_on_with_it(
     )
 
 
+def test_a_job_for_more_clients_than_have_joined_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    machines = Machines(tmp_path)
+    machines.enrolled = {"hospital-1": 501}
+    with pytest.raises(RunError, match=r"2 clients that have joined, got 1 \(hospital-1\); invite more"):
+        machines.deploy()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_operator_who_waits_hears_whom_for_and_each_thing_once(tmp_path: Path) -> None:
+    machines = Machines(tmp_path)
+    machines.away = {502}
+    watching = Ending(machines, 0)
+    with pytest.raises(RunError, match="expected 2 clients to be ready"):
+        machines.deploy(observer=watching, wait_s=1.0)
+    assert watching.notes[0].startswith("waiting for 2 clients")
+    last = watching.notes[-1]
+    assert "hospital-1: ready" in last
+    assert "hospital-2: not connected (is it started? there: tacit client start)" in last
+    assert len(watching.notes) == len(set(watching.notes)) <= 3
+
+
 def test_two_runs_at_once_are_refused(machines: Machines, tmp_path: Path) -> None:
     lock = os.open(machines.home.folder / "application" / "run.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
