@@ -1125,7 +1125,9 @@ def _client_page(kinds: Any) -> None:
         ("budget", "set a data set's lifetime budget, lower it, or (with --raise) raise it"),
     ):
         act = acts.add_parser(name, help=text, description=text, formatter_class=_Page, allow_abbrev=False)
-        act.add_argument("folder", metavar="DIR", type=Path, help="folder of the ledger")
+        act.add_argument(
+            "folder", nargs="?", metavar="DIR", type=Path, help="folder of the ledger (default: of ~/.tacit/client)"
+        )
         act.add_argument(
             "--population", metavar="TEXT", help="whose accounts, where the ledger holds several populations"
         )
@@ -1329,6 +1331,7 @@ def _client_start(arguments: argparse.Namespace) -> int:
     parts = parts_of(places, device=arguments.device)
     offers = Chore(name="offers", do=_tells_of_offers(places, arguments.json), every_s=2, again_s=30)
     processes = Processes(parts, logs=places.logs, status=places.status, chores=[renewal, offers])
+    _say_starting(arguments, parts)
     processes.start()
     with _metrics(arguments, processes, loopback=True, collect=lambda: figures_of(places.home)) as shown:
         _say_started_client(arguments, name, federation, places, shown)
@@ -1354,6 +1357,11 @@ def _tells_of_offers(places: Any, silent: bool) -> Callable[[], None]:
                 )
 
     return look
+
+
+def _say_starting(arguments: argparse.Namespace, parts: Sequence[Any]) -> None:
+    if not arguments.json:
+        print(f"starting {', '.join(part.name for part in parts)} ...", flush=True)
 
 
 def _say_started_client(arguments: argparse.Namespace, name: str, federation: str, places: Any, shown: str) -> None:
@@ -1819,10 +1827,18 @@ def _client_courier(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ledger_folder(arguments: argparse.Namespace) -> Path:
+    from clients.home import ClientHome, default_home
+
+    if arguments.folder is None:
+        arguments.folder = Path(ClientHome(default_home().expanduser().absolute()).settings.ledger)
+    return Path(arguments.folder)
+
+
 def _client_ledger(arguments: argparse.Namespace) -> int:
     from privacy.transcript import read_ledger
 
-    ledger = read_ledger(arguments.folder, arguments.population)
+    ledger = read_ledger(_ledger_folder(arguments), arguments.population)
     told = ledger.tell()
     if arguments.json:
         print(json.dumps(_finite(told), allow_nan=False))
@@ -1884,7 +1900,7 @@ def _client_budget(arguments: argparse.Namespace) -> int:
     elif arguments.epsilon is None:
         raise PlanError("expected --epsilon X with --name, got none; without --name the budgets are shown")
     else:
-        with Book(arguments.folder, arguments.population) as book:
+        with Book(_ledger_folder(arguments), arguments.population) as book:
             if arguments.name in book.accounts:
                 grant = book.accounts[arguments.name].grant
                 for flag, value, fixed in (
@@ -1911,7 +1927,7 @@ def _client_budget(arguments: argparse.Namespace) -> int:
                 known = sorted(book.populations)
                 population = arguments.population or (known[0] if known else "the holder's own data sets")
                 book.grant({arguments.name: grant}, population=population)
-    told = read_ledger(arguments.folder, arguments.population).tell()
+    told = read_ledger(_ledger_folder(arguments), arguments.population).tell()
     if arguments.json:
         print(json.dumps(_finite({"accounts": told["accounts"]}), allow_nan=False))
     else:
@@ -2212,7 +2228,9 @@ def _server_start(arguments: argparse.Namespace) -> int:
     _require_stopped(read_status(places.status), "server")
     places.prepare()
     secret = {"TACIT_PASSPHRASE": passphrase} if passphrase else {}
-    processes = Processes(parts_of(places, environment=secret), logs=places.logs, status=places.status)
+    parts = parts_of(places, environment=secret)
+    processes = Processes(parts, logs=places.logs, status=places.status)
+    _say_starting(arguments, parts)
     processes.start()
     same = home.relay_is_server()
     told = {"started": True, "federation": home.settings.name, "pid": os.getpid(), "relay_is_server": same}
