@@ -116,6 +116,13 @@ class Opened(FakeRelay):
             raise RunOverError("expected a run, got none; go on with: tacit server run --resume")
         return super().push(messages)
 
+    def pull(self, ids: Any) -> Any:
+        if self.machines.lose and sum("broadcast" in pieces for _, pieces in self.seen) == 2:
+            # Both have answered, and nobody hears of it.
+            self.machines.lose = False
+            raise RunOverError("expected a run, got none; go on with: tacit server run --resume")
+        return super().pull(ids)
+
     def __enter__(self) -> FakeRelay:
         return self
 
@@ -134,7 +141,7 @@ class Machines:
             for number, node in enumerate((501, 502), start=1)
         }
         self.enrolled = {f"hospital-{number}": node for number, node in enumerate(sorted(self.workers), start=1)}
-        self.runs, self.over = 6, 0
+        self.runs, self.over, self.lose = 6, 0, False
         self.away: set[int] = set()
 
     def members(self, places: Places) -> list[tuple[Any, int]]:
@@ -485,6 +492,21 @@ def test_g9_a_job_whose_run_the_relay_has_ended_goes_on_by_itself_in_another_one
     assert sum("goes on by itself" in note for note in watching.notes) == 2
     assert [worker._holder.book.accounts["mine"].charges for worker in machines.workers.values()] == [2, 2]
     assert passed(verify_files([tmp_path / "run" / "report.json"], [machines.home.settings.application]))
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["kept", "planted: nothing is kept"])
+def test_g9_a_round_whose_answers_were_lost_with_the_run_is_paid_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: bool
+) -> None:
+    machines = Machines(tmp_path)
+    machines.lose = True
+    if planted:
+        monkeypatch.setattr(Kept, "get", lambda *_: None)
+    monkeypatch.setattr(deployment, "_PAUSE_S", 0.01)
+    assert machines.deploy()["status"] == "finished"
+    charges = [worker._holder.book.accounts["mine"].charges for worker in machines.workers.values()]
+    assert charges == ([3, 3] if planted else [2, 2])
+    assert machines.runs == 6 + 2
 
 
 def test_a_relay_that_ends_every_run_ends_the_job_to_be_resumed(tmp_path: Path) -> None:
