@@ -376,10 +376,16 @@ def test_g9_a_run_outlives_the_sudden_death_of_each_of_its_processes_and_ends_wi
         require_sound_charges(federation, "wild", {first.name: 2})
         assert require_right_model(federation, "wild", tmp_path / "again", "calm") == "as in calm"
     with capsys.disabled():
-        usual = sorted(line["seconds"] for line in federation.rounds("calm"))
+        usual = usual_s(federation, "calm")
         rounded = {part: round(seconds, 1) for part, seconds in took.items()}
-        print(f"\na calm round {usual[rounds // 2]:.1f} s; seconds from a death to the end of a round: {rounded}")
-    assert max(took.values()) < 120
+        print(f"\na calm round {usual:.1f} s; seconds from a death to the end of a round: {rounded}")
+    assert max(took.values()) < 60 + 30 * usual
+
+
+def usual_s(federation: Federation, name: str) -> float:
+    """Returns the seconds of a round in the middle of all, which tell how busy the machine is."""
+    seconds = sorted(line["seconds"] for line in federation.rounds(name))
+    return float(seconds[len(seconds) // 2])
 
 
 def alive(pids: Iterable[int]) -> list[int]:
@@ -420,7 +426,7 @@ def test_a_job_waits_for_a_servers_machine_that_was_off_for_longer_than_the_rela
         assert require_right_model(federation, "job", tmp_path / "again") == "as played again"
     with capsys.disabled():
         print(f"\nafter {off:g} s without a server's machine, a round ended {took:.1f} s after its start")
-    assert took < 120
+    assert took < 60 + 30 * usual_s(federation, "job")
 
 
 # -- clients that are slow, shut out, or gone --------------------------------------------------------------------------
@@ -607,7 +613,7 @@ def test_across_networks_what_is_cut_killed_and_healed_ends_with_the_model_of_th
     with capsys.disabled():
         rounded = {what: round(seconds, 1) for what, seconds in took.items()}
         print(f"\nreplies missing: {missing}; seconds from healing to two rounds: {rounded}")
-    assert max(took.values()) < 120
+    assert max(took.values()) < 60 + 30 * usual_s(federation, "wild")
 
 
 def end_run(run: subprocess.Popen[str]) -> None:
