@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -1142,7 +1142,9 @@ def _client_page(kinds: Any) -> None:
         ("budget", "set a data set's lifetime budget, lower it, or (with --raise) raise it"),
     ):
         act = acts.add_parser(name, help=text, description=text, formatter_class=_Page, allow_abbrev=False)
-        act.add_argument("folder", metavar="DIR", type=Path, help="folder of the ledger")
+        act.add_argument(
+            "folder", nargs="?", metavar="DIR", type=Path, help="folder of the ledger (default: of ~/.tacit/client)"
+        )
         act.add_argument(
             "--population", metavar="TEXT", help="whose accounts, where the ledger holds several populations"
         )
@@ -1194,6 +1196,7 @@ def _client(arguments: argparse.Namespace) -> int:
         "tunnel": _client_tunnel,
         "courier": _client_courier,
         "supernode": _client_supernode,
+        "metrics": _client_metrics,
         "prepare": _client_prepare,
         "units": _client_units,
     }
@@ -1209,7 +1212,8 @@ def _work_pages(acts: Any) -> None:
         made.add_argument("--json", action="store_true", help="one JSON object, for programs")
         return made
 
-    _metrics_flag(act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C"))
+    start = act("start", "take part: run the worker, the tunnel, the SuperNode and the courier, until Ctrl-C")
+    _metrics_flag(start)
     stop = act("stop", "end what start runs; the round that is on is finished first")
     stop.add_argument("--now", action="store_true", help="wait for no round; it is spent, and may be lost")
     act("status", "show what runs, which jobs were offered, and what is left of the budget")
@@ -1227,18 +1231,22 @@ def _work_pages(acts: Any) -> None:
     policy.add_argument("--nothing", action="store_true", help="accept nothing without asking")
     worker = act("worker", "run the worker alone, under a user who may read the data")
     worker.add_argument("--courier-group", metavar="GROUP", help="group of the user that the courier runs under")
-    worker.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
     act("tunnel", "run the tunnel alone")
     act("supernode", "run Flower's SuperNode alone, under a user who may not read the data")
     act("prepare", "choose ports and make certificates for parts that are started one by one")
     courier = act("courier", "run the courier alone, under a user who may not read the data")
+    act("metrics", _SHOWS).add_argument("where", metavar="HOST:PORT", help="on loopback; so is a port alone")
     units = act("units", "write systemd units, a compose file and an image recipe for these parts into a folder")
-    units.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
+    for made in (start, worker, units):
+        made.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
     _units_flags(units)
     for made in (worker, courier):
         made.add_argument(
             "--socket", metavar="FILE", type=Path, help="where the two meet (default: run/worker.sock in the home)"
         )
+
+
+_SHOWS: Final = "serve figures for Prometheus alone, beside parts that are started one by one, until Ctrl-C"
 
 
 def _metrics_flag(page: Any) -> None:
@@ -1252,6 +1260,7 @@ def _units_flags(page: Any) -> None:
     page.add_argument("--user", metavar="NAME", help="who runs what reads secrets (default: who owns the home)")
     page.add_argument("--program", metavar="FILE", type=Path, help="path of tacit there (default: this one's)")
     page.add_argument("--force", action="store_true", help="replace files that are there")
+    page.add_argument("--metrics", metavar="HOST:PORT", help="one unit more, which serves figures for Prometheus there")
 
 
 def _write_units(arguments: argparse.Namespace, home: Any, files_of: Any, **more: str) -> int:
@@ -1265,6 +1274,7 @@ def _write_units(arguments: argparse.Namespace, home: Any, files_of: Any, **more
         program=str(program.absolute()),
         folder=folder,
         version=__version__,
+        metrics=arguments.metrics,
         **more,
     )
     written = write_files(folder, texts, force=arguments.force)
@@ -1287,14 +1297,23 @@ def _places(arguments: argparse.Namespace) -> Any:
     return Places(_client_home(arguments))
 
 
-def _until_stopped() -> Any:
-    """Returns an event that SIGTERM and Ctrl-C set."""
+def _until_stopped(*, twice: bool = False) -> Any:
+    """Returns an event that SIGTERM and Ctrl-C set; where ``twice``, a second one ends what is on at once."""
     import signal
     import threading
 
     stop = threading.Event()
+
+    def ask(*_: object) -> None:
+        if twice and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        if twice:
+            # Not through a buffer: it may be the one that is being written to.
+            os.write(2, b"\ntacit: stopping after this round; press Ctrl-C again to stop at once\n")
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, ask)
     return stop
 
 
@@ -1326,12 +1345,40 @@ def _client_start(arguments: argparse.Namespace) -> int:
         print(f"tacit: the certificate is not renewed yet: {error}", file=sys.stderr)
     _log_to_stderr()
     renewal = Chore(name="renewal", do=lambda: renew_when_due(places.home, version=__version__), every_s=300)
-    processes = Processes(parts_of(places), logs=places.logs, status=places.status, chores=[renewal])
+    parts = parts_of(places, device=arguments.device)
+    offers = Chore(name="offers", do=_tells_of_offers(places, arguments.json), every_s=2, again_s=30)
+    processes = Processes(parts, logs=places.logs, status=places.status, chores=[renewal, offers])
+    _say_starting(arguments, parts)
     processes.start()
     with _metrics(arguments, processes, loopback=True, collect=lambda: figures_of(places.home)) as shown:
         _say_started_client(arguments, name, federation, places, shown)
         processes.run()
     return 0
+
+
+def _tells_of_offers(places: Any, silent: bool) -> Callable[[], None]:
+    """Returns what says, once for each job, that it waits for the holder's decision."""
+    from clients.jobs import Decision, Jobs
+
+    told: set[str] = set()
+
+    def look() -> None:
+        for name in sorted(set(Jobs(places.jobs).names()) - told):
+            job = Jobs(places.jobs).get(name)
+            told.add(name)
+            if job is not None and job.decision is Decision.WAITING and not silent:
+                print(
+                    f"a job of {job.terms.task} waits for your decision; what it asks and costs: tacit client plan "
+                    f"{name[:12]}; then approve or refuse it",
+                    flush=True,
+                )
+
+    return look
+
+
+def _say_starting(arguments: argparse.Namespace, parts: Sequence[Any]) -> None:
+    if not arguments.json:
+        print(f"starting {', '.join(part.name for part in parts)} ...", flush=True)
 
 
 def _say_started_client(arguments: argparse.Namespace, name: str, federation: str, places: Any, shown: str) -> None:
@@ -1363,6 +1410,34 @@ def _metrics(arguments: argparse.Namespace, processes: Any, *, loopback: bool, c
         yield f"; metrics at port {shown.port}"
     finally:
         shown.close()
+
+
+def _show_metrics(arguments: argparse.Namespace, *, loopback: bool, collect: Any) -> int:
+    from privacy.exposition import Exposition, place
+
+    _log_to_stderr()
+    stop = _until_stopped()
+    shown = Exposition(*place(arguments.where, loopback=loopback), collect)
+    print(json.dumps({"port": shown.port}) if arguments.json else f"metrics at port {shown.port}", flush=True)
+    try:
+        stop.wait()
+    finally:
+        shown.close()
+    return 0
+
+
+def _group_of(text: str | None) -> int | None:
+    """Returns the number of a group that is given by name or number."""
+    import grp
+
+    from privacy.errors import PlanError
+
+    if not text or text.isdecimal():
+        return int(text) if text else None
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise PlanError(f"expected a group of this machine, got {text!r}; make it first") from None
 
 
 def _require_stopped(status: Mapping[str, object] | None, what: str) -> None:
@@ -1557,7 +1632,9 @@ def _client_status(arguments: argparse.Namespace) -> int:
         **_faults(status),
         "spent": f"epsilon {_epsilon(account.spent)} of {_epsilon(account.grant.epsilon)} at delta "
         f"{account.grant.delta:g}, in {account.charges} charges",
-        "jobs": f"{len(jobs)}, {sum(job['decision'] == 'waiting' for job in jobs)} of them wait for a decision",
+        "jobs": f"{len(jobs)}, {sum(job['decision'] == 'waiting' for job in jobs)} of them wait for a decision"
+        if jobs
+        else "none was offered yet",
     }
     _print_rows(console, rows)
     if status:
@@ -1605,6 +1682,13 @@ def _one_job(places: Any, digits: str) -> Any:
     return jobs.get(found[0])
 
 
+def _turns_of(plan: Mapping[str, Any]) -> str:
+    spare = plan["joins"] - plan["rounds"]
+    if spare < 0:
+        return f"at most {plan['joins']} of {plan['rounds']} rounds"
+    return f"{plan['rounds']} rounds; the cost covers {spare} spare charge{'' if spare == 1 else 's'} for retries"
+
+
 def _client_plan(arguments: argparse.Namespace) -> int:
     places = _places(arguments)
     account = _client_account(places)
@@ -1615,7 +1699,7 @@ def _client_plan(arguments: argparse.Namespace) -> int:
     plan, cost = job["plan"], job["cost"]
     rows = {
         "job": job["job"],
-        "asks for": f"{job['task']}, from {job['clients']} clients, at most {plan['joins']} of {plan['rounds']} rounds",
+        "asks for": f"{job['task']}, from {job['clients']} clients, {_turns_of(plan)}",
         "curator": job["curator"] or "not said",
         "purpose": job["purpose"] or "not said",
         "protects": _protected(job["unit"]),
@@ -1694,19 +1778,12 @@ def _client_policy(arguments: argparse.Namespace) -> int:
 
 
 def _client_worker(arguments: argparse.Namespace) -> int:
-    import grp
-
     from clients.isolation import Noted
     from clients.services import worker_of
     from clients.worker import Doorway
-    from privacy.errors import PlanError
     from simulations.world import code_hash
 
-    places = _places(arguments)
-    try:
-        group = grp.getgrnam(arguments.courier_group).gr_gid if arguments.courier_group else None
-    except KeyError:
-        raise PlanError(f"expected a group of this machine, got {arguments.courier_group!r}; make it first") from None
+    places, group = _places(arguments), _group_of(arguments.courier_group)
     stop = _until_stopped()
     worker = worker_of(places, code=code_hash(), device=arguments.device)
     at = arguments.socket or places.worker
@@ -1735,6 +1812,14 @@ def _client_units(arguments: argparse.Namespace) -> int:
     return _write_units(arguments, _client_home(arguments), files_of, device=arguments.device)
 
 
+def _client_metrics(arguments: argparse.Namespace) -> int:
+    from clients.services import figures_of
+
+    home = _client_home(arguments)
+    _ = home.settings
+    return _show_metrics(arguments, loopback=True, collect=lambda: figures_of(home))
+
+
 def _client_prepare(arguments: argparse.Namespace) -> int:
     places = _places(arguments)
     places.prepare()
@@ -1759,10 +1844,18 @@ def _client_courier(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ledger_folder(arguments: argparse.Namespace) -> Path:
+    from clients.home import ClientHome, default_home
+
+    if arguments.folder is None:
+        arguments.folder = Path(ClientHome(default_home().expanduser().absolute()).settings.ledger)
+    return Path(arguments.folder)
+
+
 def _client_ledger(arguments: argparse.Namespace) -> int:
     from privacy.transcript import read_ledger
 
-    ledger = read_ledger(arguments.folder, arguments.population)
+    ledger = read_ledger(_ledger_folder(arguments), arguments.population)
     told = ledger.tell()
     if arguments.json:
         print(json.dumps(_finite(told), allow_nan=False))
@@ -1824,7 +1917,7 @@ def _client_budget(arguments: argparse.Namespace) -> int:
     elif arguments.epsilon is None:
         raise PlanError("expected --epsilon X with --name, got none; without --name the budgets are shown")
     else:
-        with Book(arguments.folder, arguments.population) as book:
+        with Book(_ledger_folder(arguments), arguments.population) as book:
             if arguments.name in book.accounts:
                 grant = book.accounts[arguments.name].grant
                 for flag, value, fixed in (
@@ -1851,7 +1944,7 @@ def _client_budget(arguments: argparse.Namespace) -> int:
                 known = sorted(book.populations)
                 population = arguments.population or (known[0] if known else "the holder's own data sets")
                 book.grant({arguments.name: grant}, population=population)
-    told = read_ledger(arguments.folder, arguments.population).tell()
+    told = read_ledger(_ledger_folder(arguments), arguments.population).tell()
     if arguments.json:
         print(json.dumps(_finite({"accounts": told["accounts"]}), allow_nan=False))
     else:
@@ -1979,6 +2072,10 @@ def _client_join(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         if told["joined"]:
             print(f"\nJoined {told['federation']} as {invitation.name}; this client's home is {home.folder}.")
+            print(
+                f"Next: tacit client start. A job waits for your decision: tacit client jobs, then approve or refuse; "
+                f"or say once what needs none: tacit client policy --accept {settings.task} --epsilon X."
+            )
         else:
             print("\nNot joined, and the invitation is still good: mend what failed and join again.")
     return code
@@ -2077,7 +2174,10 @@ def _server_page(kinds: Any) -> None:
     act("stop", "end what start runs")
     act("status", "show what runs, who is enrolled, and who is connected")
     _logs_page(act("logs", "show what the processes wrote"))
-    act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
+    gateway = act("gateway", "run the gateway alone, under a user who may read the folder relay and no other")
+    gateway.add_argument("--bell", metavar="FILE", type=Path, help="where it hears of messages (default: in the home)")
+    gateway.add_argument("--bell-group", metavar="GROUP", help="group whose members may say so, by name or number")
+    act("metrics", _SHOWS).add_argument("where", metavar="HOST:PORT", help="a port alone is one on loopback")
     act("relay", "run the relay alone, under a user who may read no key of the server's")
     prepare = act("prepare", "choose ports and make certificates for parts that are started one by one")
     _units_flags(act("units", "write systemd units, a compose file and an image recipe for these parts into a folder"))
@@ -2085,6 +2185,9 @@ def _server_page(kinds: Any) -> None:
     run.add_argument("scenario", nargs="?", metavar="scenario.toml", type=Path, help="scenario file")
     run.add_argument("--resume", metavar="RUN", type=Path, help="go on with the job in this folder")
     run.add_argument("--wait", metavar="TIME", default="10m", help="longest wait for the clients: 30m, 24h, 7d")
+    run.add_argument(
+        "--relay-wait", metavar="TIME", default="24h", help="longest wait for a relay that went away: 30m, 24h, 7d"
+    )
     run.add_argument("--quiet", action="store_true", help="print the closing summary only")
     _keys(run, _deployed_groups())
     for made in (init, enrol, start, prepare):
@@ -2108,6 +2211,7 @@ def _server(arguments: argparse.Namespace) -> int:
         "status": _server_status,
         "logs": _server_logs,
         "gateway": _server_gateway,
+        "metrics": _server_metrics,
         "relay": _server_relay,
         "prepare": _server_prepare,
         "units": _server_units,
@@ -2141,14 +2245,19 @@ def _server_start(arguments: argparse.Namespace) -> int:
     _require_stopped(read_status(places.status), "server")
     places.prepare()
     secret = {"TACIT_PASSPHRASE": passphrase} if passphrase else {}
-    processes = Processes(parts_of(places, environment=secret), logs=places.logs, status=places.status)
+    parts = parts_of(places, environment=secret)
+    processes = Processes(parts, logs=places.logs, status=places.status)
+    _say_starting(arguments, parts)
     processes.start()
     same = home.relay_is_server()
     told = {"started": True, "federation": home.settings.name, "pid": os.getpid(), "relay_is_server": same}
     words = (
         f"{home.settings.name} is reached at {', '.join(map(str, home.settings.addresses))}; "
         f"logs in {_short(str(places.logs))}; Ctrl-C ends it"
-        + ("\nrelay = server: one user of this machine reads both folders, so the relay counts as the server" * same)
+        + (
+            "\nnote: one user runs relay and server, so reports count them as one; to part them: tacit server units"
+            * same
+        )
     )
     with _metrics(arguments, processes, loopback=False, collect=lambda: figures_of(places)) as shown:
         print(json.dumps(told) if arguments.json else words + shown, flush=True)
@@ -2199,8 +2308,7 @@ def _server_status(arguments: argparse.Namespace) -> int:
             "runs": f"yes, pid {status['pid']}"
             if status
             else ("yes, its relay answers" if relay else "no; start it with: tacit server start"),
-            "connected": ", ".join(one["name"] for one in members if one["connected"]) or "nobody",
-            "away": ", ".join(one["name"] for one in members if not one["connected"]) or "nobody",
+            **_members_rows(members, relay),
             **_faults(status),
             **_job_rows(job),
         },
@@ -2211,26 +2319,23 @@ def _server_status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# What an operator does where a client answers a job with one of these words.
-_REMEDIES: Final = {
-    "other-program": "runs another Tacit than this server; bring both to one version",
-    "other-task": "joined with another task, or its data has another shape",
-    "refused": "was refused by its holder",
-    "waiting": "waits for its holder's decision",
-}
+def _members_rows(members: Sequence[Mapping[str, Any]], relay: bool) -> dict[str, str]:
+    if not members:
+        return {"members": "nobody has joined yet; invite them: tacit server invite NAME"} if relay else {}
+    there, away = ([one["name"] for one in members if one["connected"] is wanted] for wanted in (True, False))
+    return {"connected": ", ".join(there) or "nobody"} | ({"not connected": ", ".join(away)} if away else {})
 
 
 def _job_rows(job: Mapping[str, Any] | None) -> dict[str, str]:
     """Returns what the last job said, for people."""
+    from server.services import told_by
+
     if job is None:
         return {}
     state = job["status"] if job["on"] or job["status"] not in ("waiting", "running") else "ended without a word"
     words = f"; {job['words']}" if job.get("words") else ""
     rows = {"job": f"{str(job['job'])[:12]}, {job['task']}, round {job['round']} of {job['rounds']}: {state}{words}"}
-    said = [
-        f"{name}: {word}" + f" ({_REMEDIES.get(word)})" * (word in _REMEDIES) for name, word in job["members"].items()
-    ]
-    return rows | ({"said": "; ".join(said)} if said else {})
+    return rows | ({"said": told_by(job["members"])} if job["members"] else {})
 
 
 def _server_gateway(arguments: argparse.Namespace) -> int:
@@ -2241,7 +2346,7 @@ def _server_gateway(arguments: argparse.Namespace) -> int:
 
     _log_to_stderr()
     places, stop = _server_places(arguments), threading.Event()
-    gateway = gateway_of(places)
+    gateway = gateway_of(places, bell=arguments.bell, group=_group_of(arguments.bell_group))
     for keep in (Roster(places).keep, Counted(places, gateway).keep):
         threading.Thread(target=keep, args=(stop,), daemon=True).start()
     try:
@@ -2249,6 +2354,13 @@ def _server_gateway(arguments: argparse.Namespace) -> int:
     finally:
         stop.set()
     return 0
+
+
+def _server_metrics(arguments: argparse.Namespace) -> int:
+    from server.services import figures_of
+
+    places = _server_places(arguments)
+    return _show_metrics(arguments, loopback=False, collect=lambda: figures_of(places))
 
 
 def _server_relay(arguments: argparse.Namespace) -> int:
@@ -2292,20 +2404,25 @@ def _server_run(arguments: argparse.Namespace) -> int:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     silent = arguments.json or arguments.quiet
     display = _Silent() if silent else _Display(scenario)
-    stop = _until_stopped()
+    stop = _until_stopped(twice=True)
     folder = arguments.resume or (
         Path(scenario.out) if scenario.out else Path("runs") / time.strftime("job-%Y%m%d-%H%M%S")
     )
-    with display.shown():
-        summary = deploy(
-            scenario,
-            ServerHome.open(_server_folder(arguments)),
-            folder.resolve(),
-            resume=arguments.resume is not None,
-            wait_s=_seconds(arguments.wait),
-            observer=display,
-            stopping=stop.is_set,
-        )
+    how = f"stopped; go on with: tacit server run --resume {_short(str(folder.resolve()))}"
+    try:
+        with display.shown():
+            summary = deploy(
+                scenario,
+                ServerHome.open(_server_folder(arguments)),
+                folder.resolve(),
+                resume=arguments.resume is not None,
+                wait_s=_seconds(arguments.wait),
+                relay_wait_s=_seconds(arguments.relay_wait),
+                observer=display,
+                stopping=stop.is_set,
+            )
+    except KeyboardInterrupt:
+        return _fail(how if (folder / "job.json").exists() else "stopped", 130)
     if arguments.json:
         print(json.dumps(_finite(summary), allow_nan=False))
     else:
@@ -2315,7 +2432,7 @@ def _server_run(arguments: argparse.Namespace) -> int:
         rows["report"] = _short(str(summary["report"]))
         _print_rows(_console(), rows)
     if summary["status"] == "interrupted":
-        return _fail(f"stopped; go on with: tacit server run --resume {_short(str(summary['run']))}", 130)
+        return _fail(how, 130)
     return 0
 
 
@@ -2360,7 +2477,7 @@ def _server_init(arguments: argparse.Namespace) -> int:
         else "not encrypted: who reads that folder can sign for anybody",
     }
     _print_rows(_console(), rows)
-    print("\nNext: tacit server invite NAME, and tacit server enrol on this machine.")
+    print("\nNext: tacit server start; then, in another terminal: tacit server invite NAME.")
     return 0
 
 

@@ -42,7 +42,12 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -159,8 +164,10 @@ class Courier:
                 self.carry(task.token)
                 self.carried += 1
                 self._last = time.monotonic()
-            except Exception:
+            except (httpx.HTTPError, ValueError, ObjectPullError, ObjectPushError, RunError) as error:
                 # One message that cannot be carried is the server's to send again; the next one may be fine.
+                _log.warning("a message was not carried (%s); the server sends it again", error)
+            except Exception:
                 _log.exception("a message was not carried")
             busy = time.monotonic()
         time.sleep(max(0.0, self._last + _SENT_S - time.monotonic()))
@@ -172,7 +179,7 @@ class Courier:
         def beat() -> bool:
             # A SuperNode that was started again does not know the task any more. Flower would end this process then;
             # but the worker's answer is only lost, and the next task is another.
-            with contextlib.suppress(httpx.HTTPError):
+            with contextlib.suppress(httpx.HTTPError, ValueError):
                 client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
             return True
 
@@ -190,8 +197,9 @@ class Courier:
             self._push(client, Message(content_of(answer), reply_to=message), context.node_id, context.run_id)
             status = "completed"
         finally:
-            # No detail: what went wrong at a data holder is nobody else's business (guarantee G12).
-            with contextlib.suppress(httpx.HTTPError):
+            # No detail: what went wrong at a data holder is nobody else's business (guarantee G12). A ValueError is
+            # Flower's word for an answer that is not in its format; whatever it was, heartbeat and connection end.
+            with contextlib.suppress(httpx.HTTPError, ValueError):
                 client.PushTaskOutput(
                     PushTaskOutputRequest(
                         context=context_to_proto(context) if context else None, sub_status=status, details=""

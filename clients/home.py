@@ -153,8 +153,9 @@ class ClientHome:
         try:
             return Settings.from_json(path.read_bytes())
         except OSError as error:
+            got = "none" if isinstance(error, FileNotFoundError) else error.strerror
             raise IdentityError(
-                f"expected a client's home at {self.folder}, got {error.strerror}; join with: tacit client join TOKEN"
+                f"expected a client's home at {self.folder}, got {got}; join with: tacit client join TOKEN"
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError, IdentityError):
             raise IdentityError(f"expected settings in {path}, got something else; restore a backup of it") from None

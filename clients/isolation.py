@@ -38,8 +38,8 @@ from privacy.vault import private_logger
 # Under the home; the worker writes it, in a folder that no other user can enter.
 NOTE: Final = Path("run", "worker.json")
 _FIX: Final = (
-    "start the parts under users of their own, as the units of tacit client units do, or in containers; "
-    "or accept that the guarantee depends on Flower's processes"
+    "to try it out, leave it so: then the guarantee depends on Flower's processes; for records that matter, give each "
+    "process a user of its own: tacit client units, and docs/deploy.md"
 )
 _log: Final = private_logger("tacit.client")
 
@@ -202,7 +202,7 @@ def look(home: ClientHome, *, processes: Mapping[str, int] | None = None) -> Iso
         words += (
             "; they may be in another container" if note is not None else "; tacit client start runs all under one user"
         )
-        return Isolation(Apart.UNKNOWN, words, f"look again when a job has begun; {_FIX}")
+        return Isolation(Apart.UNKNOWN, words, f"look again while a job runs; {_FIX}")
     names = ", ".join(sorted({_named(user) for _, user in users}))
     return Isolation(Apart.YES, f"courier and SuperNode run under {names}, who can read nothing of {_named(owner)}'s")
 

@@ -243,7 +243,7 @@ def _gpu() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        return _ok("gpu", torch.cuda.get_device_name(0))
+        return _ok("gpu", f"{torch.cuda.get_device_name(0)}; training runs there with --device cuda")
     if Path("/dev/nvidia0").exists():
         return _warning("gpu", "there is one, but PyTorch cannot use it", "update its driver, or train on the CPU")
     return _ok("gpu", "none; training runs on the CPU")

@@ -27,7 +27,7 @@ from clients.jobs import Jobs, Policy
 from clients.tunnel import Tunnel, Way
 from clients.worker import Worker
 from models.catalog import find_task
-from privacy.errors import RunError
+from privacy.errors import PlanError, RunError
 from privacy.exposition import Figure, one
 from privacy.files import write_whole
 from privacy.identity.authority import facts_of, read_certificate
@@ -100,8 +100,13 @@ def _answers(port: int) -> bool:
     return True
 
 
-def parts_of(places: Places) -> list[Part]:
-    """Returns the processes of a data holder's machine, in the order in which they start."""
+def parts_of(places: Places, *, device: str = "cpu") -> list[Part]:
+    """Returns the processes of a data holder's machine, in the order in which they start.
+
+    Args:
+        places: Where they meet; prepared.
+        device: Where training runs.
+    """
     tunnel, runtime = places.ports
     tacit = [sys.executable, "-m", "tacit", "client"]
     home = ["--home", str(places.home.folder)]
@@ -114,7 +119,12 @@ def parts_of(places: Places) -> list[Part]:
     ]
     flower = {"FLWR_HOME": str(places.folder / "flower"), "FLWR_DISABLE_UPDATE_CHECK": "1"}
     return [
-        Part(name="worker", command=[*tacit, "worker", *home], ready=lambda: _serves(places.worker), grace_s=60.0),
+        Part(
+            name="worker",
+            command=[*tacit, "worker", *home, "--device", device],
+            ready=lambda: _serves(places.worker),
+            grace_s=60.0,
+        ),
         Part(name="tunnel", command=[*tacit, "tunnel", *home], ready=lambda: _answers(tunnel)),
         Part(name="supernode", command=supernode, environment=flower, ready=lambda: _answers(runtime)),
         # It is ended first, and ends when the round that is on has been answered. A SuperNode waits a minute for the
@@ -183,9 +193,10 @@ def worker_of(places: Places, *, code: str, device: str = "cpu") -> Worker:
         device: Where training runs.
 
     Raises:
-        TacitError: The client has not joined, or its keys or its ledger are damaged.
+        TacitError: The client has not joined, its keys or its ledger are damaged, or there is no such device.
     """
     home, settings = places.home, places.home.settings
+    _require_device(device)
     secret = home.secret()
     task = find_task(settings.task)
     source = load_source(task, data=settings.data or None, strict=False)
@@ -212,6 +223,19 @@ def worker_of(places: Places, *, code: str, device: str = "cpu") -> Worker:
         policy=lambda: policy_of(places),
         code=code,
     )
+
+
+def _require_device(device: str) -> None:
+    """Finds before any job, and so before any charge, that nothing can be trained there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PlanError(
+            f"expected a device that PyTorch can use here, got {device!r} ({str(error).splitlines()[0]}); look with: "
+            "tacit client preflight, or train on the CPU with --device cpu"
+        ) from None
 
 
 def figures_of(home: ClientHome) -> list[Figure]:

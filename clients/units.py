@@ -7,6 +7,7 @@ tunnel       a user of its own; has the connection's certificate, and no other k
 supernode    Flower's, with the courier under one user; reach this machine alone, and see no file of the owner
 courier      the same user; the one in the group tacit-post
 renew        once a day, as the owner: a new certificate after two thirds of the old one's life
+metrics      where they are asked for: as the owner, who is kept from the data; figures on loopback for Prometheus
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from clients.home import ClientHome
+from privacy.exposition import place
 from privacy.unit_files import (
     CONTAINERFILE,
     POST,
@@ -50,7 +52,14 @@ GIFTS: Final = [
 
 
 def files_of(
-    home: ClientHome, *, owner: str, program: str, folder: Path, version: str, device: str = "cpu"
+    home: ClientHome,
+    *,
+    owner: str,
+    program: str,
+    folder: Path,
+    version: str,
+    device: str = "cpu",
+    metrics: str | None = None,
 ) -> dict[str, str]:
     """Returns the files' texts by name.
 
@@ -61,9 +70,11 @@ def files_of(
         folder: Where the files will lie; units name the script there.
         version: Of this Tacit, for the image's tag.
         device: Where training runs.
+        metrics: "HOST:PORT" on loopback where figures are served, or its port; None for nowhere.
 
     Raises:
         IdentityError: The client has not joined.
+        PlanError: There is no such place for metrics, or it is not on loopback.
     """
     at, settings = str(home.folder), home.settings
     # A ledger that lies elsewhere is written there too.
@@ -96,6 +107,8 @@ def files_of(
                 "RuntimeDirectory=tacit-worker",
                 # Others may pass; the socket itself is for its group.
                 "RuntimeDirectoryMode=0711",
+                # Which GPU it takes (CUDA_VISIBLE_DEVICES), how many cores (OMP_NUM_THREADS): the holder's to say.
+                "EnvironmentFile=-/etc/tacit/client.env",
                 *(f"ReadOnlyPaths={path}" for path in secret[len(writes) :]),
             ],
         ),
@@ -131,6 +144,17 @@ def files_of(
             more=[f"SupplementaryGroups={POST}"],
         ),
     }
+    if metrics is not None:
+        place(metrics, loopback=True)
+        services[f"{_NAME}-metrics.service"] = Service(
+            name="metrics",
+            text="figures of this client for Prometheus",
+            command=[*tacit, "metrics", metrics, "--home", at],
+            user=owner,
+            after=[prepare],
+            local=True,
+            hidden=[settings.data] if settings.data else [],
+        )
     renew = Service(
         name="renew",
         text="renews the certificate when it is due",
@@ -216,6 +240,8 @@ def _compose(home: ClientHome, owner: str, script: str, version: str, device: st
             stop_grace_period=f"{_ROUND_S}s",
             volumes=[*owned, *data, post],
             depends_on={"handout": done},
+            # As they are where `docker compose` is called, and not at all where they are not.
+            environment=["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS"],
             **({"gpus": "all"} if device != "cpu" else {}),
         ),
         "tunnel": container(

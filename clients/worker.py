@@ -18,10 +18,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
+import selectors
 import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +58,12 @@ _MOST_TERMS_BYTES: Final = 64 * 1024
 _MOST_RECEIPT: Final = "r" * 16 * 1024
 # Seconds until a caller at the socket says something.
 _FIRST_BYTE_S: Final = 30.0
+# Between two looks for a letter, and after a connection that could not be taken.
+_LOOK_S: Final = 0.2
+_PAUSE_S: Final = 0.1
+# Callers that are heard one after the other, and callers that say nothing yet; there is one courier.
+_MOST_WAITING: Final = 64
+_BACKLOG: Final = 128
 
 _log = private_logger("tacit.client")
 
@@ -331,26 +340,77 @@ class Doorway:
             stopping: Asked between two letters.
             called: Is told the user of whoever called, as the kernel knows it (guarantee G15).
         """
-        while not stopping():
-            try:
-                channel, _ = self._socket.accept()
-            except TimeoutError:
-                continue
-            with channel:
+        letters, over = queue.SimpleQueue[socket.socket](), threading.Event()
+        porter = threading.Thread(target=self._receive, args=(letters, over), daemon=True)
+        porter.start()
+        try:
+            while not stopping():
                 try:
-                    channel.settimeout(_FIRST_BYTE_S)
-                    if not channel.recv(1, socket.MSG_PEEK):
-                        # Somebody looked whether we are there.
-                        continue
-                    letter = read_letter(channel)
-                except Exception:
-                    # Whatever it was, it is no reason to end.
-                    _log.exception("something that is no letter was handed in")
+                    channel = letters.get(timeout=_LOOK_S)
+                except queue.Empty:
                     continue
-                # Only who hands in a letter is a courier; others look whether somebody is there.
-                called(_caller(channel))
-                with contextlib.suppress(OSError):
-                    answer_letter(channel, answer(letter))
+                with channel:
+                    try:
+                        letter = read_letter(channel)
+                    except Exception:
+                        # Whatever it was, it is no reason to end.
+                        _log.exception("something that is no letter was handed in")
+                        continue
+                    # Only who hands in a letter is a courier; others look whether somebody is there.
+                    called(_caller(channel))
+                    with contextlib.suppress(OSError):
+                        answer_letter(channel, answer(letter))
+        finally:
+            over.set()
+            porter.join()
+            while not letters.empty():
+                letters.get().close()
+
+    def _receive(self, letters: queue.SimpleQueue[socket.socket], over: threading.Event) -> None:
+        """Takes connections in while a letter is being answered, and passes on those that say something.
+
+        Training takes minutes. Who looks meanwhile whether somebody is there must not fill the line that a courier
+        stands in.
+        """
+        silent: dict[socket.socket, float] = {}
+        with selectors.DefaultSelector() as selector:
+
+            def dismiss(channel: socket.socket) -> None:
+                selector.unregister(channel)
+                del silent[channel]
+
+            selector.register(self._socket, selectors.EVENT_READ)
+            while not over.is_set():
+                for key, _ in selector.select(_LOOK_S):
+                    if key.fileobj is self._socket:
+                        try:
+                            channel, _ = self._socket.accept()
+                        except OSError:
+                            # Gone again, or no descriptor is left: then later.
+                            over.wait(_PAUSE_S)
+                            continue
+                        silent[channel] = time.monotonic()
+                        selector.register(channel, selectors.EVENT_READ)
+                        continue
+                    channel = next(one for one in silent if one is key.fileobj)
+                    dismiss(channel)
+                    try:
+                        speaks = bool(channel.recv(1, socket.MSG_PEEK))
+                    except OSError:
+                        speaks = False
+                    if speaks and letters.qsize() < _MOST_WAITING:
+                        letters.put(channel)
+                    else:
+                        # Somebody looked whether we are there.
+                        channel.close()
+                late = time.monotonic() - _FIRST_BYTE_S
+                crowd = len(silent) - _MOST_WAITING
+                for number, (channel, since) in enumerate(list(silent.items())):
+                    if since < late or number < crowd:
+                        dismiss(channel)
+                        channel.close()
+        for channel in silent:
+            channel.close()
 
     def close(self) -> None:
         """Takes the socket away."""
@@ -369,7 +429,7 @@ def _bound(path: Path, group: int | None) -> socket.socket:
         if group is not None:
             os.chown(path, -1, group)
             path.chmod(0o660)
-        made.listen(8)
+        made.listen(_BACKLOG)
         made.settimeout(0.5)
     except OSError:
         made.close()

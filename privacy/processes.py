@@ -33,12 +33,16 @@ _ENVIRONMENT: Final = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "SSL_CERT_DIR"),
     # How many cores torch takes: who shares a machine with others says so there.
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    # Which GPUs it takes, and where a driver's libraries lie that are not in the usual folders.
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "LD_LIBRARY_PATH"),
 )
 _QUIET: Final = {
     # Flower tells its maker about every start otherwise.
     "FLWR_TELEMETRY_ENABLED": "0",
     "PYTHONUNBUFFERED": "1",
 }
+# What a part gets to be ready: a worker reads all its data first, and a machine may be busy.
+_START_S: Final = 600.0
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 30.0
 # A process that ran so long was well: the next failure is a new one.
@@ -246,7 +250,7 @@ class Processes:
             self._hurry.set()
         self._stop.set()
 
-    def start(self, patience_s: float = 60.0) -> None:
+    def start(self, patience_s: float = _START_S) -> None:
         """Starts all parts, each when the one before is ready.
 
         From here on SIGTERM and SIGINT end them in order, where this is the main thread.

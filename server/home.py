@@ -170,7 +170,7 @@ class ServerHome:
             return cls(folder, Settings.from_json(path.read_bytes()))
         except OSError as error:
             raise IdentityError(
-                f"expected a server's home at {folder}, got {error.strerror}; make one with: tacit server init"
+                f"expected a server's home at {folder}, got {_none(error)}; make one with: tacit server init"
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError, IdentityError):
             raise IdentityError(f"expected settings in {path}, got something else; restore a backup of it") from None
@@ -243,6 +243,10 @@ class ServerHome:
     def fingerprints(self) -> tuple[bytes, bytes]:
         """Returns the fingerprints of the authority and of the server application's key, as in an invitation."""
         return fingerprint(self.authority), key_fingerprint(self.settings.application)
+
+
+def _none(error: OSError) -> str:
+    return "none" if isinstance(error, FileNotFoundError) else str(error.strerror)
 
 
 def _application(folder: Path) -> Identity:

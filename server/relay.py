@@ -43,6 +43,7 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
+    ObjectPushError,
     ObjectUnavailableError,
     inflate_object_from_contents,
 )
@@ -242,7 +243,7 @@ class Relay:
             ring: Tells the gateway that messages were pushed, so that nobody waits for the next poll.
         """
         self._address, self._secret, self._identity = address, secret, identity
-        self._authority, self._ring = authority, ring
+        self._authority, self._ring, self._root = authority, ring, b""
         self._grid: HttpGrid | None = None
         self._heartbeat: HeartbeatSender | None = None
         self._coming: dict[str, _Coming] = {}
@@ -265,8 +266,9 @@ class Relay:
         bundle = make_bundle()
         self.bundle = hashlib.sha256(bundle).hexdigest()
         signature = sign_bundle(self._identity, bundle)
-        self.run_id = Control(self._address, self._authority).start(bundle, signature)
         insecure, root = self._authority is None, _pem(self._authority)
+        self._root = root or b""
+        self.run_id = Control(self._address, self._authority).start(bundle, signature)
         grid = HttpGrid(self._address, insecure=insecure, root_certificates=root, token=self._token())
         # Flower would try again by itself, after up to 20 s, and end this process where the run is over.
         vars(grid)["_retry_invoker"] = None
@@ -274,7 +276,7 @@ class Relay:
 
         def beat() -> bool:
             # Whatever the answer: that a run is over is found out, and told, where its messages are asked for.
-            with contextlib.suppress(httpx.HTTPError):
+            with contextlib.suppress(httpx.HTTPError, ValueError):
                 client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
                 return True
             return False
@@ -307,7 +309,7 @@ class Relay:
             while time.monotonic() < deadline:
                 try:
                     task = tasks.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-                except httpx.HTTPError as error:
+                except (httpx.HTTPError, ValueError) as error:
                     raise RunError(
                         f"expected the SuperLink at {self._address} to hand over its run, got: {error}"
                     ) from None
@@ -327,7 +329,7 @@ class Relay:
             root_certificates=_pem(self._authority),
             interceptors=[RuntimeVersionHttpInterceptor("flwr-serverapp"), RuntimeTokenHttpInterceptor(token)],
         )
-        with contextlib.closing(client), contextlib.suppress(httpx.HTTPError):
+        with contextlib.closing(client), contextlib.suppress(httpx.HTTPError, ValueError):
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
 
     @property
@@ -341,7 +343,7 @@ class Relay:
         """Returns the ids of the SuperNodes that are connected, each with the time when it came, as the SuperLink says.
 
         Raises:
-            RunOverError, httpx.HTTPError: As `pull`.
+            RunOverError, RunError, httpx.HTTPError: As `pull`.
         """
         with self._serving():
             there = self.grid._runtime_client.GetNodes(GetNodesRequest()).nodes
@@ -351,7 +353,7 @@ class Relay:
         """Hands messages over to be fetched by their nodes; returns their ids.
 
         Raises:
-            RunOverError, httpx.HTTPError: As `pull`.
+            RunOverError, RunError, httpx.HTTPError: As `pull`.
         """
         with self._serving():
             ids = list(self.grid.push_messages(messages))
@@ -364,8 +366,11 @@ class Relay:
         A SuperLink hands a reply out when it is announced, before its bytes are there, and once only. So one that is
         not whole yet is remembered here, and looked at again the next time.
 
+        A reply that is no message, whole as it may be, is let fall: who sent it is asked again.
+
         Raises:
-            RunOverError: The SuperLink has given the run up.
+            RunOverError: The SuperLink has given the run up, or was started anew with another certificate.
+            RunError: The SuperLink answers something else.
             httpx.HTTPError: The SuperLink does not answer.
         """
         wanted = set(ids)
@@ -399,7 +404,12 @@ class Relay:
                     ConfirmMessageReceivedRequest(node=grid.node, run_id=self.run_id, message_object_id=coming.id)
                 )
                 del self._coming[asked]
-                message = inflate_object_from_contents(coming.id, coming.contents)
+                try:
+                    message = inflate_object_from_contents(coming.id, coming.contents)
+                except Exception as error:
+                    # A member made these bytes, and Flower's reader raises whatever it stumbles over.
+                    _log.warning("a reply was no message (%s); its sender is asked again", type(error).__name__)
+                    continue
                 if isinstance(message, Message):
                     message.metadata.__dict__["_message_id"] = coming.id
                     replies.append(message)
@@ -407,14 +417,25 @@ class Relay:
 
     @contextlib.contextmanager
     def _serving(self) -> Iterator[None]:
+        over = f"expected the SuperLink at {self._address} to have run {self.run_id} still, "
         try:
             yield
         except httpx.HTTPStatusError as error:
             if error.response.status_code not in _OVER:
                 raise
-            raise RunOverError(
-                f"expected the SuperLink at {self._address} to have run {self.run_id} still, it has ended it; "
-                "go on with the job: tacit server run --resume"
+            raise RunOverError(f"{over}it has ended it; go on with the job: tacit server run --resume") from None
+        except httpx.HTTPError:
+            # Every start makes another certificate; this run's connection would never trust it.
+            with contextlib.suppress(OSError):
+                if (_pem(self._authority) or b"") != self._root:
+                    raise RunOverError(
+                        f"{over}it was started anew; go on with the job: tacit server run --resume"
+                    ) from None
+            raise
+        except (ValueError, ObjectPushError) as error:
+            # Flower's word for an answer that is not in its format.
+            raise RunError(
+                f"expected the SuperLink at {self._address} to answer in Flower's format, got: {error}"
             ) from None
 
     def close(self, *, failed: bool = False) -> None:
@@ -422,7 +443,7 @@ class Relay:
         grid, self._grid = self._grid, None
         if grid is None:
             return
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, ValueError):
             grid._runtime_client.PushTaskOutput(
                 PushTaskOutputRequest(sub_status="failed" if failed else "completed", details="")
             )

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -56,6 +57,8 @@ _PAUSE_S: Final = 1.0
 _LOOK_S: Final = 1.0
 # A round does not wait for a member that has not been connected for so long; a relay notices after up to a minute.
 _MOST_AWAY_S: Final = 60.0
+# Between two words about a relay that is still away.
+_STILL_AWAY_S: Final = 30.0
 # Between two questions to a member whose holder has not decided yet.
 _WAITING_S: Final = 5.0
 # A relay that keeps what nobody fetches would fill its disk.
@@ -150,7 +153,16 @@ class _Shared:
 class SealedGrid(Grid):
     """Flower's grid over sealed sessions with the members of one job."""
 
-    def __init__(self, relay: Relay, members: Sequence[Member], identity: Identity, terms: Terms) -> None:
+    def __init__(
+        self,
+        relay: Relay,
+        members: Sequence[Member],
+        identity: Identity,
+        terms: Terms,
+        *,
+        relay_wait_s: float = math.inf,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Opens a new epoch: no session of an earlier run is ever used again (guarantee G19).
 
         Args:
@@ -158,8 +170,14 @@ class SealedGrid(Grid):
             members: Whom the job is for.
             identity: The server application's.
             terms: What the job asks.
+            relay_wait_s: Longest wait for a relay that does not answer, in seconds.
+            stopping: Asked while nothing can go on; true ends the wait.
         """
         self._relay, self._terms = relay, terms
+        self._relay_wait_s, self._stopping = relay_wait_s, stopping
+        # Since when the relay does not answer, and when that was said last; None while it does.
+        self._silent: float | None = None
+        self._told = 0.0
         self._epoch = ServerEpoch(identity, job=terms.job, run=relay.run_id, bundle=relay.bundle, terms=terms.digest())
         self._lines = {member.number: _Line(member) for member in members}
         self._run = Run.create_empty(relay.run_id)
@@ -175,14 +193,20 @@ class SealedGrid(Grid):
         """Each member, and what it last said, or why it said nothing."""
         return [(line.member, line.word) for line in self._lines.values()]
 
-    def gather(self, wanted: int, *, patience_s: float, stopping: Any = lambda: False) -> list[int]:
+    def gather(self, wanted: int, *, patience_s: float, seen: Callable[[], object] = lambda: None) -> list[int]:
         """Waits until enough members are ready; asks the others again and again.
+
+        Args:
+            wanted: How many.
+            patience_s: Longest wait in seconds.
+            seen: Is called again and again meanwhile; `words` says then who said what.
 
         Returns:
             The numbers of those that are ready, at most ``wanted``, the lowest first.
 
         Raises:
             RunError: Too few are ready in time.
+            KeyboardInterrupt: It was told to stop.
         """
         deadline = time.monotonic() + patience_s
         while True:
@@ -190,8 +214,11 @@ class SealedGrid(Grid):
             ready = [number for number, line in sorted(self._lines.items()) if line.agreed and line.session]
             if len(ready) >= wanted:
                 return ready[:wanted]
+            seen()
+            if self._stopping():
+                raise KeyboardInterrupt
             left = sum(not line.refused for line in self._lines.values())
-            if stopping() or time.monotonic() > deadline or left < wanted:
+            if time.monotonic() > deadline or left < wanted:
                 said = ", ".join(f"{line.member.name}: {line.word}" for line in self._lines.values())
                 raise RunError(f"expected {wanted} clients to be ready, got {len(ready)} ({said}); start them")
             time.sleep(_POLL_S)
@@ -273,7 +300,13 @@ class SealedGrid(Grid):
 
         Returns:
             The replies that came, in the order of the messages; a member that refused the job has none, nor has one
-            that has not been connected for a minute where others answered.
+            that has not been connected for a minute where others answered. While the relay is away nobody is late:
+            that time does not count.
+
+        Raises:
+            RunOverError: The relay has ended the run, or was started anew.
+            RunError: The relay did not answer for longer than ``relay_wait_s``.
+            KeyboardInterrupt: It was told to stop while the relay was away.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         asked = {message.metadata.dst_node_id: message for message in messages}
@@ -288,6 +321,9 @@ class SealedGrid(Grid):
             began = time.monotonic()
             if heard := self._turn(open_, broadcast):
                 replies |= heard
+                continue
+            if self._silent is not None:
+                deadline = None if deadline is None else deadline + time.monotonic() - began
                 continue
             # If nobody is there, it is the relay or the gateway that is away: then all of them are waited for.
             if replies and all(self._is_gone(self._lines[number]) for number in open_):
@@ -341,16 +377,44 @@ class SealedGrid(Grid):
             for (line, kind, _), message_id in zip(said, ids, strict=False):
                 if message_id:
                     line.asked[message_id] = kind
+            self._hear_relay()
         except RunOverError:
             raise
         except (httpx.HTTPError, OSError, RunError) as error:
             # The relay is away. Half of what was said may be lost with it, so all of it is said again.
-            _log.warning("the relay does not answer (%s); asking again", error)
+            self._miss_relay(error)
             for number in wanted:
                 self._lines[number].due = 0.0
             self._look = 0.0
             time.sleep(_PAUSE_S)
         return replies
+
+    def _hear_relay(self) -> None:
+        if self._silent is None:
+            return
+        away, self._silent = time.monotonic() - self._silent, None
+        _log.warning("the relay answers again, after %.0f s; the job goes on", away)
+        # Nobody could be connected meanwhile.
+        for line in self._lines.values():
+            line.away = None if line.away is None else line.away + away
+
+    def _miss_relay(self, error: Exception) -> None:
+        now = time.monotonic()
+        if self._silent is None:
+            self._silent, self._told = now, -math.inf
+        silent = now - self._silent
+        if self._stopping():
+            raise KeyboardInterrupt
+        if silent > self._relay_wait_s:
+            raise RunError(
+                f"expected the relay to answer within {self._relay_wait_s:g} s, got silence ({error}); start it (tacit "
+                "server start), then go on with the job: tacit server run --resume"
+            ) from None
+        if now - self._told >= _STILL_AWAY_S:
+            self._told = now
+            _log.warning(
+                "the relay has not answered for %.0f s (%s); waiting for it: is tacit server start on?", silent, error
+            )
 
     def _see(self, lines: Iterable[_Line]) -> None:
         """Looks who is there, now and then; a node that has come anew is told again at once what it is to do."""

@@ -33,6 +33,9 @@ from server.gateway import Door, Gateway
 from server.home import ServerHome
 from server.relay import Control
 
+# The bell of a gateway that runs as another user; see `server.units`.
+BELL: Final = Path("/run/tacit-gateway/bell")
+
 _log = logging.getLogger("tacit.server")
 _ROSTER_S: Final = 1.0
 _COUNTED_S: Final = 5.0
@@ -47,7 +50,9 @@ class Places:
         self.secret = self.folder / "runtime.secret"
         self.database = self.folder / "state.db"
         self.loopback, self.loopback_authority = self.folder / "loopback.pem", self.folder / "loopback-ca.pem"
+        # Where the gateway hears that there are messages: here, or where units of another user put it.
         self.bell = self.folder / "bell"
+        self.bells = (self.bell, BELL)
         self.counters = self.folder / "gateway.json"
         self.job = home.folder / "application" / "running.json"
         self.status = home.folder / "status.json"
@@ -147,8 +152,14 @@ def parts_of(places: Places, *, environment: Mapping[str, str]) -> list[Part]:
     ]
 
 
-def gateway_of(places: Places) -> Gateway:
-    """Returns the gateway of a home; it lets in who is enrolled, as the list of members says at every request."""
+def gateway_of(places: Places, *, bell: Path | None = None, group: int | None = None) -> Gateway:
+    """Returns the gateway of a home; it lets in who is enrolled, as the list of members says at every request.
+
+    Args:
+        places: The home's places.
+        bell: Where it hears that there are messages, if not in the home.
+        group: Group whose members may ring too, where the server application runs as another user.
+    """
     home = places.home
     registry = Registry.of(home)
     return Gateway(
@@ -160,7 +171,8 @@ def gateway_of(places: Places) -> Gateway:
             authority=home.folder / "relay" / "ca.pem",
             upstream_port=places.port,
             upstream_authority=places.loopback_authority,
-            wake=places.bell,
+            wake=bell or places.bell,
+            wake_group=group,
         ),
         registry.name_of,
         registry.node_key,
@@ -299,6 +311,23 @@ class Progress:
                 write_whole(self._path, json.dumps(self._told).encode(), durable=False)
             except TacitError as error:
                 _log.warning("the job's progress could not be written: %s", error)
+
+
+# What an operator does where a client answers a job with one of these words.
+_REMEDIES: Final = {
+    "other-program": "runs another Tacit than this server; bring both to one version",
+    "other-task": "joined with another task, or its data has another shape",
+    "refused": "was refused by its holder",
+    "waiting": "waits for its holder's decision; there: tacit client jobs",
+    "not connected": "is it started? there: tacit client start",
+}
+
+
+def told_by(members: Mapping[str, str]) -> str:
+    """Returns what each member of a job said last, in words for an operator."""
+    return "; ".join(
+        f"{name}: {word}" + f" ({_REMEDIES.get(word)})" * (word in _REMEDIES) for name, word in members.items()
+    )
 
 
 def job_of(places: Places) -> dict[str, Any] | None:

@@ -3,8 +3,11 @@
     prepare      once per start, as the owner of the home: ports, certificates
     handout      root, a shell script: gives relay and gateway copies of the few files that they need
     relay        Flower's SuperLink; a user of its own, reaches this machine alone
-    gateway      a user of its own; has its certificate and the list of members, and no key of server or authority
+    gateway      a user of its own; has its certificate and the list of members, and no key of server or authority;
+                 its bell, which says that there are messages, is for the group tacit-bell, where the owner is
     enrolment    as the owner, who holds the authority; cannot see the server application's key
+
+    metrics      where they are asked for: as the owner, who is kept from the keys; figures for Prometheus
 
 The server application runs as the owner, by hand: ``tacit server run``.
 """
@@ -15,6 +18,7 @@ import pwd
 from pathlib import Path
 from typing import Final
 
+from privacy.exposition import place
 from privacy.unit_files import (
     CONTAINERFILE,
     POST_NUMBER,
@@ -29,9 +33,13 @@ from privacy.unit_files import (
     under_homes,
 )
 from server.home import ServerHome
+from server.services import BELL
 
 _NAME: Final = "tacit-server"
 RELAY, GATEWAY = "tacit-relay", "tacit-gateway"
+# Who is in this group can tell the gateway that there are messages, and nothing else (guarantee G21).
+_BELL_GROUP: Final = "tacit-bell"
+_BELL_NUMBER: Final = 10011
 # Users in containers, where names mean nothing.
 # The relay's folder belongs to the relay's user, which tells reports that relay and server are two (guarantee G21); the
 # owner's group goes on writing there. A link in its place is left alone.
@@ -65,7 +73,9 @@ GIFTS: Final = [
 ]
 
 
-def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, version: str) -> dict[str, str]:
+def files_of(
+    home: ServerHome, *, owner: str, program: str, folder: Path, version: str, metrics: str | None = None
+) -> dict[str, str]:
     """Returns the files' texts by name.
 
     Args:
@@ -74,6 +84,10 @@ def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, versio
         program: Path of the ``tacit`` program.
         folder: Where the files will lie; units name the script there.
         version: Of this Tacit, for the image's tag.
+        metrics: "HOST:PORT" where figures are served, or a port of loopback; None for nowhere.
+
+    Raises:
+        PlanError: There is no such place.
     """
     at, settings = str(home.folder), home.settings
     homes = under_homes([at, program, str(folder)])
@@ -104,11 +118,20 @@ def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, versio
     gateway = Service(
         name="gateway",
         text="the gateway, the one door that clients reach",
-        command=[*tacit, "gateway", "--home", "/var/lib/tacit-gateway"],
+        command=[
+            *(*tacit, "gateway", "--home", "/var/lib/tacit-gateway"),
+            *("--bell", str(BELL), "--bell-group", _BELL_GROUP),
+        ],
         user=GATEWAY,
         after=[hand, f"{_NAME}-relay.service"],
         writes=["/var/lib/tacit-gateway"],
         hidden=[at],
+        more=[
+            f"SupplementaryGroups={_BELL_GROUP}",
+            f"RuntimeDirectory={BELL.parent.name}",
+            # Others may pass; the bell itself is for its group.
+            "RuntimeDirectoryMode=0711",
+        ],
     )
     enrolment = Service(
         name="enrolment",
@@ -120,6 +143,16 @@ def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, versio
         hidden=[f"{at}/application"],
         more=[passphrase],
     )
+    shown = Service(
+        name="metrics",
+        text="figures for Prometheus",
+        command=[*tacit, "metrics", metrics or "", "--home", at],
+        user=owner,
+        after=[prepare],
+        hidden=[f"{at}/authority", f"{at}/application/server.key", f"{at}/application/vault.keys"],
+    )
+    if metrics is not None:
+        place(metrics, loopback=False)
     script = folder / f"{_NAME}-handout.sh"
     low = ["CAP_NET_BIND_SERVICE" if port < 1024 else "" for port in ports]
     units = {
@@ -135,11 +168,14 @@ def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, versio
         f"{_NAME}-relay.service": relay.unit(part_of, homes=homes),
         f"{_NAME}-gateway.service": gateway.unit(part_of, homes=homes, capabilities=low[0]),
         f"{_NAME}-enrolment.service": enrolment.unit(part_of, homes=homes, capabilities=low[1]),
+        **({f"{_NAME}-metrics.service": shown.unit(part_of, homes=homes)} if metrics is not None else {}),
     }
     return units | {
         part_of: target("relay, gateway and enrolment", sorted(units)),
         script.name: handout(home.folder, owner, GIFTS, _PARTED),
-        f"{_NAME}.sysusers": sysusers({RELAY: "Tacit: the relay", GATEWAY: "Tacit: the gateway"}),
+        f"{_NAME}.sysusers": sysusers(
+            {RELAY: "Tacit: the relay", GATEWAY: "Tacit: the gateway"}, [_BELL_GROUP], [(owner, _BELL_GROUP)]
+        ),
         "compose.yaml": _compose(home, owner, script.name, version),
         "Containerfile": CONTAINERFILE.format(folder=folder, version=version, post=POST_NUMBER),
     }
@@ -157,10 +193,12 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
     }
     passphrase = {"TACIT_PASSPHRASE": "${TACIT_PASSPHRASE:-}"}
     where = [f"{at}:{at}"]
-    each = {"relay": ["relay:/var/lib/tacit-relay"], "gateway": ["gateway:/var/lib/tacit-gateway"]}
+    bell = f"bell:{BELL.parent}"
+    each = {"relay": ["relay:/var/lib/tacit-relay"], "gateway": ["gateway:/var/lib/tacit-gateway", bell]}
     users = {name: f"{_NUMBERS[name]}:{_NUMBERS[name]}" for name in _NUMBERS}
+    make_room = f"install -d -m 0711 -o {_NUMBERS[GATEWAY]} {BELL.parent} && exec sh /handout.sh"
     handing = container(
-        ["sh", "/handout.sh"],
+        ["sh", "-c", make_room],
         user="0:0",
         image=image,
         network_mode="none",
@@ -182,9 +220,13 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
         "handout": handing | {"restart": "no", "depends_on": {"prepare": done}},
         "handout-again": handing | {"command": ["sh", "/handout.sh", "--follow"], "depends_on": {"handout": done}},
         "gateway": container(
-            ["tacit", "server", "gateway", "--home", "/var/lib/tacit-gateway"],
+            [
+                *("tacit", "server", "gateway", "--home", "/var/lib/tacit-gateway"),
+                *("--bell", str(BELL), "--bell-group", str(_BELL_NUMBER)),
+            ],
             user=users[GATEWAY],
             image=image,
+            group_add=[str(_BELL_NUMBER)],
             ports=[f"{ports[0]}:{ports[0]}"],
             sysctls={"net.ipv4.ip_unprivileged_port_start": "0"},
             volumes=each["gateway"],
@@ -217,14 +259,15 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
             network_mode="service:gateway",
             restart="no",
             profiles=["job"],
-            volumes=[*where, "./job:/job"],
+            group_add=[str(_BELL_NUMBER)],
+            volumes=[*where, bell, "./job:/job"],
         ),
     }
     comment = (
         "The processes of a server. Build the image first; see Containerfile.\n"
         "Start: docker compose up -d      A job: docker compose run --rm application"
     )
-    return compose(services, ["relay", "gateway"], comment)
+    return compose(services, ["relay", "gateway", "bell"], comment)
 
 
 def _number(owner: str) -> str:

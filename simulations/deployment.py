@@ -43,8 +43,8 @@ from server.checkpoint import load
 from server.gateway import ring
 from server.home import ServerHome
 from server.relay import Relay
-from server.sealed import Member, SealedGrid
-from server.services import Places, Progress, members_of
+from server.sealed import Member, RunOverError, SealedGrid
+from server.services import Places, Progress, members_of, told_by
 from simulations.evidence import (
     PATHS,
     Countersigned,
@@ -64,6 +64,15 @@ STATUS: Final = "status.json"
 _ROUND_S: Final = 3600.0
 # Seconds to wait for the papers of clients that answered in this round.
 _PAPERS_S: Final = 5.0
+# Longest wait for a relay that went away, in seconds; an operator may come back the next morning.
+RELAY_WAIT_S: Final = 24 * 3600.0
+# Longest wait for enrolled members to be let in at the relay, in seconds, and between two looks.
+_LET_IN_S: Final = 15.0
+_POLL_S: Final = 0.25
+# Seconds between two attempts to begin another run.
+_PAUSE_S: Final = 2.0
+# Runs that a relay may end one after the other without a round in between.
+_MOST_FRUITLESS: Final = 5
 
 
 def deploy(
@@ -74,9 +83,13 @@ def deploy(
     resume: bool,
     wait_s: float,
     observer: Observer,
+    relay_wait_s: float = RELAY_WAIT_S,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, object]:
     """Runs, or resumes, a job over a home's relay.
+
+    A relay that goes away is waited for, and a job whose run it has given up meanwhile goes on in another run, from the
+    last checkpoint: the interrupted round is asked for again, and answered with what was kept (guarantee G9).
 
     Args:
         scenario: What to run.
@@ -85,6 +98,7 @@ def deploy(
         resume: Whether to go on.
         wait_s: Longest wait for the clients before the first round, in seconds.
         observer: Watches.
+        relay_wait_s: Longest wait for a relay that went away, in seconds.
         stopping: Asked after each round; true ends the run there, to be resumed.
 
     Returns:
@@ -92,11 +106,12 @@ def deploy(
 
     Raises:
         TacitError: The scenario cannot be run, the relay does not answer, or too few clients are ready.
+        KeyboardInterrupt: It was told to stop while it waited; the job can be resumed.
     """
     began = time.perf_counter()
     places, identity = Places(home), home.application_identity()
     with _alone(home.folder / "application"):
-        settled, scenario = _settled(scenario, folder, resume)
+        settled, scenario = _settled(scenario, places, folder, resume)
         task = find_task(scenario.task)
         source = load_source(task, data=scenario.data or None)
         if not len(source.test):
@@ -127,10 +142,12 @@ def deploy(
             }
         )
         lines: list[Mapping[str, Any]] = []
+        first = 0.0
         progress = Progress(places, job=settled.id, run=str(folder), task=task.name, rounds=settled.plan.rounds)
 
         def on_round(line: Mapping[str, Any]) -> None:
             lines.append(line)
+            pace = (time.perf_counter() - first) / len(lines)
             # Who leaves later, or withdraws, has said by then what the report needs of it.
             known = _papers_in(folder)
             _keep_papers(
@@ -141,32 +158,46 @@ def deploy(
                 ),
             )
             progress.tell(status="running", round=line["round"], members=said())
-            observer.round(line)
+            observer.round(dict(line) | {"left_s": pace * (line["rounds"] - line["round"])})
 
         def said() -> dict[str, str]:
             return {member.name: word for member, word in grid.words}
 
-        def waiting() -> bool:
-            progress.tell(members=said())
-            return stopping()
+        heard: list[str] = []
 
-        relay = Relay(
-            places.address,
-            places.secret.read_bytes(),
-            identity,
-            authority=places.loopback_authority,
-            ring=lambda: ring(places.bell),
-        )
-        with _ended(progress), relay:
-            grid = SealedGrid(relay, _members(places, folder), identity, terms)
-            observer.note(f"waiting for {scenario.clients} clients, at most {wait_s:g} s")
+        def waiting() -> None:
+            progress.tell(members=said())
+            # In between they are neither ready nor kept from it by anybody.
+            words = told_by({name: word for name, word in said().items() if word not in ("not reached", "in session")})
+            if words and words not in heard[-1:]:
+                heard.append(words)
+                observer.note(words)
+
+        def ring_all() -> None:
+            for bell in places.bells:
+                ring(bell)
+
+        def begun() -> Relay:
+            return Relay(
+                places.address,
+                places.secret.read_bytes(),
+                identity,
+                authority=places.loopback_authority,
+                ring=ring_all,
+            )
+
+        def play() -> Ending:
+            """Plays the rounds that are left, in the run that is open."""
+            observer.note(f"waiting for {scenario.clients} clients, at most {wait_s / 60:g} min")
             if (folder / MEMBERS).exists():
                 # They are fixed. One that is gone for ever is missing in every round, and holds up nobody's job.
-                grid.gather(scenario.min_replies or 1, patience_s=wait_s, stopping=waiting)
+                grid.gather(scenario.min_replies or 1, patience_s=wait_s, seen=waiting)
             else:
-                grid.keep(grid.gather(scenario.clients, patience_s=wait_s, stopping=waiting))
+                grid.keep(grid.gather(scenario.clients, patience_s=wait_s, seen=waiting))
                 _fix(folder, grid)
             progress.tell(status="running", members=said())
+            nonlocal first
+            first = first or time.perf_counter()
             job = Job(
                 id=settled.id,
                 plan=settled.plan,
@@ -199,6 +230,29 @@ def deploy(
             ending = run(job, grid)
             progress.tell(status=str(ending), members=said())
             _keep_papers(folder, grid.papers())
+            return ending
+
+        fruitless, done = 0, -1
+        with _ended(progress):
+            while True:
+                try:
+                    with contextlib.ExitStack() as stack:
+                        relay = _opened(stack, begun, relay_wait_s if fruitless else 0.0, stopping)
+                        grid = SealedGrid(
+                            relay,
+                            _members(places, folder),
+                            identity,
+                            terms,
+                            relay_wait_s=relay_wait_s,
+                            stopping=stopping,
+                        )
+                        ending = play()
+                    break
+                except RunOverError as error:
+                    fruitless, done = (fruitless + 1 if len(lines) == done else 1), len(lines)
+                    if fruitless > _MOST_FRUITLESS:
+                        raise
+                    observer.note(f"{error}; it goes on by itself in another run, once the relay is there")
         write_whole(folder / STATUS, json.dumps({"status": str(ending), "finished": now()}).encode())
         page = render_deployed(folder, home)
     summary: dict[str, object] = {
@@ -431,7 +485,7 @@ def _spend_of(
     )
 
 
-def _settled(scenario: Scenario, folder: Path, resume: bool) -> tuple[Settled, Scenario]:
+def _settled(scenario: Scenario, places: Places, folder: Path, resume: bool) -> tuple[Settled, Scenario]:
     """Settles a new job, or reads what was settled; a plan is never solved twice for one job."""
     if resume:
         settled = Settled.load(folder)
@@ -448,6 +502,7 @@ def _settled(scenario: Scenario, folder: Path, resume: bool) -> tuple[Settled, S
     source = load_source(task, data=scenario.data or None)
     scenario = scenario.resolved(source.declared_records)
     settled = _at_holders_order(settle(scenario, task, source.shape), scenario)
+    _require_joined(places, scenario.clients)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     scenario.save(folder)
     settled.save(folder)
@@ -477,9 +532,29 @@ def _at_holders_order(settled: Settled, scenario: Scenario) -> Settled:
     return dataclasses.replace(settled, plan=dataclasses.replace(plan, noise_multiplier=noise), order=order)
 
 
+def _require_joined(places: Places, wanted: int) -> None:
+    """Finds before a run folder is made that a job cannot begin.
+
+    Raises:
+        RunError: Too few clients are enrolled, or the relay does not answer.
+    """
+    joined = [member.name for member, _ in members_of(places)]
+    if len(joined) < wanted:
+        raise RunError(
+            f"expected {wanted} clients that have joined, got {len(joined)} ({', '.join(joined) or 'nobody'}); invite "
+            "more (tacit server invite NAME), or ask for fewer with --clients"
+        )
+
+
 def _members(places: Places, folder: Path) -> list[Member]:
     """Returns whom the job may be for: all enrolled members, or those that it began with."""
-    enrolled = {member.name: (member, node) for member, node in members_of(places)}
+    # The gateway lets a new member in at the relay within a second; and all of them, where the relay was made anew.
+    deadline = time.monotonic() + _LET_IN_S
+    there = members_of(places)
+    while not all(node for _, node in there) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        there = members_of(places)
+    enrolled = {member.name: (member, node) for member, node in there}
     if (folder / MEMBERS).exists():
         # A revoked member stays in the job's count, silent: the noise was solved for turns among all of them.
         return [
@@ -511,11 +586,35 @@ def _keep_papers(folder: Path, papers: Mapping[str, Mapping[str, Any]]) -> None:
     write_whole(folder / PAPERS, canonical({**known, **kept}))
 
 
+def _opened(
+    stack: contextlib.ExitStack, begun: Callable[[], Relay], patience_s: float, stopping: Callable[[], bool]
+) -> Relay:
+    """Opens a run; where there is patience, as soon as the relay is back.
+
+    Raises:
+        RunError: The relay does not answer in time.
+        KeyboardInterrupt: It was told to stop meanwhile.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return stack.enter_context(begun())
+        except RunError:
+            if time.monotonic() >= deadline:
+                raise
+        if stopping():
+            raise KeyboardInterrupt
+        time.sleep(_PAUSE_S)
+
+
 @contextlib.contextmanager
 def _ended(progress: Progress) -> Iterator[None]:
     """Says in the job's progress why it ended, where it ended by a failure."""
     try:
         yield
+    except KeyboardInterrupt:
+        progress.tell(status="interrupted")
+        raise
     except TacitError as error:
         progress.tell(status="failed", words=str(error))
         raise

@@ -290,6 +290,30 @@ def test_a_worker_for_a_group_that_is_not_there_is_one_sentence(says: Any, home:
     assert (code, "make it first" in error) == (2, True)
 
 
+def test_a_worker_on_a_device_that_is_not_there_is_one_sentence_before_any_job(says: Any, offered: Path) -> None:
+    code, _, error = says("client", "worker", "--device", "cuda:77", "--home", offered)
+    assert (code, "expected a device that PyTorch can use" in error) == (2, True)
+    assert error.count("\n") == 1
+    from clients.services import parts_of
+
+    Places(ClientHome(offered)).prepare()
+    (worker, *others) = parts_of(Places(ClientHome(offered)), device="cuda:1")
+    assert list(worker.command)[-2:] == ["--device", "cuda:1"]
+    assert all("--device" not in part.command for part in others)
+
+
+def test_a_holder_is_told_once_of_each_job_that_waits_for_it(offered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = Places(ClientHome(offered))
+    look, silent = tacit._tells_of_offers(places, False), tacit._tells_of_offers(places, True)
+    for _ in range(3):
+        look()
+        silent()
+    told = capsys.readouterr().out
+    # The other job was accepted by the policy.
+    assert told.count("waits for your decision") == told.count("\n") == 1
+    assert f"tacit client plan {0xA << 124:032x}"[:30] in told
+
+
 def test_a_courier_of_a_client_that_was_never_started_is_one_sentence(says: Any, home: Path) -> None:
     code, _, error = says("client", "courier", "--home", home)
     assert (code, "tacit client start" in error) == (6, True)

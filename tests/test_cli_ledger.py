@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -192,3 +193,23 @@ def test_one_data_set_in_two_ledgers_is_refused(folder: Path, tmp_path: Path, sa
     shutil.copytree(folder, tmp_path / "again")
     code, _, err = says("report", folder, tmp_path / "again", "--out", tmp_path)
     assert (code, "each data set once" in err) == (4, True)
+
+
+def test_without_a_folder_the_ledger_is_that_of_the_joined_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clients import home as homes
+
+    monkeypatch.setattr(homes, "default_home", lambda: tmp_path / "client")
+    for verb in ("ledger", "budget"):
+        assert tacit.main(["client", verb]) == 10
+        assert "tacit client join TOKEN" in capsys.readouterr().err
+    folder = tmp_path / "apart"
+    command = ["client", "budget", str(folder), "--name", "mine", "--epsilon", "2", "--delta", "1e-5"]
+    assert tacit.main([*command, "--records-bound", "1000"]) == 0
+    joined = SimpleNamespace(ledger=str(folder))
+    monkeypatch.setattr(homes.ClientHome, "settings", property(lambda self: joined))
+    for verb in ("ledger", "budget"):
+        capsys.readouterr()
+        assert tacit.main(["client", verb, "--json"]) == 0
+        assert "mine" in capsys.readouterr().out

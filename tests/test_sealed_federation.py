@@ -418,6 +418,74 @@ def test_what_a_relay_that_was_away_may_have_lost_is_said_again(tmp_path, monkey
     assert [line["replies"] for line in lines] == [2, 2, 2]
 
 
+def relay_away(monkeypatch, error, seconds):
+    """The relay does not answer for so long, once a round was asked for."""
+    push, fell = FakeRelay.push, []
+
+    def pushed(self, messages):
+        if fell and time.monotonic() - fell[0] < seconds:
+            raise error
+        sent = push(self, messages)
+        if not fell and any("broadcast" in pieces for _, pieces in self.seen):
+            # Its answers are lost with it.
+            fell.append(time.monotonic())
+            self.waiting.clear()
+        return sent
+
+    monkeypatch.setattr(FakeRelay, "push", pushed)
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.ConnectError("connection refused"), RunError("expected Flower's format, got something else")]
+)
+def test_nobody_is_late_because_the_relay_is_away_and_the_log_says_what_is_waited_for(
+    tmp_path, monkeypatch, caplog, error
+):
+    relay_away(monkeypatch, error, 1.2)
+    _, lines, ending, workers = federate(tmp_path, timeout_s=0.8)
+    assert ending is Ending.FINISHED
+    # Twin: with a clock that goes on, the first round would have been over with no reply.
+    assert lines[0]["seconds"] > 1.2
+    assert [line["replies"] for line in lines] == [2, 2, 2]
+    assert [worker._holder.book.accounts["mine"].charges for worker in workers.values()] == [3, 3]
+    said = [record.message for record in caplog.records if "the relay" in record.message]
+    assert len(said) == 2
+    assert str(error) in said[0]
+    assert "tacit server start" in said[0]
+    assert "answers again" in said[1]
+
+
+def test_a_relay_that_stays_away_ends_the_job_to_be_resumed_and_so_does_who_stops_it(tmp_path, monkeypatch):
+    relay_away(monkeypatch, httpx.ConnectError("connection refused"), 600.0)
+    grid_of, ends = SealedGrid.__init__, []
+
+    def given(**options):
+        monkeypatch.setattr(SealedGrid, "__init__", lambda self, *fields: grid_of(self, *fields, **options))
+        ends[:] = [time.monotonic() + 0.5]
+
+    given(relay_wait_s=0.3)
+    with pytest.raises(RunError, match="--resume"):
+        federate(tmp_path / "away")
+    given(stopping=lambda: time.monotonic() > ends[0])
+    with pytest.raises(KeyboardInterrupt):
+        federate(tmp_path / "stopped")
+    assert 0.0 < time.monotonic() - ends[0] < 30.0
+
+
+def test_who_is_told_to_stop_while_it_waits_for_clients_stops_and_calls_it_no_failure(tmp_path):
+    asked = []
+    workers = {501: make_worker(tmp_path / "client", 1)}
+    relay = FakeRelay(workers)
+    relay.away = {501}
+    grid = SealedGrid(relay, members_of(workers), SERVER, make_terms(), stopping=lambda: len(asked) > 2)
+    with pytest.raises(KeyboardInterrupt):
+        grid.gather(1, patience_s=30.0, seen=lambda: asked.append(1))
+    assert len(asked) == 3
+    # Twin: who is not told to stop hears who is not there.
+    with pytest.raises(RunError, match="hospital-1: not connected"):
+        SealedGrid(relay, members_of(workers), SERVER, make_terms()).gather(1, patience_s=0.1)
+
+
 def test_a_run_that_the_relay_has_ended_ends_the_job_to_be_resumed_and_is_not_waited_for(tmp_path, monkeypatch):
     push = FakeRelay.push
 

@@ -10,6 +10,10 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,15 @@ from clients.home import ClientHome, Policy, Settings
 from clients.units import GIFTS as TO_CLIENTS
 from privacy.enrolment import Address
 from privacy.errors import PlanError
+from privacy.identity.loopback import write_loopback
 from privacy.unit_files import owner_of, quoted, write_files
+from server.services import BELL
 from server.units import GIFTS as TO_SERVERS
 from tests.enrolling import make_home
 
 PROGRAM = "/opt/tacit/bin/tacit"
 SIDES = ("server", "client")
+ROOT = Path(tacit.__file__).parent
 
 
 def client_home(folder: Path) -> ClientHome:
@@ -60,9 +67,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     client_home(folder / "c")
     for side in SIDES:
         home = str(folder / side[0])
-        assert (
-            tacit.main([side, "units", str(folder / side), "--home", home, "--user", "anna", "--program", PROGRAM]) == 0
-        )
+        command = [side, "units", str(folder / side), "--home", home, "--user", "anna", "--program", PROGRAM]
+        assert tacit.main([*command, "--metrics", "9464"]) == 0
     return {side: folder / side for side in SIDES}
 
 
@@ -174,6 +180,136 @@ def test_g21_relay_and_gateway_get_no_key_of_server_or_authority(made: dict[str,
     }
     assert not any(gift.file.startswith(("application", "authority", "enrol")) for gift in TO_SERVERS)
     assert units["enrolment"]["InaccessiblePaths"] == [f"-{made['server'].parent / 's'}/application"]
+
+
+def test_g21_the_gateway_hears_a_bell_that_the_owner_may_ring_and_nobody_else(made: dict[str, Path]) -> None:
+    (command,) = services(made["server"])["gateway"]["ExecStart"]
+    words = shlex.split(command)
+    assert (words[words.index("--bell") + 1], words[words.index("--bell-group") + 1]) == (str(BELL), "tacit-bell")
+    gateway = services(made["server"])["gateway"]
+    assert (gateway["RuntimeDirectory"], gateway["SupplementaryGroups"]) == ([BELL.parent.name], ["tacit-bell"])
+    users = (made["server"] / "tacit-server.sysusers").read_text().splitlines()
+    assert {"g tacit-bell -", "m anna tacit-bell"} <= set(users)
+    assert [line for line in users if line.startswith("m ")] == ["m anna tacit-bell"]
+    told = yaml.safe_load((made["server"] / "compose.yaml").read_text())["services"]
+    ringing = {name for name, service in told.items() if service.get("group_add")}
+    assert ringing == {"gateway", "application"}
+    assert all(f"bell:{BELL.parent}" in told[name]["volumes"] for name in ringing)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be two users")
+def test_g21_a_bell_of_another_user_rings_for_its_group_and_for_nobody_else(tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o11)
+    room = tmp_path / "tacit-gateway"
+    room.mkdir(mode=0o711)
+    os.chown(room, 20007, 20007)
+    room.chmod(0o711)
+    authority = tmp_path / "ca.pem"
+    write_loopback(tmp_path, now=time.time())
+    (tmp_path / "loopback-ca.pem").rename(authority)
+    for path in (authority, tmp_path / "loopback.pem"):
+        path.chmod(0o644)
+    program = (
+        "import asyncio, os, sys\n"
+        "from pathlib import Path\n"
+        "from server.gateway import Door, Gateway\n"
+        "os.setgroups([20008]); os.setgid(20007); os.setuid(20007); os.umask(0o077)\n"
+        "pem, ca, bell = map(Path, sys.argv[1:])\n"
+        "async def main():\n"
+        "    tls = dict(certificate=pem, key=pem, authority=ca)\n"
+        "    door = Door(host='127.0.0.1', port=0, **tls, wake=bell, wake_group=20008)\n"
+        "    gateway = Gateway(door, lambda der: None)\n"
+        "    heard = []\n"
+        "    gateway.ring = lambda: (heard.append(1), print('rung', flush=True))\n"
+        "    await gateway.start()\n"
+        "    print('open', flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    bell = room / "bell"
+    where = {"cwd": str(ROOT), "text": True}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "loopback.pem"), str(authority), str(bell)],
+        stdout=subprocess.PIPE,
+        **where,
+    ) as gateway:
+        try:
+            assert gateway.stdout is not None
+            assert gateway.stdout.readline() == "open\n"
+            assert (bell.stat().st_mode & 0o777, bell.stat().st_gid) == (0o620, 20008)
+
+            def rings(group: int) -> bool:
+                ringing = (
+                    "import os, socket, sys\n"
+                    f"os.setgroups([{group}]); os.setgid(20009); os.setuid(20009)\n"
+                    "with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell: bell.sendto(b'!', sys.argv[1])\n"
+                )
+                command = [sys.executable, "-c", ringing, str(bell)]
+                return subprocess.run(command, capture_output=True, check=False, **where).returncode == 0
+
+            assert not rings(20009)
+            assert rings(20008)
+            assert gateway.stdout.readline() == "rung\n"
+        finally:
+            gateway.kill()
+
+
+def test_metrics_of_parts_that_are_started_one_by_one_have_a_unit_where_they_are_asked_for(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in SIDES:
+        unit = services(made[side])["metrics"]
+        (command,) = unit["ExecStart"]
+        home = str(made[side].parent / side[0])
+        assert shlex.split(command)[1:] == [side, "metrics", "9464", "--home", home]
+        assert unit["User"] == ["anna"]
+        assert "ReadWritePaths" not in unit
+    hidden = {path.rpartition("/s/")[2] for path in services(made["server"])["metrics"]["InaccessiblePaths"]}
+    assert hidden == {"authority", "application/server.key", "application/vault.keys"}
+    assert services(made["client"])["metrics"]["InaccessiblePaths"] == ["-/srv/records"]
+    assert services(made["client"])["metrics"]["IPAddressDeny"] == ["any"]
+    command = ["units", str(tmp_path / "u"), "--user", "anna", "--program", PROGRAM]
+    for side in SIDES:
+        home = str(made[side].parent / side[0])
+        assert tacit.main([side, *command, "--home", home, "--metrics", "no-port"]) == PlanError.exit_code
+    # What a holder has spent is nobody's business on another machine.
+    assert tacit.main(["client", *command, "--home", home, "--metrics", "0.0.0.0:9464"]) == PlanError.exit_code
+    assert not (tmp_path / "u").exists()
+    assert tacit.main(["server", *command, "--home", str(made["server"].parent / "s")]) == 0
+    assert not (tmp_path / "u" / "tacit-server-metrics.service").exists()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_metrics_are_served_alone_until_it_is_told_to_stop(made: dict[str, Path], side: str) -> None:
+    home = str(made[side].parent / side[0])
+    command = [sys.executable, "-m", "tacit", side, "metrics", "0", "--home", home, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout is not None
+            port = json.loads(process.stdout.readline())["port"]
+            if side == "server":
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+                    text = answer.read().decode()
+                assert "tacit_members{" in text
+                assert "tacit_job_running 0" in text
+            else:
+                # It has no ledger yet: unknown is not shown as small.
+                with pytest.raises(urllib.error.HTTPError, match="503"):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20)
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_the_workers_unit_and_container_get_what_says_which_gpu_they_take(made: dict[str, Path]) -> None:
+    assert services(made["client"])["worker"]["EnvironmentFile"] == ["-/etc/tacit/client.env"]
+    told = yaml.safe_load((made["client"] / "compose.yaml").read_text())["services"]
+    # Names alone: an empty value would hide every GPU.
+    assert "CUDA_VISIBLE_DEVICES" in told["worker"]["environment"]
+    assert all("environment" not in told[name] for name in ("tunnel", "supernode", "courier"))
 
 
 @pytest.mark.parametrize("side", SIDES)

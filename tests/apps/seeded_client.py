@@ -21,8 +21,9 @@ def main(home: str, part: str = "start") -> int:
         return tacit.main(["client", "worker", "--home", home])
     parts_of = services.parts_of
     command = [sys.executable, "-m", "tests.apps.seeded_client", home, "worker"]
-    services.parts_of = lambda places: [
-        dataclasses.replace(part, command=command) if part.name == "worker" else part for part in parts_of(places)
+    services.parts_of = lambda places, **more: [
+        dataclasses.replace(part, command=command) if part.name == "worker" else part
+        for part in parts_of(places, **more)
     ]
     return tacit.main(["client", "start", "--home", home, "--json"])
 

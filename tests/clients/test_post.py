@@ -238,6 +238,48 @@ def test_the_worker_goes_on_whatever_is_handed_in(path: Path) -> None:
     assert not path.exists()
 
 
+def test_who_looks_in_while_a_round_is_answered_keeps_no_letter_out(path: Path) -> None:
+    """Twin: with a line of eight that nobody looks after while it trains, the ninth caller is turned away."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def train(letter: Letter) -> Mapping[str, Any]:
+        begun.set()
+        assert go_on.wait(30)
+        return letter.pieces
+
+    def look() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(0.2)
+            probe.connect(str(path))
+
+    answers: list[Mapping[str, bytes]] = []
+    with serving(path, train), contextlib.ExitStack() as stack:
+        couriers = [threading.Thread(target=lambda: answers.append(hand_over(path, LETTER))) for _ in range(2)]
+        couriers[0].start()
+        assert begun.wait(10)
+        for _ in range(300):
+            look()
+            time.sleep(0.001)
+        # More who say nothing and stay than are heard at all.
+        for _ in range(100):
+            stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)).connect(str(path))
+        couriers[1].start()
+        time.sleep(0.3)
+        assert not answers
+        go_on.set()
+        for courier in couriers:
+            courier.join(20)
+    assert answers == [LETTER.pieces, LETTER.pieces]
+    path.parent.mkdir(exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as alone:
+        alone.bind(str(path))
+        alone.listen(8)
+        for _ in range(9):
+            look()
+        with pytest.raises(OSError, match=r"unavailable|timed out"):
+            look()
+
+
 def test_an_error_that_nobody_thought_of_does_not_end_the_doorway(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = [MemoryError(), RecursionError(), UnicodeError(), AssertionError()]
     reading = post.read_letter

@@ -91,6 +91,19 @@ def is_gone(pid: int) -> bool:
 # -- nothing leaks ----------------------------------------------------------------------------------------------------
 
 
+def test_a_part_gets_what_says_which_gpu_it_takes_and_where_its_drivers_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "LD_LIBRARY_PATH": "/opt/cuda/lib64"}
+    for name in gpu:
+        monkeypatch.delenv(name, raising=False)
+    # Not set is not the same as empty, which hides every GPU.
+    assert not gpu.keys() & module.environment_of(part("worker")).keys()
+    for name, value in (gpu | {"CUDA_PLANTED": "1"}).items():
+        monkeypatch.setenv(name, value)
+    given = module.environment_of(part("worker"))
+    assert {name: given[name] for name in gpu} == gpu
+    assert "CUDA_PLANTED" not in given
+
+
 def test_g15_no_secret_of_the_environment_and_no_open_file_reaches_a_part(
     run: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,15 +13,23 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import GetNodesRequest
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
 
 from privacy.errors import IdentityError, RunError
 from privacy.identity.loopback import write_loopback
 from server import relay, services
 from server.enrol import State
 from server.relay import Control, Relay, make_bundle
-from server.sealed import Member, SealedGrid, _papers_of
+from server.sealed import Member, RunOverError, SealedGrid, _papers_of
 from server.services import Places, Roster
 from tests.enrolling import make_home
 from tests.test_sealed_federation import SERVER, FakeRelay, make_terms, make_worker, members_of
@@ -115,6 +123,64 @@ def test_no_superlink_is_one_sentence_and_a_run_that_is_not_opened_says_so() -> 
 def test_a_superlink_that_starts_no_run_is_one_sentence(superlink: Any) -> None:
     with pytest.raises(RunError, match="to start a run"):
         Control(superlink.address).start(make_bundle(), "signature")
+
+
+@pytest.mark.parametrize("body", [b"\xff\xff\xff\xff", b"\x0a\x7f", b"<html>busy</html>"])
+def test_an_open_run_whose_superlink_answers_nonsense_has_one_sentence_for_it_and_tries_again(
+    superlink: Any, body: bytes
+) -> None:
+    superlink.handler.body = body
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    made = Relay(superlink.address, b"s" * 32, SERVER)
+    made._grid = HttpGrid(superlink.address, insecure=True, token="t")  # noqa: S106 -- nobody's
+    vars(made._grid)["_retry_invoker"] = None
+    made._grid.set_run(Run.create_empty(7))
+    message = Message(RecordDict(), dst_node_id=5, message_type="train")
+    for ask in (made.nodes, lambda: made.push([message]), lambda: made.pull(["m1"])):
+        # Twin: Flower's own reader raises what is nobody's to handle.
+        with pytest.raises(RunError, match="in Flower's format"):
+            ask()
+    with pytest.raises(ValueError, match="Invalid protobuf"):
+        made.grid._runtime_client.GetNodes(GetNodesRequest())
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no head", b"Message 9 \x00" + b"\xff" * 9, b"RecordDict 2 \x00\xff\xff", b"\xff" * 50]
+)
+def test_a_reply_that_is_no_message_is_let_fall_whatever_flowers_reader_says(content: bytes) -> None:
+    # It has one reply, whose bytes a member made.
+    head = SimpleNamespace(metadata=SimpleNamespace(message_id="r", reply_to_message_id="m1"))
+    listed = SimpleNamespace(messages_list=[head], message_object_trees=[ObjectTree(object_id="r")])
+    found = SimpleNamespace(object_found=True, object_available=True, object_content=content)
+    client = SimpleNamespace(
+        PullMessages=lambda request: listed,
+        PullObject=lambda request: found,
+        ConfirmMessageReceived=lambda request: None,
+    )
+    made = Relay("127.0.0.1:9", b"s" * 32, SERVER)
+    made._grid = SimpleNamespace(_runtime_client=client, node=Node(node_id=1))  # type: ignore[assignment]
+    assert made.pull(["m1"]) == []
+    assert made._coming == {}
+    # Twin: the reader itself ends a program that lets it.
+    with pytest.raises(Exception, match=r"."):
+        inflate_object_from_contents("r", {"r": content})
+
+
+def test_a_run_whose_superlink_was_started_anew_is_over_and_one_that_is_only_away_is_not(tmp_path: Path) -> None:
+    _, authority = write_loopback(tmp_path, now=1_800_000_000.0)
+    made = Relay("127.0.0.1:9", b"s" * 32, SERVER, authority=authority)
+    made._root = authority.read_bytes()
+
+    def away() -> None:
+        with made._serving():
+            raise httpx.ConnectError("connection refused")
+
+    with pytest.raises(httpx.ConnectError):
+        away()
+    write_loopback(tmp_path, now=1_800_000_000.0)
+    with pytest.raises(RunOverError, match="started anew"):
+        away()
 
 
 # -- the list of nodes --------------------------------------------------------------------------------------------
@@ -243,8 +309,6 @@ class Hostile(FakeRelay):
 def test_replies_to_nothing_that_was_asked_are_let_fall_and_the_job_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flwr.supercore.task_identity import TaskIdentity
-
     from server import sealed
 
     monkeypatch.setattr(sealed, "_POLL_S", 0.002)

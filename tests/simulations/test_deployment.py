@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from privacy.verify import passed, verify_files
 from server import sealed
 from server.app import METRICS, RECEIPTS
 from server.home import ServerHome
-from server.sealed import SealedGrid
+from server.sealed import RunOverError, SealedGrid
 from server.services import Places
 from simulations import deployment
 from simulations.deployment import MEMBERS, PAPERS, STATUS, deploy, facts_of_deployed, prices_of, render_deployed
@@ -105,7 +106,22 @@ def make_worker(folder: Path, number: int, server: str, *, sources: Any = None, 
 
 
 class Opened(FakeRelay):
-    """A relay in this process that is opened and closed as the one on a SuperLink is."""
+    """A relay in this process that is opened and closed as the one on a SuperLink is, and that may end a run."""
+
+    machines: Machines
+
+    def push(self, messages: Any) -> Any:
+        if self.machines.over:
+            self.machines.over -= 1
+            raise RunOverError("expected a run, got none; go on with: tacit server run --resume")
+        return super().push(messages)
+
+    def pull(self, ids: Any) -> Any:
+        if self.machines.lose and sum("broadcast" in pieces for _, pieces in self.seen) == 2:
+            # Both have answered, and nobody hears of it.
+            self.machines.lose = False
+            raise RunOverError("expected a run, got none; go on with: tacit server run --resume")
+        return super().pull(ids)
 
     def __enter__(self) -> FakeRelay:
         return self
@@ -125,7 +141,7 @@ class Machines:
             for number, node in enumerate((501, 502), start=1)
         }
         self.enrolled = {f"hospital-{number}": node for number, node in enumerate(sorted(self.workers), start=1)}
-        self.runs = 6
+        self.runs, self.over, self.lose = 6, 0, False
         self.away: set[int] = set()
 
     def members(self, places: Places) -> list[tuple[Any, int]]:
@@ -137,7 +153,7 @@ class Machines:
     def relay(self, *_: object, **__: object) -> FakeRelay:
         self.runs += 1
         made = Opened(self.workers, run_id=self.runs)
-        made.away = self.away
+        made.away, made.machines = self.away, self
         return made
 
     def deploy(
@@ -437,6 +453,124 @@ def test_a_resumed_job_goes_on_without_a_client_that_is_gone_for_ever(tmp_path: 
         "hospital-1",
         "hospital-2",
     ]
+
+
+class Ending(Quiet):
+    """Ends the relay's run after the first round, so often; and notes what it is told."""
+
+    def __init__(self, machines: Machines, times: int) -> None:
+        self.machines, self.times, self.notes, self.rounds = machines, times, list[str](), list[int]()
+
+    def round(self, line: Any) -> None:
+        self.rounds.append(line["round"])
+        self.machines.over = self.times if line["round"] == 1 else 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_g9_a_job_whose_run_the_relay_has_ended_goes_on_by_itself_in_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "_PAUSE_S", 0.01)
+    machines = Machines(tmp_path)
+    watching = Ending(machines, 2)
+    # The SuperLink is still starting when the next run is begun.
+    opened = machines.relay
+    refusals = [RunError("expected the SuperLink, got connection refused")] * 2
+
+    def relay(*given: Any, **named: Any) -> Any:
+        if watching.rounds and refusals:
+            raise refusals.pop()
+        return opened(*given, **named)
+
+    monkeypatch.setattr(machines, "relay", relay)
+    summary = machines.deploy(observer=watching)
+    assert (summary["status"], watching.rounds) == ("finished", [1, 2])
+    assert machines.runs == 6 + 3
+    assert not refusals
+    assert sum("goes on by itself" in note for note in watching.notes) == 2
+    assert [worker._holder.book.accounts["mine"].charges for worker in machines.workers.values()] == [2, 2]
+    assert passed(verify_files([tmp_path / "run" / "report.json"], [machines.home.settings.application]))
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["kept", "planted: nothing is kept"])
+def test_g9_a_round_whose_answers_were_lost_with_the_run_is_paid_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: bool
+) -> None:
+    machines = Machines(tmp_path)
+    machines.lose = True
+    if planted:
+        monkeypatch.setattr(Kept, "get", lambda *_: None)
+    monkeypatch.setattr(deployment, "_PAUSE_S", 0.01)
+    assert machines.deploy()["status"] == "finished"
+    charges = [worker._holder.book.accounts["mine"].charges for worker in machines.workers.values()]
+    assert charges == ([3, 3] if planted else [2, 2])
+    assert machines.runs == 6 + 2
+
+
+def test_a_relay_that_ends_every_run_ends_the_job_to_be_resumed(tmp_path: Path) -> None:
+    machines = Machines(tmp_path)
+    with pytest.raises(RunError, match="--resume"):
+        machines.deploy(observer=Ending(machines, 1000))
+    assert machines.runs < 6 + 12
+    machines.over = 0
+    assert machines.deploy(resume=True)["status"] == "finished"
+    assert [worker._holder.book.accounts["mine"].charges for worker in machines.workers.values()] == [2, 2]
+
+
+def test_who_stops_a_job_that_waits_for_its_clients_can_go_on_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tacit
+
+    machines = Machines(tmp_path)
+    machines.away = {501, 502}
+    with pytest.raises(KeyboardInterrupt):
+        machines.deploy(stopping=lambda: True)
+    told = json.loads((machines.home.folder / "application" / "running.json").read_bytes())
+    assert told["status"] == "interrupted"
+    machines.away.clear()
+    assert machines.deploy(resume=True)["status"] == "finished"
+
+    def stopped(*given: Any, **named: Any) -> Any:
+        machines.deploy("second", stopping=lambda: True)
+
+    machines.away = {501, 502}
+    monkeypatch.setattr(deployment, "deploy", stopped)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = tacit.main(
+            ["server", "run", "--home", str(machines.home.folder), "--out", str(tmp_path / "second"), "--quiet"]
+        )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert code == 130
+    assert f"tacit server run --resume {tmp_path}" in capsys.readouterr().err.replace(
+        os.path.relpath(tmp_path), str(tmp_path)
+    )
+
+
+def test_a_job_for_more_clients_than_have_joined_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    machines = Machines(tmp_path)
+    machines.enrolled = {"hospital-1": 501}
+    with pytest.raises(RunError, match=r"2 clients that have joined, got 1 \(hospital-1\); invite more"):
+        machines.deploy()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_operator_who_waits_hears_whom_for_and_each_thing_once(tmp_path: Path) -> None:
+    machines = Machines(tmp_path)
+    machines.away = {502}
+    watching = Ending(machines, 0)
+    with pytest.raises(RunError, match="expected 2 clients to be ready"):
+        machines.deploy(observer=watching, wait_s=1.0)
+    assert watching.notes[0].startswith("waiting for 2 clients")
+    last = watching.notes[-1]
+    assert "hospital-1: ready" in last
+    assert "hospital-2: not connected (is it started? there: tacit client start)" in last
+    assert len(watching.notes) == len(set(watching.notes)) <= 3
 
 
 def test_two_runs_at_once_are_refused(machines: Machines, tmp_path: Path) -> None:
