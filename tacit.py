@@ -1215,6 +1215,9 @@ def _work_pages(acts: Any) -> None:
     act("supernode", "run Flower's SuperNode alone, under a user who may not read the data")
     act("prepare", "choose ports and make certificates for parts that are started one by one")
     courier = act("courier", "run the courier alone, under a user who may not read the data")
+    courier.add_argument(
+        "--secret", metavar="FILE", type=Path, help="of the SuperNode's interface (default: run/runtime.secret)"
+    )
     units = act("units", "write systemd units, a compose file and an image recipe for these parts into a folder")
     units.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
     _units_flags(units)
@@ -1734,11 +1737,13 @@ def _client_supernode(arguments: argparse.Namespace) -> int:
 
 def _client_courier(arguments: argparse.Namespace) -> int:
     from clients.courier import Courier
+    from privacy.vault import private
 
     _log_to_stderr()
     places, stop = _places(arguments), _until_stopped()
     at = arguments.socket or places.worker
-    Courier(f"127.0.0.1:{places.ports[1]}", places.secret.read_bytes(), at).run(stop.is_set)
+    runtime = f"127.0.0.1:{places.ports[1]}"
+    Courier(runtime, private.read(arguments.secret or places.secret), at).run(stop.is_set)
     return 0
 
 

@@ -314,6 +314,8 @@ def join(invitation: Invitation, home: ClientHome, choices: Choices, *, version:
 def _join(invitation: Invitation, home: ClientHome, choices: Choices, version: str) -> tuple[Settings, Greeting]:
     home.make_keys()
     ledger = (choices.ledger or home.folder / "ledger").absolute()
+    ledger.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home.share_with_ledger(ledger)
     _grant(ledger, choices)
     identity, supernode, key = home.identity(), home.supernode(), home.next_key()
     body = body_of(

@@ -25,6 +25,7 @@ from clients.isolation import Apart, look
 from clients.join import Choices, Greeting, call
 from privacy.enrolment import Address, key_fingerprint, older
 from privacy.errors import DataError, IdentityError, LedgerError, PlanError, RunError, TacitError
+from privacy.hop import present
 from privacy.identity.authority import facts_of, read_certificate, require_client
 
 # What the package asks for; a test compares this with pyproject.toml. The end of a range is excluded.
@@ -335,7 +336,7 @@ def _gateway(home: ClientHome, addresses: tuple[Address, ...]) -> Finding:
     """The gateway may start later, so that nobody answers is no fault yet; that another one answers is."""
     context = ssl.create_default_context(cafile=str(home.authority_file))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(home.tls)
+    present(context, home.tls, home.tls)
     silent = []
     for address in addresses:
         try:

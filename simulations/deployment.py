@@ -25,7 +25,7 @@ from typing import Any, Final
 from clients.data import load_source
 from models.task import find_task
 from privacy.accounting import Event, best_affordable_order, events_from_json, solve_noise
-from privacy.errors import LedgerError, PlanError, RunError, TacitError, VaultError
+from privacy.errors import LedgerError, PlanError, RunError, TacitError
 from privacy.files import write_whole
 from privacy.ledger import grant_of, require_signed_entry
 from privacy.noise import SECURE_SOURCE, Keystream
@@ -33,9 +33,8 @@ from privacy.plan import Unit, canonical
 from privacy.report import ClientSpend, RunFacts, Verdict, write
 from privacy.terms import Terms
 from privacy.transcript import iso
-from privacy.vault.keyfiles import save_keys
+from privacy.vault import private
 from privacy.vault.keys import Keyring
-from privacy.vault.unlock import keyring_at
 from privacy.wire import settings_digest
 from server.aggregate import Aggregator, Strategy
 from server.app import CHECKPOINT, METRICS, RECEIPTS, Ending, Job, Schedule, run
@@ -152,7 +151,7 @@ def deploy(
 
         relay = Relay(
             places.address,
-            places.secret.read_bytes(),
+            private.read(places.secret),
             identity,
             authority=places.loopback_authority,
             ring=lambda: ring(places.bell),
@@ -223,13 +222,7 @@ def keyring_of(home: ServerHome) -> Keyring:
     Raises:
         VaultError: They are damaged, or were given a passphrase that the environment does not hold.
     """
-    path = home.folder / "application" / "vault.keys"
-    if not path.exists():
-        save_keys(path, Keyring(), None)
-    keys = keyring_at(str(path))
-    if keys is None:
-        raise VaultError(f"expected keys in {path}, got none; restore a backup")
-    return keys
+    return private.make_ring(home.folder / "application")
 
 
 def render_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = ()) -> Path:
