@@ -2476,6 +2476,9 @@ def _vault_page(kinds: Any) -> None:
     made.add_argument("--purpose", metavar="WORD", default="data", help="what it is for (default data)")
     made.add_argument("--run", metavar="TEXT", default="", help="the run that it belongs to")
     made.add_argument("--replace", action="store_true", help="replace a sealed file: its next generation")
+    text = "give a program one private file of a home, on standard output"
+    opening = acts.add_parser("open", help=text, description=text, formatter_class=_Page, allow_abbrev=False)
+    opening.add_argument("file", metavar="FILE", type=Path, help="such as keys/tls.pem; its keyring lies beside it")
     made = act("decrypt", "open a sealed file; it appears once all of it was verified", "FILE", "the sealed file")
     made.add_argument("--out", metavar="PATH", type=Path, help="where (default FILE without .sealed)")
     made.add_argument("--purpose", metavar="WORD", help="what it must be for")
@@ -2513,6 +2516,7 @@ def _vault(arguments: argparse.Namespace) -> int:
         "keygen": _vault_keygen,
         "encrypt": _vault_encrypt,
         "decrypt": _vault_decrypt,
+        "open": _vault_open,
         "rotate": _vault_rotate,
         "inspect": _vault_inspect,
     }
@@ -2582,6 +2586,21 @@ def _vault_decrypt(arguments: argparse.Namespace) -> int:
         )
     words = f"{told['file']}: {told['content']}, generation {told['generation']}, verified; it is in clear now"
     print(json.dumps(told) if arguments.json else words)
+    return 0
+
+
+def _vault_open(arguments: argparse.Namespace) -> int:
+    from privacy.errors import VaultError
+    from privacy.vault import private
+
+    if sys.stdout.isatty():
+        raise VaultError("expected a program to give the key to, got a terminal; a key is not for eyes, pipe it")
+    try:
+        content = private.read(arguments.file)
+    except OSError as error:
+        raise VaultError(f"expected a private file at {arguments.file}, got: {error.strerror or error}") from None
+    sys.stdout.buffer.write(content)
+    sys.stdout.flush()
     return 0
 
 

@@ -3,7 +3,7 @@
     HOME                            ~/.tacit/server, or --home; 0700
       server.json                   public settings: name, addresses, public keys, oldest client
       members.json, members.lock    who is invited, enrolled or revoked: see `server.enrol.Registry`
-      authority/  ca.pem ca.key     the certificate authority; its key is encrypted where a passphrase was given
+      authority/  ca.pem ca.key     the certificate authority; its key is under a passphrase of its own, if given
                   registry.key      signs the list of members
       enrol/      tls.pem           key and certificate of the enrolment endpoint
       relay/      tls.pem ca.pem    key and certificate of the gateway before the relay; nothing else of ours
@@ -30,7 +30,7 @@ from privacy.enrolment import Address, key_fingerprint
 from privacy.errors import IdentityError
 from privacy.files import sync_folder, write_whole
 from privacy.identity import Identity, Secret
-from privacy.identity.authority import Authority, facts_of, fingerprint, pem_of, read_certificate, valid_name
+from privacy.identity.authority import Authority, facts_of, fingerprint, is_locked, pem_of, read_certificate, valid_name
 from privacy.plan import canonical
 from privacy.vault import private
 
@@ -129,7 +129,7 @@ class ServerHome:
             name: The federation's name; the certificates say it.
             addresses: Of the gateway. Their hosts, and those of ``enrol``, are all that the authority may sign for.
             enrol: Of the enrolment endpoint.
-            passphrase: What the authority's key is encrypted under by itself; empty for nothing.
+            passphrase: What the authority's key is encrypted under; empty seals it as every other key.
             now: Seconds since 1970, by this machine's clock if None.
 
         Raises:
@@ -250,7 +250,8 @@ class ServerHome:
         for part in parts or _PARTS:
             private.make_ring(self.folder / part)
             for name in _PARTS[part]:
-                private.seal(self.folder / part / name)
+                if not is_locked(self.folder / part / name):
+                    private.seal(self.folder / part / name)
 
     def relay_is_server(self) -> bool:
         """Says whether who runs the relay can read the application's key: reports then say "relay = server" (G21).

@@ -45,7 +45,7 @@ GIFTS: Final = [
         Gift(
             user=GATEWAY,
             variable="TACIT_GATEWAY_USER",
-            folder="/var/lib/tacit-gateway",
+            folder="/run/tacit-gateway",
             file=file,
             # There is no list before the first invitation.
             later=file == "members.json",
@@ -81,7 +81,7 @@ def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, versio
     part_of = f"{_NAME}.target"
     prepare, hand = f"{_NAME}-prepare.service", f"{_NAME}-handout.service"
     ports = settings.addresses[0].port, settings.enrol[0].port
-    # The authority's passphrase, where it has one, stands in a file that only root reads.
+    # The passphrases of the authority and of the keyrings, where they have one, stand in a file that only root reads.
     passphrase = "EnvironmentFile=-/etc/tacit/server.env"  # noqa: S105 -- names a file
     prepared = Service(
         name="prepare",
@@ -104,10 +104,10 @@ def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, versio
     gateway = Service(
         name="gateway",
         text="the gateway, the one door that clients reach",
-        command=[*tacit, "gateway", "--home", "/var/lib/tacit-gateway"],
+        command=[*tacit, "gateway", "--home", "/run/tacit-gateway"],
         user=GATEWAY,
         after=[hand, f"{_NAME}-relay.service"],
-        writes=["/var/lib/tacit-gateway"],
+        writes=["/run/tacit-gateway"],
         hidden=[at],
     )
     enrolment = Service(
@@ -131,6 +131,7 @@ def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, versio
             watched=[home.members, home.relay_tls, home.folder / "server.json"],
             homes=homes,
             writes=[at],
+            more=[passphrase],
         ),
         f"{_NAME}-relay.service": relay.unit(part_of, homes=homes),
         f"{_NAME}-gateway.service": gateway.unit(part_of, homes=homes, capabilities=low[0]),
@@ -138,7 +139,7 @@ def files_of(home: ServerHome, *, owner: str, program: str, folder: Path, versio
     }
     return units | {
         part_of: target("relay, gateway and enrolment", sorted(units)),
-        script.name: handout(home.folder, owner, GIFTS, _PARTED),
+        script.name: handout(home.folder, owner, GIFTS, _PARTED, program=program),
         f"{_NAME}.sysusers": sysusers({RELAY: "Tacit: the relay", GATEWAY: "Tacit: the gateway"}),
         "compose.yaml": _compose(home, owner, script.name, version),
         "Containerfile": CONTAINERFILE.format(folder=folder, version=version, post=POST_NUMBER),
@@ -154,17 +155,19 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
         "TACIT_OWNER": own.partition(":")[0],
         "TACIT_RELAY_USER": str(_NUMBERS[RELAY]),
         "TACIT_GATEWAY_USER": str(_NUMBERS[GATEWAY]),
+        "TACIT_PROGRAM": "tacit",
     }
-    passphrase = {"TACIT_PASSPHRASE": "${TACIT_PASSPHRASE:-}"}
+    opens = {"TACIT_VAULT_PASSPHRASE": "${TACIT_VAULT_PASSPHRASE:-}"}
+    passphrase = {"TACIT_PASSPHRASE": "${TACIT_PASSPHRASE:-}"} | opens
     where = [f"{at}:{at}"]
-    each = {"relay": ["relay:/var/lib/tacit-relay"], "gateway": ["gateway:/var/lib/tacit-gateway"]}
+    each = {"relay": ["relay:/var/lib/tacit-relay"], "gateway": ["gateway:/run/tacit-gateway"]}
     users = {name: f"{_NUMBERS[name]}:{_NUMBERS[name]}" for name in _NUMBERS}
     handing = container(
         ["sh", "/handout.sh"],
         user="0:0",
         image=image,
         network_mode="none",
-        environment=numbers,
+        environment=numbers | opens,
         cap_add=["CHOWN", "DAC_READ_SEARCH", "FOWNER", "SETUID", "SETGID"],
         volumes=[*where, *each["relay"], *each["gateway"], f"./{script}:/handout.sh:ro"],
     )
@@ -182,13 +185,14 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
         "handout": handing | {"restart": "no", "depends_on": {"prepare": done}},
         "handout-again": handing | {"command": ["sh", "/handout.sh", "--follow"], "depends_on": {"handout": done}},
         "gateway": container(
-            ["tacit", "server", "gateway", "--home", "/var/lib/tacit-gateway"],
+            ["tacit", "server", "gateway", "--home", "/run/tacit-gateway"],
             user=users[GATEWAY],
             image=image,
             ports=[f"{ports[0]}:{ports[0]}"],
             sysctls={"net.ipv4.ip_unprivileged_port_start": "0"},
             volumes=each["gateway"],
-            depends_on={"handout": done},
+            # What is in memory is there as long as somebody has it mounted.
+            depends_on={"handout": done, "handout-again": {"condition": "service_started"}},
         ),
         # On the gateway's loopback, and on no other network.
         "relay": container(
@@ -217,6 +221,7 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
             network_mode="service:gateway",
             restart="no",
             profiles=["job"],
+            environment=opens,
             volumes=[*where, "./job:/job"],
         ),
     }
@@ -224,7 +229,7 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
         "The processes of a server. Build the image first; see Containerfile.\n"
         "Start: docker compose up -d      A job: docker compose run --rm application"
     )
-    return compose(services, ["relay", "gateway"], comment)
+    return compose(services, ["relay"], comment, memory=["gateway"])
 
 
 def _number(owner: str) -> str:

@@ -12,7 +12,7 @@ and sealed inside TLS rests on application identities (`privacy.identity.Identit
 Whoever checks one uses the verifier of the `cryptography` package, not a chain of conditions of our own.
 
 Keys are bytes in PEM or DER here and files of mode 0600 on disk, sealed where their folder has a keyring
-(`privacy.vault.private`). The authority's is encrypted by itself too, where a passphrase is given.
+(`privacy.vault.private`). The authority's is encrypted by itself instead, where a passphrase is given.
 """
 
 from __future__ import annotations
@@ -165,8 +165,9 @@ class Authority:
         """Writes ``ca.pem`` and the private ``ca.key``.
 
         Args:
-            folder: Where; with a keyring there, the key is sealed for it.
-            passphrase: What the key is encrypted under by itself (Argon2id, then PKCS #8); empty for nothing.
+            folder: Where.
+            passphrase: What the key is encrypted under (Argon2id, then PKCS #8). Empty: it is sealed if the folder has
+                a keyring, and in clear without.
 
         Raises:
             RunError, VaultError: The folder cannot be written.
@@ -177,7 +178,11 @@ class Authority:
             lock: BestAvailableEncryption | NoEncryption = BestAvailableEncryption(_stretched(passphrase, salt))
         else:
             head, lock = b"", NoEncryption()
-        private.write(folder / "ca.key", head, self.__key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock))
+        key = self.__key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock)
+        if passphrase:
+            write_whole(folder / "ca.key", head, key)
+        else:
+            private.write(folder / "ca.key", key)
         write_whole(folder / "ca.pem", self._certificate.public_bytes(Encoding.PEM))
 
     @classmethod
@@ -407,6 +412,14 @@ def read_certificate(path: Path) -> bytes:
         raise IdentityError(f"expected a certificate at {path}, got {error.strerror}; restore it") from None
     except (ValueError, IndexError):
         raise IdentityError(f"expected a certificate in {path}, got other bytes; restore a backup of it") from None
+
+
+def is_locked(path: Path) -> bool:
+    """Says whether an authority's key is encrypted under a passphrase of its own."""
+    try:
+        return _STRETCH.match(path.read_bytes()) is not None
+    except OSError:
+        return False
 
 
 def pem_of(certificate: bytes) -> bytes:
