@@ -1904,6 +1904,9 @@ def _join_pages(acts: Any) -> None:
     )
     page.add_argument("--data-set", metavar="NAME", default="data", help="your own name of the data, in the ledger")
     page.add_argument("--ledger", metavar="DIR", type=Path, help="the ledger that this data has already, if any")
+    page.add_argument(
+        "--keys", metavar="KEYS", type=Path, help="file of keys that opens the data, where it is sealed by itself"
+    )
     preflight = acts.add_parser(
         "preflight",
         help="look whether this client could take part, and how to mend what it could not",
@@ -1935,12 +1938,14 @@ def _client_join(arguments: argparse.Namespace) -> int:
     require_unexpired(invitation, time.time())
     home = _client_home(arguments)
     require_fresh(home)
-    data, bound = located(arguments.data), arguments.records_bound
+    data, bound, keys = located(arguments.data), arguments.records_bound, str(arguments.keys or "")
     policy = policy_of(
         invitation,
         epsilon=arguments.epsilon,
         delta=arguments.delta,
-        records_bound=declared_bound(arguments.task, data) if bound is None and Path(data).exists() else bound,
+        records_bound=declared_bound(home, arguments.task, data, keys)
+        if bound is None and Path(data).exists()
+        else bound,
         allow_metrics=[word.strip() for words in arguments.allow_metrics for word in words.split(",") if word.strip()],
         allow_central=arguments.allow_central,
     )
@@ -1950,6 +1955,7 @@ def _client_join(arguments: argparse.Namespace) -> int:
         policy=policy,
         data_set=arguments.data_set,
         ledger=arguments.ledger,
+        keys=keys,
     )
     findings = []
     told: dict[str, object] = {"joined": False, "name": invitation.name, "home": str(home.folder)}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from clients.places import Place, entries_of, place_of, stream_of
+from clients.places import Opens, Place, entries_of, from_environment, place_of, stream_of
 from clients.records import Records, faults, sanitize
 from clients.tables import SUFFIXES, Schema, Table, encode, parse_schema, read_schema, read_table
 from models.shape import Shape
@@ -90,7 +90,12 @@ def data_folder() -> Path:
 
 
 def load_source(
-    task: Task, *, data: str | None = None, options: Mapping[str, str] | None = None, strict: bool = True
+    task: Task,
+    *,
+    data: str | None = None,
+    options: Mapping[str, str] | None = None,
+    strict: bool = True,
+    opens: Opens = from_environment,
 ) -> Source:
     """Loads the data of a task.
 
@@ -103,6 +108,7 @@ def load_source(
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
             in the folder's ``images.toml``.
         strict: True in a simulation: a bad record is an error. False at a data holder: it is marked invalid.
+        opens: Returns the keys of a sealed data set; asked only where it is sealed.
 
     Raises:
         DataError: The data is missing, is not what its schema says, or, if strict, holds a bad record.
@@ -135,19 +141,22 @@ def load_source(
             _no_place(task, data)
             return _breast_cancer()
         case SourceName.TABLE:
-            return _tables(_place(task, data), strict)
+            return _tables(_place(task, data, opens), strict)
         case SourceName.IMAGE_FOLDER:
-            return _image_folder(_place(task, data), options, strict)
+            return _image_folder(_place(task, data, opens), options, strict)
         case SourceName.MNIST | SourceName.FASHION_MNIST | SourceName.CIFAR10:
             return _torchvision(name, Path(data).expanduser() if data else data_folder())
 
 
-def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | None]:
+def published(
+    task: Task, data: str | None = None, *, opens: Opens = from_environment
+) -> tuple[Shape | None, int | None]:
     """Returns what is public about a task's data, without reading a record: shape, and number of training records.
 
     Args:
         task: As for `load_source`.
         data: As for `load_source`; of a table, only its schema is read.
+        opens: As for `load_source`.
 
     Returns:
         None for either where nobody published it, or where only the data itself would tell.
@@ -161,7 +170,7 @@ def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | 
         source = load_source(task)
         return source.shape, source.declared_records
     if task.data == SourceName.TABLE and data:
-        path = _place(task, data)
+        path = _place(task, data, opens)
         schema = read_schema(path / "schema.toml" if path.is_dir() else path)
         return schema.shape, schema.records
     known = next((facts for name, facts in _PUBLISHED.items() if name == task.data), None)
@@ -173,14 +182,14 @@ def _no_place(task: Task, data: str | None) -> None:
         raise DataError(f"expected no data for task {task.name!r}, which brings its own, got {data!r}; leave it out")
 
 
-def _place(task: Task, data: str | None) -> Place:
+def _place(task: Task, data: str | None, opens: Opens) -> Place:
     """The path where a task's data lies."""
     if not data:
         raise DataError(f"expected data=PATH for task {task.name!r}, got none; say where its data lies")
     given = Path(data).expanduser()
     for path in (given, data_folder() / given):
         if path.exists():
-            return place_of(path)
+            return place_of(path, opens)
     raise DataError(f"expected data at {given} or {data_folder() / given}, found neither; check data=PATH")
 
 

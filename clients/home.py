@@ -43,6 +43,8 @@ from privacy.identity.authority import (
 from privacy.identity.supernode import new_supernode_key, supernode_public
 from privacy.plan import Metric, canonical, is_number
 from privacy.vault import private
+from privacy.vault.keys import Opener
+from privacy.vault.unlock import handed_on, openers_from
 
 _VERSION: Final = 1
 
@@ -89,6 +91,8 @@ class Settings:
         policy: The holder's.
         asked: Epsilon and delta that the invitation asked for, for the record; 0 where it asked for none.
         joined: Seconds since 1970.
+        keys: File of keys of a data set that is sealed: an absolute path; empty where the home's own keyring or the
+            environment opens it, or it is in clear.
     """
 
     name: str
@@ -104,6 +108,7 @@ class Settings:
     policy: Policy
     asked: tuple[float, float] = (0.0, 0.0)
     joined: int = 0
+    keys: str = ""
 
     def to_json(self) -> bytes:
         """Returns the file's content."""
@@ -262,6 +267,23 @@ class ClientHome:
         with self.alone():
             for path in (*self._keys(), Path(settings.ledger) / "ledger.key"):
                 private.seal(path)
+
+    def openers(self, keys: str) -> list[Opener]:
+        """Returns what may open a sealed data set: a file of keys that was named; else the home's keyring, then the
+        environment's keys.
+
+        Raises:
+            VaultError: There is none, or it does not open.
+        """
+        if keys:
+            return openers_from(Path(keys))
+        ring = private.ring_beside(self.folder / "keys" / "application.key")
+        try:
+            return [*([ring] if ring is not None else []), *openers_from(None)]
+        except VaultError:
+            if ring is None or handed_on():
+                raise
+            return [ring]
 
     def _keys(self) -> list[Path]:
         names = ("application.key", "tls.pem", "tls.new", "supernode.key")

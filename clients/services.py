@@ -207,7 +207,7 @@ def worker_of(places: Places, *, code: str, device: str = "cpu") -> Worker:
     home, settings = places.home, places.home.settings
     secret = home.secret()
     task = find_task(settings.task)
-    source = load_source(task, data=settings.data or None, strict=False)
+    source = load_source(task, data=settings.data or None, strict=False, opens=lambda: home.openers(settings.keys))
     book = Book(Path(settings.ledger))
     logger = private_logger("tacit.client")
     logger.addHandler(SealedLog(home.folder / "log", secret))

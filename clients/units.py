@@ -70,7 +70,7 @@ def files_of(
     at, settings = str(home.folder), home.settings
     # A ledger that lies elsewhere is written there too.
     writes = list(dict.fromkeys([at, *([] if settings.ledger.startswith(f"{at}/") else [settings.ledger])]))
-    secret = [*writes, *([settings.data] if settings.data else [])]
+    secret = [*writes, *(path for path in (settings.data, settings.keys) if path)]
     homes = under_homes([program, str(folder), *secret])
     tacit = [program, "client"]
     part_of = f"{_NAME}.target"
@@ -194,7 +194,7 @@ def _compose(home: ClientHome, owner: str, script: str, version: str, device: st
     # At the same paths as outside, because the home names them.
     owned = [f"{at}:{at}"]
     owned += [] if settings.ledger.startswith(f"{at}/") else [f"{settings.ledger}:{settings.ledger}"]
-    data = [f"{settings.data}:{settings.data}:ro"] if settings.data else []
+    data = [f"{path}:{path}:ro" for path in (settings.data, settings.keys) if path and not path.startswith(f"{at}/")]
     tunnel, flower, post = "tunnel:/run/tacit-tunnel", "flower:/run/tacit-flower", "post:/run/tacit-worker"
     make_room = f"install -d -m 0711 -o {own.partition(':')[0]} /run/tacit-worker && exec sh /handout.sh"
     opens = {"TACIT_VAULT_PASSPHRASE": "${TACIT_VAULT_PASSPHRASE:-}"}

@@ -684,12 +684,12 @@ def test_data_is_found_where_data_sets_lie_and_its_bound_where_it_is_declared(
     assert preflight.located("sets") == str(folder)
     assert preflight.located("") == ""
     assert preflight.located(str(tmp_path / "gone")) == str(tmp_path / "gone")
-    assert preflight.declared_bound("table", str(folder)) is None
+    assert preflight.declared_bound(ClientHome(tmp_path / "none"), "table", str(folder)) is None
     schema = folder / "schema.toml"
     schema.write_text("records = 800\n" + schema.read_text())
-    assert preflight.declared_bound("table", str(folder)) == 800
-    assert preflight.declared_bound("digits", "") == 1437
-    assert preflight.declared_bound("nothing", "") is None
+    assert preflight.declared_bound(ClientHome(tmp_path / "none"), "table", str(folder)) == 800
+    assert preflight.declared_bound(ClientHome(tmp_path / "none"), "digits", "") == 1437
+    assert preflight.declared_bound(ClientHome(tmp_path / "none"), "nothing", "") is None
 
 
 def _renamed(tmp_path: Path) -> Path:
