@@ -38,7 +38,7 @@ from privacy.vault.keys import Keyring
 from privacy.wire import settings_digest
 from server.aggregate import Aggregator, Strategy
 from server.app import CHECKPOINT, METRICS, RECEIPTS, Ending, Job, Schedule, run
-from server.checkpoint import load
+from server.checkpoint import Newest, load
 from server.gateway import ring
 from server.home import ServerHome
 from server.relay import Relay
@@ -191,6 +191,7 @@ def deploy(
                 folder=folder,
                 device=settled.device,
                 vault=keyring_of(home),
+                newest=newest_of(home, settled.id),
                 sources=lambda use, round: Keystream(),
                 on_round=on_round,
                 stopping=stopping,
@@ -225,6 +226,15 @@ def keyring_of(home: ServerHome) -> Keyring:
     return private.make_ring(home.folder / "application")
 
 
+def newest_of(home: ServerHome, job: str) -> Newest:
+    """Returns what remembers a job's newest checkpoint: in the home, where a run folder that is put back leaves it.
+
+    Raises:
+        VaultError: It was altered, or does not open.
+    """
+    return Newest(home.folder / "application" / "newest", keyring_of(home), job)
+
+
 def render_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = ()) -> Path:
     """Writes the report of a deployed run, from its receipts and from what clients signed alone.
 
@@ -251,7 +261,7 @@ def facts_of_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = (
     """
     settled, scenario, identity = Settled.load(folder), Scenario.from_run(folder), home.application_identity()
     task = find_task(scenario.task)
-    rounds, state = read_rounds(folder), load(folder / CHECKPOINT, [keyring_of(home)])
+    rounds, state = read_rounds(folder), load(folder / CHECKPOINT, [keyring_of(home)], newest_of(home, settled.id))
     lines = read_countersigned(folder, identity)
     papers, members = _papers_in(folder), _members_in(folder)
     # A node's account and its key are pinned by its first receipt; see `server.app.check`.

@@ -115,14 +115,23 @@ def make_ring(folder: Path, environment: Mapping[str, str] = os.environ) -> Keyr
     return _ring(ring)
 
 
+def link_ring(ring: Path, folder: Path) -> None:
+    """Has a folder's private files sealed for a keyring that lies elsewhere, by a link; a keyring that is there stays.
+
+    Raises:
+        VaultError: The link cannot be made.
+    """
+    if not os.path.lexists(folder / RING):
+        _link(folder / RING, ring)
+
+
 def share_ring(folder: Path, other: Path) -> None:
     """Makes the keyring of one folder that of another one too, by a link; a keyring that is there stays.
 
     Raises:
         VaultError: The link cannot be made.
     """
-    if not os.path.lexists(other / RING):
-        _link(other / RING, Path(os.path.relpath(folder / RING, other)))
+    link_ring(Path(os.path.relpath(folder / RING, other)), other)
 
 
 def _link(path: Path, aim: Path) -> None:
