@@ -10,6 +10,7 @@
               lock                  held while a process joins or renews
               supernode.key, .pub   the pair that Flower's SuperNode names itself with
       ledger/                       the ledger, with its own key (guarantee G13), unless --ledger names another folder
+      jobs/                         what was offered and decided, sealed: see `clients.jobs`
       kept/, log                    finished releases and what went wrong, both sealed
       run/                          what one start needs; its private files are sealed as well
 
@@ -229,6 +230,7 @@ class ClientHome:
                 f"expected to make a home at {self.folder}, got {error.strerror}; choose another --home"
             ) from None
         private.make_ring(keys)
+        self.share_ring(self.folder / "jobs")
 
     def share_ring(self, folder: Path) -> None:
         """Has private files in a folder of this home, which is made, sealed for the home's keyring too.

@@ -80,6 +80,7 @@ class Places:
         # Keys of a home that an older Tacit made are sealed now, before anything reads them.
         self.home.seal()
         self.home.share_ring(self.folder)
+        Jobs(self.jobs).take_in()
         private.write(self.secret, os.urandom(32))
         write_whole(self._ports, " ".join(map(str, _free_ports(2))).encode())
         write_loopback(self.folder, now=time.time())

@@ -85,9 +85,13 @@ def test_a_run_with_a_vault_keeps_no_checkpoint_in_clear_and_resumes(
     checkpoint = run / "checkpoints/latest.ckpt"
     assert is_sealed(checkpoint)
     assert not [path for path in run.rglob("*") if path.is_file() and b"tacit/checkpoint" in path.read_bytes()]
+    # So are its keys, as a deployment's: the server's and the ledgers'. In a run without a vault they are 32 bytes.
+    private_files = [run / "server.key", run / "ledgers" / "ledger.key"]
+    assert all(map(is_sealed, private_files))
     # A new key for the run's files, and the run goes on: here to its end, which it reached already.
     assert tacit.main(["vault", "rotate", str(run), "--keys", str(keys), "--new-key", "--revoke"]) == 0
-    assert inspect(checkpoint).wraps[0].kid == load_keyring(keys, None).active  # type: ignore[arg-type]
+    for path in (checkpoint, *private_files):
+        assert inspect(path).wraps[0].kid == load_keyring(keys, None).active, path  # type: ignore[arg-type]
     capsys.readouterr()
     assert tacit.main(["simulate", "--resume", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"] == first["metrics"]
