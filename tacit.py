@@ -1236,6 +1236,9 @@ def _work_pages(acts: Any) -> None:
     act("prepare", "choose ports and make certificates for parts that are started one by one")
     courier = act("courier", "run the courier alone, under a user who may not read the data")
     act("metrics", _SHOWS).add_argument("where", metavar="HOST:PORT", help="on loopback; so is a port alone")
+    courier.add_argument(
+        "--secret", metavar="FILE", type=Path, help="of the SuperNode's interface (default: run/runtime.secret)"
+    )
     units = act("units", "write systemd units, a compose file and an image recipe for these parts into a folder")
     for made in (start, worker, units):
         made.add_argument("--device", metavar="TEXT", default="cpu", help="where training runs: cpu, cuda, cuda:N")
@@ -1836,11 +1839,13 @@ def _client_supernode(arguments: argparse.Namespace) -> int:
 
 def _client_courier(arguments: argparse.Namespace) -> int:
     from clients.courier import Courier
+    from privacy.vault import private
 
     _log_to_stderr()
     places, stop = _places(arguments), _until_stopped()
     at = arguments.socket or places.worker
-    Courier(f"127.0.0.1:{places.ports[1]}", places.secret.read_bytes(), at).run(stop.is_set)
+    runtime = f"127.0.0.1:{places.ports[1]}"
+    Courier(runtime, private.read(arguments.secret or places.secret), at).run(stop.is_set)
     return 0
 
 
@@ -2009,6 +2014,9 @@ def _join_pages(acts: Any) -> None:
     )
     page.add_argument("--data-set", metavar="NAME", default="data", help="your own name of the data, in the ledger")
     page.add_argument("--ledger", metavar="DIR", type=Path, help="the ledger that this data has already, if any")
+    page.add_argument(
+        "--keys", metavar="KEYS", type=Path, help="file of keys that opens the data, where it is sealed by itself"
+    )
     preflight = acts.add_parser(
         "preflight",
         help="look whether this client could take part, and how to mend what it could not",
@@ -2040,12 +2048,14 @@ def _client_join(arguments: argparse.Namespace) -> int:
     require_unexpired(invitation, time.time())
     home = _client_home(arguments)
     require_fresh(home)
-    data, bound = located(arguments.data), arguments.records_bound
+    data, bound, keys = located(arguments.data), arguments.records_bound, str(arguments.keys or "")
     policy = policy_of(
         invitation,
         epsilon=arguments.epsilon,
         delta=arguments.delta,
-        records_bound=declared_bound(arguments.task, data) if bound is None and Path(data).exists() else bound,
+        records_bound=declared_bound(home, arguments.task, data, keys)
+        if bound is None and Path(data).exists()
+        else bound,
         allow_metrics=[word.strip() for words in arguments.allow_metrics for word in words.split(",") if word.strip()],
         allow_central=arguments.allow_central,
     )
@@ -2055,6 +2065,7 @@ def _client_join(arguments: argparse.Namespace) -> int:
         policy=policy,
         data_set=arguments.data_set,
         ledger=arguments.ledger,
+        keys=keys,
     )
     findings = []
     told: dict[str, object] = {"joined": False, "name": invitation.name, "home": str(home.folder)}
@@ -2896,6 +2907,9 @@ def _vault_page(kinds: Any) -> None:
     made.add_argument("--purpose", metavar="WORD", default="data", help="what it is for (default data)")
     made.add_argument("--run", metavar="TEXT", default="", help="the run that it belongs to")
     made.add_argument("--replace", action="store_true", help="replace a sealed file: its next generation")
+    text = "give a program one private file of a home, on standard output"
+    opening = acts.add_parser("open", help=text, description=text, formatter_class=_Page, allow_abbrev=False)
+    opening.add_argument("file", metavar="FILE", type=Path, help="such as keys/tls.pem; its keyring lies beside it")
     made = act("decrypt", "open a sealed file; it appears once all of it was verified", "FILE", "the sealed file")
     made.add_argument("--out", metavar="PATH", type=Path, help="where (default FILE without .sealed)")
     made.add_argument("--purpose", metavar="WORD", help="what it must be for")
@@ -2933,6 +2947,7 @@ def _vault(arguments: argparse.Namespace) -> int:
         "keygen": _vault_keygen,
         "encrypt": _vault_encrypt,
         "decrypt": _vault_decrypt,
+        "open": _vault_open,
         "rotate": _vault_rotate,
         "inspect": _vault_inspect,
     }
@@ -3002,6 +3017,21 @@ def _vault_decrypt(arguments: argparse.Namespace) -> int:
         )
     words = f"{told['file']}: {told['content']}, generation {told['generation']}, verified; it is in clear now"
     print(json.dumps(told) if arguments.json else words)
+    return 0
+
+
+def _vault_open(arguments: argparse.Namespace) -> int:
+    from privacy.errors import VaultError
+    from privacy.vault import private
+
+    if sys.stdout.isatty():
+        raise VaultError("expected a program to give the key to, got a terminal; a key is not for eyes, pipe it")
+    try:
+        content = private.read(arguments.file)
+    except OSError as error:
+        raise VaultError(f"expected a private file at {arguments.file}, got: {error.strerror or error}") from None
+    sys.stdout.buffer.write(content)
+    sys.stdout.flush()
     return 0
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
 from clients import ratings
-from clients.places import Place, entries_of, place_of, stream_of
+from clients.places import Opens, Place, entries_of, from_environment, place_of, stream_of
 from clients.records import Records, faults, sanitize
 from clients.tables import SUFFIXES, Schema, Table, encode, parse_schema, read_schema, read_table
 from models.ratings import SHAPE as RATING_SHAPE
@@ -95,7 +95,12 @@ def data_folder() -> Path:
 
 
 def load_source(
-    task: Task, *, data: str | None = None, options: Mapping[str, str] | None = None, strict: bool = True
+    task: Task,
+    *,
+    data: str | None = None,
+    options: Mapping[str, str] | None = None,
+    strict: bool = True,
+    opens: Opens = from_environment,
 ) -> Source:
     """Loads the data of a task.
 
@@ -109,12 +114,13 @@ def load_source(
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
             in the folder's ``images.toml``.
         strict: True in a simulation: a bad record is an error. False at a data holder: it is marked invalid.
+        opens: Returns the keys of a sealed data set; asked only where it is sealed.
 
     Raises:
         DataError: The data is missing, is not what its schema says, or, if strict, holds a bad record.
         VaultError: It is sealed, and there is no key for it or it was altered.
     """
-    source = _loaded(task, data, dict(options or {}), strict)
+    source = _loaded(task, data, dict(options or {}), strict, opens)
     return source if task.features is None else _through(source, task, task.features)
 
 
@@ -144,7 +150,7 @@ def _features_of(records: Records, features: Features) -> Records:
     return dataclasses.replace(records, inputs=torch.cat(pieces))
 
 
-def _loaded(task: Task, data: str | None, options: Mapping[str, str], strict: bool) -> Source:
+def _loaded(task: Task, data: str | None, options: Mapping[str, str], strict: bool, opens: Opens) -> Source:
     """A task's records as its source has them, before any features."""
     known = ("size", "mode") if task.data == SourceName.IMAGE_FOLDER else ()
     for option in options:
@@ -172,23 +178,26 @@ def _loaded(task: Task, data: str | None, options: Mapping[str, str], strict: bo
             _no_place(task, data)
             return _breast_cancer()
         case SourceName.TABLE:
-            return _tables(_place(task, data), strict)
+            return _tables(_place(task, data, opens), strict)
         case SourceName.IMAGE_FOLDER:
-            return _image_folder(_place(task, data), options, strict)
+            return _image_folder(_place(task, data, opens), options, strict)
         case SourceName.MNIST | SourceName.FASHION_MNIST | SourceName.CIFAR10:
-            if data and name == SourceName.CIFAR10 and (place := _place(task, data) / "train").is_dir():
+            if data and name == SourceName.CIFAR10 and (place := _place(task, data, opens) / "train").is_dir():
                 return _cifar_images(place.parent, strict)
             return _torchvision(name, Path(data).expanduser() if data else data_folder())
         case SourceName.MOVIELENS:
             return _movielens(data, strict)
 
 
-def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | None]:
+def published(
+    task: Task, data: str | None = None, *, opens: Opens = from_environment
+) -> tuple[Shape | None, int | None]:
     """Returns what is public about a task's data, without reading a record: shape, and number of training records.
 
     Args:
         task: As for `load_source`.
         data: As for `load_source`; of a table, only its schema is read.
+        opens: As for `load_source`.
 
     Returns:
         None for either where nobody published it, or where only the data itself would tell.
@@ -196,22 +205,22 @@ def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | 
     Raises:
         DataError: A table's schema is damaged.
     """
-    shape, records = _published(task, data)
+    shape, records = _published(task, data, opens)
     if shape is not None and task.features is not None:
         shape = _features_shape(task, task.features, shape)
     return shape, records
 
 
-def _published(task: Task, data: str | None) -> tuple[Shape | None, int | None]:
+def _published(task: Task, data: str | None, opens: Opens) -> tuple[Shape | None, int | None]:
     if callable(task.data):
         return task.shape, task.declared_records
     if task.data in (SourceName.DIGITS, SourceName.BREAST_CANCER):
-        source = _loaded(task, None, {}, True)
+        source = _loaded(task, None, {}, True, opens)
         return source.shape, source.declared_records
     if task.data == SourceName.MOVIELENS:
         return RATING_SHAPE, _MOVIELENS_RECORDS
     if task.data == SourceName.TABLE and data:
-        path = _place(task, data)
+        path = _place(task, data, opens)
         schema = read_schema(path / "schema.toml" if path.is_dir() else path)
         return schema.shape, schema.records
     known = next((facts for name, facts in _PUBLISHED.items() if name == task.data), None)
@@ -223,14 +232,14 @@ def _no_place(task: Task, data: str | None) -> None:
         raise DataError(f"expected no data for task {task.name!r}, which brings its own, got {data!r}; leave it out")
 
 
-def _place(task: Task, data: str | None) -> Place:
+def _place(task: Task, data: str | None, opens: Opens) -> Place:
     """The path where a task's data lies."""
     if not data:
         raise DataError(f"expected data=PATH for task {task.name!r}, got none; say where its data lies")
     given = Path(data).expanduser()
     for path in (given, data_folder() / given):
         if path.exists():
-            return place_of(path)
+            return place_of(path, opens)
     raise DataError(f"expected data at {given} or {data_folder() / given}, found neither; check data=PATH")
 
 
@@ -554,12 +563,12 @@ def image_of(file: Place, size: int, mode: str) -> Tensor:
 
 def image_rules_of(task: Task, data: str) -> _ImageRules:
     """Returns the public rules of a task's folder of images; raises DataError where they are damaged."""
-    return _image_rules(_place(task, data), {})
+    return _image_rules(_place(task, data, from_environment), {})
 
 
 def schema_of(task: Task, data: str) -> Schema:
     """Returns the public schema of a task's table; raises DataError where it is damaged."""
-    path = _place(task, data)
+    path = _place(task, data, from_environment)
     return read_schema(path / "schema.toml" if path.is_dir() else path)
 
 

@@ -3,16 +3,20 @@
     HOME                            ~/.tacit/client, or --home; 0700
       client.json                   name, addresses, the server's public keys, where the data lies, the holder's policy
       ca.pem                        the federation's certificate authority, whose fingerprint the invitation named
-      keys/   application.key       secret of the client application: signs, seals, and opens what is kept here
+      keys/   vault.keys            the keyring that every other private file is sealed for; see privacy.vault.private
+              application.key       secret of the client application: signs, seals, and opens what is kept here
               tls.pem               key and certificate for the connection; renewed every few weeks, in one write
               tls.new               a key whose certificate is not there yet
-              local.pem, local-ca.pem   for the door on loopback at which the SuperNode finds our tunnel
               lock                  held while a process joins or renews
               supernode.key, .pub   the pair that Flower's SuperNode names itself with
       ledger/                       the ledger, with its own key (guarantee G13), unless --ledger names another folder
+      jobs/                         what was offered and decided, sealed: see `clients.jobs`
       kept/, log                    finished releases and what went wrong, both sealed
+      run/                          what one start needs; its private files are sealed as well
 
-Every private key is made here and never leaves the machine. Files are 0600 and appear whole.
+Every private key is made here and never leaves the machine. Files are 0600 and appear whole. Private ones are sealed:
+those of ``keys``, those of ``run``, and the ledger's own. What must stay readable of a ledger, for who checks it, is
+its entries: they hold no secret, and are signed.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from privacy.enrolment import Address, key_fingerprint
-from privacy.errors import IdentityError
+from privacy.errors import IdentityError, VaultError
 from privacy.files import write_whole
 from privacy.identity import Identity, Secret
 from privacy.identity.authority import (
@@ -39,6 +43,9 @@ from privacy.identity.authority import (
 )
 from privacy.identity.supernode import new_supernode_key, supernode_public
 from privacy.plan import Metric, canonical, is_number
+from privacy.vault import private
+from privacy.vault.keys import Opener
+from privacy.vault.unlock import handed_on, openers_from
 
 _VERSION: Final = 1
 
@@ -85,6 +92,8 @@ class Settings:
         policy: The holder's.
         asked: Epsilon and delta that the invitation asked for, for the record; 0 where it asked for none.
         joined: Seconds since 1970.
+        keys: File of keys of a data set that is sealed: an absolute path; empty where the home's own keyring or the
+            environment opens it, or it is in clear.
     """
 
     name: str
@@ -100,6 +109,7 @@ class Settings:
     policy: Policy
     asked: tuple[float, float] = (0.0, 0.0)
     joined: int = 0
+    keys: str = ""
 
     def to_json(self) -> bytes:
         """Returns the file's content."""
@@ -205,10 +215,11 @@ class ClientHome:
             os.close(lock)
 
     def make(self) -> None:
-        """Makes the folder, for its owner alone.
+        """Makes the folder, for its owner alone, and the keyring for its private files.
 
         Raises:
             IdentityError: It cannot be made.
+            VaultError: The keyring is lost, or cannot be written.
         """
         keys = self.folder / "keys"
         try:
@@ -219,6 +230,67 @@ class ClientHome:
             raise IdentityError(
                 f"expected to make a home at {self.folder}, got {error.strerror}; choose another --home"
             ) from None
+        private.make_ring(keys)
+        self.share_ring(self.folder / "jobs")
+
+    def share_ring(self, folder: Path) -> None:
+        """Has private files in a folder of this home, which is made, sealed for the home's keyring too.
+
+        Raises:
+            VaultError: The folder cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise VaultError(f"expected to make {folder}, got {error.strerror}; free some space") from None
+        private.share_ring(self.folder / "keys", folder)
+
+    def share_with_ledger(self, ledger: Path) -> None:
+        """Has a ledger's own key sealed: for the home's keyring, or for one of its own where it lies elsewhere.
+
+        Raises:
+            VaultError: Its keyring is lost, or cannot be written.
+        """
+        if ledger.is_relative_to(self.folder):
+            self.share_ring(ledger)
+        elif ledger.is_dir():
+            # Other homes may use it too, and it moves without this one.
+            private.make_ring(ledger)
+
+    def seal(self) -> None:
+        """Seals what an older Tacit left in clear; safe to repeat, and to kill.
+
+        Raises:
+            IdentityError: Another process joins or renews here, or the client has not joined.
+            VaultError: The keyring is lost, or a file cannot be written; every key can still be read.
+        """
+        settings = self.settings
+        self.make()
+        self.share_with_ledger(Path(settings.ledger))
+        with self.alone():
+            for path in (*self._keys(), Path(settings.ledger) / "ledger.key"):
+                private.seal(path)
+
+    def openers(self, keys: str) -> list[Opener]:
+        """Returns what may open a sealed data set: a file of keys that was named; else the home's keyring, then the
+        environment's keys.
+
+        Raises:
+            VaultError: There is none, or it does not open.
+        """
+        if keys:
+            return openers_from(Path(keys))
+        ring = private.ring_beside(self.folder / "keys" / "application.key")
+        try:
+            return [*([ring] if ring is not None else []), *openers_from(None)]
+        except VaultError:
+            if ring is None or handed_on():
+                raise
+            return [ring]
+
+    def _keys(self) -> list[Path]:
+        names = ("application.key", "tls.pem", "tls.new", "supernode.key")
+        return [self.folder / "keys" / name for name in names]
 
     def make_keys(self) -> None:
         """Makes every key that is not there yet.
@@ -230,7 +302,7 @@ class ClientHome:
         keys = self.folder / "keys"
         self.secret()
         if not self.supernode_key.exists():
-            write_whole(self.supernode_key, new_supernode_key())
+            private.write(self.supernode_key, new_supernode_key())
         write_whole(keys / "supernode.pub", f"{self.supernode_public()}\n".encode())
 
     def secret(self) -> Secret:
@@ -266,12 +338,12 @@ class ClientHome:
         """
         path = self.folder / "keys" / "tls.new"
         if not path.exists():
-            write_whole(path, new_key())
+            private.write(path, new_key())
         return read_private(path)
 
     def adopt(self, key: bytes, certificate: bytes) -> None:
         """Takes a certificate (PEM) into use together with its key; a crash leaves the old pair or the new one."""
-        write_whole(self.tls, key, certificate)
+        private.write(self.tls, key, certificate)
 
     def discard_next_key(self) -> None:
         """Forgets the key of `next_key`; the one after it will be another."""
@@ -283,10 +355,7 @@ class ClientHome:
 
     def private_files(self) -> list[Path]:
         """Returns every file of the home that nobody else may read, as far as it is there."""
-        keys = [
-            self.folder / "keys" / name
-            for name in ("application.key", "tls.pem", "tls.new", "supernode.key", "local.pem")
-        ]
+        keys = [self.folder / "keys" / private.RING, *self._keys()]
         return [path for path in (*keys, self.folder / "client.json") if path.exists()]
 
     def open_to_others(self) -> list[Path]:

@@ -21,12 +21,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self
 
-from privacy.errors import PlanError, RunError
+from privacy.errors import PlanError, RunError, VaultError
 from privacy.files import write_whole
 from privacy.ledger import Account
 from privacy.plan import Metric, Unit, canonical, is_number, require
 from privacy.terms import Cost, Terms, cost_of
+from privacy.vault import private
+from privacy.vault.shelf import Shelf
 
+# What a job is sealed for on a shelf, and what stands there once all of them do.
+_PURPOSE: Final = "job"
+_TAKEN: Final = "taken-in"
 _JOB: Final = re.compile(r"[0-9a-f]{32}")
 # A server that could make the holder's disk fill up with offers would stop it. What a person decided does not count,
 # nor what was charged for; what a policy accepted does, or an accepted task would be a way around the bound.
@@ -139,14 +144,48 @@ class Job:
 class Jobs:
     """The jobs of one holder, in a folder; several processes may use it.
 
+    With a keyring in the folder (`privacy.vault.private`) they stand on a shelf (`privacy.vault.shelf`): sealed, and a
+    decision that was put back to an older one, or exchanged with another job's, is refused. The whole folder put back
+    is noticed by a process that had it open, and by no other one.
+
     Guarantees:
         Kept: each write replaces one whole file, and no two processes decide at once, so that no decision of a person
             is lost to one of the policy.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Opens the folder, which is made when the first job is offered."""
+        """Opens the folder, which is made when the first job is offered.
+
+        Raises:
+            VaultError: Its keyring does not open, or its shelf was altered or put back.
+        """
         self._folder = folder
+        ring = private.ring_beside(folder / "job")
+        self._shelf = Shelf(folder, [ring]) if ring is not None else None
+
+    def take_in(self) -> None:
+        """Puts on the shelf what an older Tacit left in clear, once: from then on a job in clear is none of ours.
+
+        Raises:
+            RunError, VaultError: One is damaged, or the folder cannot be written; it goes on where it stopped.
+        """
+        if self._shelf is None or _TAKEN in self._shelf.names():
+            return
+        with self._alone():
+            for path in sorted(self._folder.glob("*.json")):
+                if _JOB.fullmatch(path.stem) and (job := self.get(path.stem)) is not None:
+                    self._put(job)
+                    path.unlink()
+            self._shelf.put(_TAKEN, b"", purpose=_TAKEN)
+
+    def _content(self, job: str) -> bytes:
+        """Returns a job's file; raises FileNotFoundError where there is none, VaultError where it is not the newest."""
+        path, known = self._path(job), self._shelf.names() if self._shelf is not None else []
+        if self._shelf is not None and job in known:
+            return bytes(self._shelf.read(job, purpose=_PURPOSE))
+        if _TAKEN in known:
+            raise FileNotFoundError(path)
+        return path.read_bytes()
 
     def _path(self, job: str) -> Path:
         require(_JOB.fullmatch(job) is not None, f"expected a job identity of 32 hex digits, got {job!r:.40}")
@@ -160,7 +199,7 @@ class Jobs:
         """
         path = self._path(job)
         try:
-            fields = json.loads(path.read_bytes())
+            fields = json.loads(self._content(job))
             terms = Terms.from_json(fields["terms"])
             if terms.job != job:
                 raise ValueError("the file of another job")
@@ -172,12 +211,14 @@ class Jobs:
             )
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, PlanError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, PlanError, VaultError) as error:
             raise RunError(f"expected a job in {path}, got something else ({error}); restore a backup") from None
 
     def names(self) -> list[str]:
         """Returns the identities of all jobs that were offered, whether their files are whole or not."""
-        return sorted(path.stem for path in self._folder.glob("*.json") if _JOB.fullmatch(path.stem))
+        known = self._shelf.names() if self._shelf is not None else []
+        clear = [] if _TAKEN in known else [path.stem for path in self._folder.glob("*.json")]
+        return sorted({name for name in (*known, *clear) if _JOB.fullmatch(name)})
 
     def __iter__(self) -> Iterator[Job]:
         """Yields all jobs, the newest decision last.
@@ -213,7 +254,10 @@ class Jobs:
 
     def _put(self, job: Job) -> Job:
         fields = {"terms": job.terms.to_json(), "decision": job.decision.value, "by": job.by, "time": job.time}
-        write_whole(self._path(job.terms.job), canonical(fields))
+        if self._shelf is not None:
+            self._shelf.put(job.terms.job, canonical(fields), purpose=_PURPOSE)
+        else:
+            write_whole(self._path(job.terms.job), canonical(fields))
         return job
 
     def offer(self, terms: Terms, account: Account, policy: Policy) -> Job:

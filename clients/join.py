@@ -247,6 +247,7 @@ class Choices:
         policy: What may be done with it.
         data_set: The holder's own name of it, in the ledger.
         ledger: Folder of a ledger that this data has already; None for the home's own.
+        keys: File of keys that opens the data, where it is sealed; empty for the home's keyring or the environment's.
     """
 
     task: str
@@ -254,6 +255,7 @@ class Choices:
     policy: Policy
     data_set: str = "data"
     ledger: Path | None = None
+    keys: str = ""
 
 
 def require_unexpired(invitation: Invitation, now: float) -> None:
@@ -314,6 +316,8 @@ def join(invitation: Invitation, home: ClientHome, choices: Choices, *, version:
 def _join(invitation: Invitation, home: ClientHome, choices: Choices, version: str) -> tuple[Settings, Greeting]:
     home.make_keys()
     ledger = (choices.ledger or home.folder / "ledger").absolute()
+    ledger.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home.share_with_ledger(ledger)
     _grant(ledger, choices)
     identity, supernode, key = home.identity(), home.supernode(), home.next_key()
     body = body_of(
@@ -357,6 +361,7 @@ def _join(invitation: Invitation, home: ClientHome, choices: Choices, version: s
         policy=choices.policy,
         asked=(invitation.epsilon, invitation.delta),
         joined=int(time.time()),
+        keys=os.path.abspath(Path(choices.keys).expanduser()) if choices.keys else "",
     )
     write_whole(home.authority_file, pem_of(greeting.authority))
     home.adopt(key, pem_of(certificate) + pem_of(greeting.authority))

@@ -1,7 +1,8 @@
 """Where a data set lies: in folders, in a zip archive, or sealed; a loader reads all through the same few calls.
 
 A sealed data set is one file of ``tacit vault encrypt FOLDER``, or a folder in which some files are sealed by
-themselves (``train.csv.sealed`` stands for ``train.csv``). Keys come from the environment (`privacy.vault.unlock`).
+themselves (``train.csv.sealed`` stands for ``train.csv``). Keys come from the environment (`privacy.vault.unlock`),
+or from whoever asks: a client that has joined looks into its home.
 
 Guarantees:
     Nothing in clear on disk: what is opened lives in this process's memory, and no temporary file is made.
@@ -172,17 +173,30 @@ def entries_of(folder: Place) -> list[Place]:
     return sorted(folder.iterdir(), key=lambda place: place.name)
 
 
-def place_of(path: Path) -> Place:
+# Asked for keys only where something is sealed.
+Opens: TypeAlias = Callable[[], Sequence[Opener]]
+
+
+def from_environment() -> Sequence[Opener]:
+    """Returns the keys that the environment names; raises VaultError where it names none."""
+    return openers_from(None)
+
+
+def place_of(path: Path, opens: Opens = from_environment) -> Place:
     """Returns where a data set is to be read: the path itself, or what it holds where it is sealed or a zip archive.
 
+    Args:
+        path: Where it lies.
+        opens: Returns what may open it.
+
     Raises:
-        VaultError: It is sealed and no key in the environment opens it, or it was altered; or it is named as a sealed
+        VaultError: It is sealed and no key opens it, or it was altered; or it is named as a sealed
             one and is none.
         DataError: A sealed file stands for no folder, a file is there both sealed and in clear, or an archive is
             damaged.
     """
     if is_sealed(path):
-        with Reader(path, openers_from(None), _DATA) as reader:
+        with Reader(path, opens(), _DATA) as reader:
             if reader.header.content != "folder":
                 raise DataError(
                     f"expected a sealed folder at {path}, got a sealed file; seal the folder that it was in, or name "
@@ -194,11 +208,11 @@ def place_of(path: Path) -> Place:
         # What was sealed and is in clear now was put there by somebody who needs no key for that.
         raise VaultError(f"expected a sealed data set at {path}, got one in clear; restore it, or rename it")
     if path.is_dir():
-        return _partly(path) if _has_sealed(path) else path
+        return _partly(path, opens) if _has_sealed(path) else path
     if path.suffix == ".zip":
         return _zipped(path)
     # A schema that is named itself, in clear beside sealed tables.
-    return _partly(path.parent) / path.name if any(path.parent.glob(f"*{SUFFIX}")) else path
+    return _partly(path.parent, opens) / path.name if any(path.parent.glob(f"*{SUFFIX}")) else path
 
 
 def _zipped(path: Path) -> Held:
@@ -239,13 +253,13 @@ def _has_sealed(path: Path) -> bool:
     return any(name.endswith(SUFFIX) for _, _, names in os.walk(path) for name in names)
 
 
-def _partly(folder: Path) -> Held:
+def _partly(folder: Path, opens: Opens) -> Held:
     """A folder with sealed files in it, each of which is opened when it is read, and gone afterwards.
 
     Nothing says which files such a folder must hold: whoever may write to it can swap two of them, take one away or add
     one in clear. Sealed as one file, a folder is whole or refused.
     """
-    keys: list[Opener] = openers_from(None)
+    keys = opens()
     files: dict[str, Callable[[], memoryview]] = {}
     for place, _, names in os.walk(folder):
         for name in names:

@@ -25,6 +25,7 @@ from clients.isolation import Apart, look
 from clients.join import Choices, Greeting, call
 from privacy.enrolment import Address, key_fingerprint, older
 from privacy.errors import DataError, IdentityError, LedgerError, PlanError, RunError, TacitError
+from privacy.hop import present
 from privacy.identity.authority import facts_of, read_certificate, require_client
 
 # What the package asks for; a test compares this with pyproject.toml. The end of a range is excluded.
@@ -101,7 +102,7 @@ def local(home: ClientHome, choices: Choices) -> Iterator[Finding]:
     yield _guarded("versions", _versions)
     yield _guarded("permissions", lambda: _permissions(home))
     yield _guarded("disk", lambda: _disk(home.folder))
-    yield _guarded("data", lambda: _data(choices))
+    yield _guarded("data", lambda: _data(home, choices))
     yield _guarded("gpu", _gpu)
 
 
@@ -155,6 +156,7 @@ def choices_of(settings: Settings) -> Choices:
         policy=settings.policy,
         data_set=settings.data_set,
         ledger=Path(settings.ledger),
+        keys=settings.keys,
     )
 
 
@@ -169,17 +171,24 @@ def located(data: str) -> str:
     return os.path.abspath(elsewhere if not given.exists() and elsewhere.exists() else given)
 
 
-def declared_bound(task: str, data: str) -> int | None:
+def declared_bound(home: ClientHome, task: str, data: str, keys: str = "") -> int | None:
     """Returns the number of records that the data's public description declares, or None where there is none.
+
+    Args:
+        home: Whose keyring may open a sealed description.
+        task: What may be learned.
+        data: Where the data lies.
+        keys: File of keys that opens it; see `Choices`.
 
     Raises:
         DataError: A table's schema is damaged.
+        VaultError: It is sealed, and there is no key for it.
     """
     from clients.data import published
     from models.catalog import find_task
 
     try:
-        return published(find_task(task), data or None)[1]
+        return published(find_task(task), data or None, opens=lambda: home.openers(keys))[1]
     except LookupError:
         return None
 
@@ -249,7 +258,7 @@ def _gpu() -> Finding:
     return _ok("gpu", "none; training runs on the CPU")
 
 
-def _data(choices: Choices) -> Finding:
+def _data(home: ClientHome, choices: Choices) -> Finding:
     from clients.data import faults, load_source
     from models.catalog import find_task
 
@@ -260,7 +269,7 @@ def _data(choices: Choices) -> Finding:
     place = Path(located(choices.data))
     if choices.data and not place.exists():
         raise DataError(f"expected data at {place}, found nothing; mount it, or name where it lies now")
-    source = load_source(task, data=choices.data or None, strict=False)
+    source = load_source(task, data=choices.data or None, strict=False, opens=lambda: home.openers(choices.keys))
     count, bound = len(source.train), choices.policy.records_bound
     shape = task.shape or source.shape
     found = faults(source.train, shape)
@@ -335,7 +344,7 @@ def _gateway(home: ClientHome, addresses: tuple[Address, ...]) -> Finding:
     """The gateway may start later, so that nobody answers is no fault yet; that another one answers is."""
     context = ssl.create_default_context(cafile=str(home.authority_file))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(home.tls)
+    present(context, home.tls, home.tls)
     silent = []
     for address in addresses:
         try:

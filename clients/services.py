@@ -35,7 +35,8 @@ from privacy.identity.loopback import write_loopback
 from privacy.ledger import Book
 from privacy.processes import Part
 from privacy.transcript import read_ledger
-from privacy.vault import Safe, SealedLog, private_logger
+from privacy.vault import Safe, SealedLog, private, private_logger
+from privacy.vault.unlock import handed_on
 
 # Seconds that a round which is on gets where the client is told to stop.
 ROUND_S: Final = 600.0
@@ -73,10 +74,14 @@ class Places:
         """Makes what a start needs: ports, the secret of the runtime interface, a certificate for loopback.
 
         Raises:
-            RunError: The folder cannot be written.
+            IdentityError: The client has not joined, or another process joins or renews there.
+            RunError, VaultError: A folder cannot be written, or the keyring does not open.
         """
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_whole(self.secret, os.urandom(32))
+        # Keys of a home that an older Tacit made are sealed now, before anything reads them.
+        self.home.seal()
+        self.home.share_ring(self.folder)
+        Jobs(self.jobs).take_in()
+        private.write(self.secret, os.urandom(32))
         write_whole(self._ports, " ".join(map(str, _free_ports(2))).encode())
         write_loopback(self.folder, now=time.time())
 
@@ -118,21 +123,31 @@ def parts_of(places: Places, *, device: str = "cpu") -> list[Part]:
         *("--host", "127.0.0.1", "--port", str(runtime)),
     ]
     flower = {"FLWR_HOME": str(places.folder / "flower"), "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    # Where sealed files are opened, and nowhere else: Flower's processes and the courier get what they need, opened.
+    opens = handed_on()
     return [
         Part(
             name="worker",
             command=[*tacit, "worker", *home, "--device", device],
+            environment=opens,
             ready=lambda: _serves(places.worker),
             grace_s=60.0,
         ),
-        Part(name="tunnel", command=[*tacit, "tunnel", *home], ready=lambda: _answers(tunnel)),
-        Part(name="supernode", command=supernode, environment=flower, ready=lambda: _answers(runtime)),
+        Part(name="tunnel", command=[*tacit, "tunnel", *home], environment=opens, ready=lambda: _answers(tunnel)),
+        Part(
+            name="supernode",
+            command=supernode,
+            environment=flower,
+            opened=(places.home.supernode_key, places.secret),
+            ready=lambda: _answers(runtime),
+        ),
         # It is ended first, and ends when the round that is on has been answered. A SuperNode waits a minute for the
         # answer of a courier that is gone, and takes no other message meanwhile.
         Part(
             name="courier",
-            command=[*tacit, "courier", *home],
+            command=[*tacit, "courier", *home, "--secret", str(places.secret)],
             environment=flower,
+            opened=(places.secret,),
             grace_s=ROUND_S,
             takes_along=("supernode",),
         ),
@@ -199,7 +214,7 @@ def worker_of(places: Places, *, code: str, device: str = "cpu") -> Worker:
     _require_device(device)
     secret = home.secret()
     task = find_task(settings.task)
-    source = load_source(task, data=settings.data or None, strict=False)
+    source = load_source(task, data=settings.data or None, strict=False, opens=lambda: home.openers(settings.keys))
     book = Book(Path(settings.ledger))
     logger = private_logger("tacit.client")
     logger.addHandler(SealedLog(home.folder / "log", secret))

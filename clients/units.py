@@ -39,13 +39,15 @@ _NUMBERS: Final = {TUNNEL: 10011, FLOWER: 10012}
 _SOCKET: Final = "/run/tacit-worker/worker.sock"
 # Seconds: a round that is on is finished before its courier ends.
 _ROUND_S: Final = 600
+# What opens the home's keyring, where it has a passphrase, stands in a file that only root reads.
+_OPENS: Final = "EnvironmentFile=-/etc/tacit/client.env"
 GIFTS: Final = [
     *(
-        Gift(user=TUNNEL, variable="TACIT_TUNNEL_USER", folder="/var/lib/tacit-tunnel", file=file)
+        Gift(user=TUNNEL, variable="TACIT_TUNNEL_USER", folder="/run/tacit-tunnel", file=file)
         for file in ("client.json", "ca.pem", "keys/tls.pem", "run/ports", "run/loopback.pem")
     ),
     *(
-        Gift(user=FLOWER, variable="TACIT_FLOWER_USER", folder="/var/lib/tacit-flower", file=file)
+        Gift(user=FLOWER, variable="TACIT_FLOWER_USER", folder="/run/tacit-flower", file=file)
         for file in ("keys/supernode.key", "run/ports", "run/runtime.secret", "run/loopback-ca.pem")
     ),
 ]
@@ -79,7 +81,7 @@ def files_of(
     at, settings = str(home.folder), home.settings
     # A ledger that lies elsewhere is written there too.
     writes = list(dict.fromkeys([at, *([] if settings.ledger.startswith(f"{at}/") else [settings.ledger])]))
-    secret = [*writes, *([settings.data] if settings.data else [])]
+    secret = [*writes, *(path for path in (settings.data, settings.keys) if path)]
     homes = under_homes([program, str(folder), *secret])
     tacit = [program, "client"]
     part_of = f"{_NAME}.target"
@@ -103,6 +105,7 @@ def files_of(
             grace_s=_ROUND_S,
             more=[
                 "PrivateNetwork=yes",
+                _OPENS,
                 f"SupplementaryGroups={POST}",
                 "RuntimeDirectory=tacit-worker",
                 # Others may pass; the socket itself is for its group.
@@ -115,30 +118,30 @@ def files_of(
         tunnel: Service(
             name="tunnel",
             text="the tunnel to the gateway",
-            command=[*tacit, "tunnel", "--home", "/var/lib/tacit-tunnel"],
+            command=[*tacit, "tunnel", "--home", "/run/tacit-tunnel"],
             user=TUNNEL,
             after=[hand],
-            writes=["/var/lib/tacit-tunnel"],
+            writes=["/run/tacit-tunnel"],
             hidden=secret,
         ),
         supernode: Service(
             name="supernode",
             text="Flower's SuperNode",
-            command=[*tacit, "supernode", "--home", "/var/lib/tacit-flower"],
+            command=[*tacit, "supernode", "--home", "/run/tacit-flower"],
             user=FLOWER,
             after=[hand, tunnel],
             local=True,
-            writes=["/var/lib/tacit-flower"],
+            writes=["/run/tacit-flower"],
             hidden=secret,
         ),
         f"{_NAME}-courier.service": Service(
             name="courier",
             text="the courier between SuperNode and worker",
-            command=[*tacit, "courier", "--home", "/var/lib/tacit-flower", "--socket", _SOCKET],
+            command=[*tacit, "courier", "--home", "/run/tacit-flower", "--socket", _SOCKET],
             user=FLOWER,
             after=[worker, supernode],
             local=True,
-            writes=["/var/lib/tacit-flower"],
+            writes=["/run/tacit-flower"],
             hidden=secret,
             grace_s=_ROUND_S,
             more=[f"SupplementaryGroups={POST}"],
@@ -161,6 +164,7 @@ def files_of(
         command=[*tacit, "renew", "--if-due", "--home", at],
         user=owner,
         writes=[at],
+        more=[_OPENS],
     )
     prepared = Service(
         name="prepare",
@@ -168,7 +172,7 @@ def files_of(
         command=[*tacit, "prepare", "--home", at],
         user=owner,
         writes=[at],
-        more=["RemainAfterExit=yes"],
+        more=["RemainAfterExit=yes", _OPENS],
     )
     script = folder / f"{_NAME}-handout.sh"
     timer = (
@@ -179,7 +183,12 @@ def files_of(
     units = {
         prepare: prepared.unit(part_of, homes=homes, once=True),
         **handout_units(
-            _NAME, str(script), prepared=prepare, watched=[home.tls, home.folder / "client.json"], homes=homes
+            _NAME,
+            str(script),
+            prepared=prepare,
+            watched=[home.tls, home.folder / "client.json"],
+            homes=homes,
+            more=[_OPENS],
         ),
         **{name: service.unit(part_of, homes=homes) for name, service in services.items()},
         f"{_NAME}-renew.timer": timer,
@@ -187,7 +196,7 @@ def files_of(
     return units | {
         f"{_NAME}-renew.service": renew.unit(part_of, homes=homes, once=True),
         part_of: target("worker, tunnel, SuperNode and courier", sorted(units)),
-        script.name: handout(home.folder, owner, GIFTS),
+        script.name: handout(home.folder, owner, GIFTS, program=program),
         f"{_NAME}.sysusers": sysusers(
             {TUNNEL: "Tacit: the tunnel", FLOWER: "Tacit: SuperNode and courier"}, [POST], [(FLOWER, POST)]
         ),
@@ -204,24 +213,26 @@ def _compose(home: ClientHome, owner: str, script: str, version: str, device: st
         "TACIT_OWNER": own.partition(":")[0],
         "TACIT_TUNNEL_USER": str(_NUMBERS[TUNNEL]),
         "TACIT_FLOWER_USER": str(_NUMBERS[FLOWER]),
+        "TACIT_PROGRAM": "tacit",
     }
     # At the same paths as outside, because the home names them.
     owned = [f"{at}:{at}"]
     owned += [] if settings.ledger.startswith(f"{at}/") else [f"{settings.ledger}:{settings.ledger}"]
-    data = [f"{settings.data}:{settings.data}:ro"] if settings.data else []
-    tunnel, flower, post = "tunnel:/var/lib/tacit-tunnel", "flower:/var/lib/tacit-flower", "post:/run/tacit-worker"
+    data = [f"{path}:{path}:ro" for path in (settings.data, settings.keys) if path and not path.startswith(f"{at}/")]
+    tunnel, flower, post = "tunnel:/run/tacit-tunnel", "flower:/run/tacit-flower", "post:/run/tacit-worker"
     make_room = f"install -d -m 0711 -o {own.partition(':')[0]} /run/tacit-worker && exec sh /handout.sh"
+    opens = {"TACIT_VAULT_PASSPHRASE": "${TACIT_VAULT_PASSPHRASE:-}"}
     handing = container(
         ["sh", "-c", make_room],
         user="0:0",
         image=image,
         network_mode="none",
-        environment=numbers,
+        environment=numbers | opens,
         cap_add=["CHOWN", "DAC_READ_SEARCH", "FOWNER", "SETUID", "SETGID"],
         volumes=[f"{at}:{at}:ro", tunnel, flower, post, f"./{script}:/handout.sh:ro"],
     )
     done, running = {"condition": "service_completed_successfully"}, {"condition": "service_started"}
-    once = {"network_mode": "none", "restart": "no"}
+    once = {"network_mode": "none", "restart": "no", "environment": opens}
     services: dict[str, dict[str, object]] = {
         "prepare": container(
             ["tacit", "client", "prepare", "--home", at], user=own, image=image, volumes=owned, **once
@@ -236,23 +247,24 @@ def _compose(home: ClientHome, owner: str, script: str, version: str, device: st
             user=own,
             image=image,
             network_mode="none",
+            # Names without a value are as they are where `docker compose` is called, and not at all where they are not.
+            environment=opens | dict.fromkeys(("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")),
             group_add=[str(POST_NUMBER)],
             stop_grace_period=f"{_ROUND_S}s",
             volumes=[*owned, *data, post],
             depends_on={"handout": done},
-            # As they are where `docker compose` is called, and not at all where they are not.
-            environment=["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS"],
             **({"gpus": "all"} if device != "cpu" else {}),
         ),
         "tunnel": container(
-            ["tacit", "client", "tunnel", "--home", "/var/lib/tacit-tunnel"],
+            ["tacit", "client", "tunnel", "--home", "/run/tacit-tunnel"],
             user=users[TUNNEL],
             image=image,
             volumes=[tunnel],
-            depends_on={"handout": done},
+            # What is in memory is there as long as somebody has it mounted.
+            depends_on={"handout": done, "handout-again": running},
         ),
         "supernode": container(
-            ["tacit", "client", "supernode", "--home", "/var/lib/tacit-flower"],
+            ["tacit", "client", "supernode", "--home", "/run/tacit-flower"],
             user=users[FLOWER],
             image=image,
             network_mode="service:tunnel",
@@ -260,7 +272,7 @@ def _compose(home: ClientHome, owner: str, script: str, version: str, device: st
             depends_on={"handout": done, "tunnel": running},
         ),
         "courier": container(
-            ["tacit", "client", "courier", "--home", "/var/lib/tacit-flower", "--socket", _SOCKET],
+            ["tacit", "client", "courier", "--home", "/run/tacit-flower", "--socket", _SOCKET],
             user=users[FLOWER],
             image=image,
             network_mode="service:tunnel",
@@ -273,6 +285,7 @@ def _compose(home: ClientHome, owner: str, script: str, version: str, device: st
             ["sh", "-c", f"while sleep 86400; do tacit client renew --if-due --home {at}; done"],
             user=own,
             image=image,
+            environment=opens,
             volumes=[f"{at}:{at}"],
             depends_on={"prepare": done},
         ),
@@ -282,7 +295,7 @@ def _compose(home: ClientHome, owner: str, script: str, version: str, device: st
         "Start: docker compose up -d      How it goes: docker compose exec worker tacit client status --home "
         f"{at}"
     )
-    return compose(services, ["tunnel", "flower", "post"], comment)
+    return compose(services, ["post"], comment, memory=["tunnel", "flower"])
 
 
 def _number(owner: str) -> str:

@@ -15,7 +15,6 @@ import collections
 import contextlib
 import dataclasses
 import ipaddress
-import os
 import re
 import socket
 import ssl
@@ -27,6 +26,7 @@ from typing import Final, final
 import h11
 
 from privacy.errors import PlanError
+from privacy.vault import private
 
 # What may cross, to the letter (Flower 1.41, `flwr.superlink.routers.fleet.router`). Not a prefix: a prefix would let
 # /v1/fleet/../control pass whoever normalises paths behind us, and whatever Flower adds under it.
@@ -567,28 +567,23 @@ def present(context: ssl.SSLContext, certificate: Path, key: Path | bytes) -> No
 
     Args:
         context: TLS context.
-        certificate: Chain in PEM.
-        key: Private key in PEM: a file, or the bytes that came out of a vault. OpenSSL reads keys from files only, so
-            bytes go through an anonymous file in memory; they never touch a disk.
+        certificate: Chain in PEM; with the key in the same file, it may be sealed.
+        key: Private key in PEM: a file, sealed or not, or bytes. OpenSSL reads keys from files only, so what is not in
+            clear on disk goes through an anonymous file in memory; it never touches a disk.
 
     Raises:
         PlanError: They cannot be read, or do not belong together.
+        VaultError: They are sealed, and do not open.
     """
-    descriptor = -1
     try:
-        if isinstance(key, bytes):
-            descriptor = os.memfd_create("key", os.MFD_CLOEXEC)
-            os.write(descriptor, key)
-            context.load_cert_chain(certificate, f"/proc/self/fd/{descriptor}")
-        else:
-            context.load_cert_chain(certificate, key)
+        content = key if isinstance(key, bytes) else private.read(key)
+        with private.anonymous(content) as descriptor:
+            name = f"/proc/self/fd/{descriptor}"
+            context.load_cert_chain(name if certificate == key else certificate, name)
     except (OSError, ssl.SSLError):
         raise PlanError(
             f"expected a certificate and its private key at {certificate}, got something else; renew it or enrol again"
         ) from None
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 def trust(context: ssl.SSLContext, authority: Path) -> None:

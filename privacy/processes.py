@@ -21,12 +21,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from privacy.errors import RunError
+from privacy.errors import RunError, TacitError
 from privacy.files import write_whole
+from privacy.vault import private
 
 # What a process needs of the environment; passphrases and tokens in it are nobody's business but ours.
 _ENVIRONMENT: Final = (
@@ -84,6 +85,8 @@ class Part:
         grace_s: Seconds that it gets to end by itself.
         takes_along: Names of parts that are of no use to anybody once this one has ended: they are ended, and started
             again, with it.
+        opened: Private files among its arguments, which may be sealed: it gets each opened, in memory, under another
+            name, because it reads keys in clear from files only.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Part:
     ready: Callable[[], bool] | None = None
     grace_s: float = 10.0
     takes_along: tuple[str, ...] = ()
+    opened: tuple[Path, ...] = ()
 
 
 def shorten(path: Path, most_bytes: int = MOST_LOG_BYTES) -> bool:
@@ -135,14 +139,38 @@ def environment_of(part: Part) -> dict[str, str]:
     return common | _QUIET | dict(part.environment)
 
 
+@contextlib.contextmanager
+def _with_opened(part: Part) -> Iterator[tuple[list[str], list[int]]]:
+    """Opens a part's private files; yields its command with their new names, and the descriptors that it must inherit.
+
+    Raises:
+        RunError: One cannot be read.
+        VaultError: One is sealed, and does not open.
+    """
+    command, descriptors = list(part.command), []
+    with contextlib.ExitStack() as stack:
+        for path in part.opened:
+            try:
+                descriptor = stack.enter_context(private.anonymous(private.read(path)))
+            except OSError as error:
+                raise RunError(f"expected a private file at {path}, got: {error.strerror}; start it again") from None
+            descriptors.append(descriptor)
+            command = [f"/proc/self/fd/{descriptor}" if word == str(path) else word for word in command]
+        yield command, descriptors
+
+
 def become(part: Part) -> NoReturn:
     """Turns this process into a part, for whoever keeps parts up by other means than `Processes`.
 
     Raises:
-        RunError: Its program is not there.
+        RunError: Its program is not there, or a private file of it.
+        VaultError: A private file of it does not open.
     """
     try:
-        os.execve(part.command[0], list(part.command), environment_of(part))  # noqa: S606 -- our own commands
+        with _with_opened(part) as (command, descriptors):
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, True)
+            os.execve(command[0], command, environment_of(part))  # noqa: S606 -- our own commands
     except OSError as error:
         raise RunError(f"expected to run {part.command[0]}, got: {error.strerror}; install Tacit again") from None
 
@@ -314,13 +342,15 @@ class Processes:
         self._began[part.name] = time.time()
         try:
             self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(os.open(self._logs / f"{part.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)) as log:
+            log = open(os.open(self._logs / f"{part.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+            with log, _with_opened(part) as (command, descriptors):
                 self._children[part.name] = subprocess.Popen(  # noqa: S603 -- our own commands
-                    list(part.command),
+                    command,
                     env=environment_of(part),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
+                    pass_fds=descriptors,
                     # A Ctrl-C in the terminal is ours to hand on, in order.
                     start_new_session=True,
                     # No thread of ours holds a lock that this one call would take.
@@ -377,7 +407,7 @@ class Processes:
                 try:
                     self._spawn(part)
                     del self._due[part.name]
-                except RunError as error:
+                except TacitError as error:
                     # No memory, or a program that is being upgraded: the others run on, and it is tried again.
                     self._due[part.name] = now + self._pauses[part.name]
                     self._pauses[part.name] = min(_LONGEST_PAUSE_S, 2 * self._pauses[part.name])

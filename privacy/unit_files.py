@@ -51,16 +51,35 @@ _HANDOUT: Final = """\
 #!/bin/sh
 # Gives every process copies of the files that it needs, each in a folder that only its user can enter.
 # Run as root. It reads as the owner of the home and writes as who gets the file; root's own files are out of reach.
+# A sealed file is opened as the owner, in memory, and handed out in clear: those folders should be in memory too.
 # With --follow it goes on and hands out what has changed, once a second.
 set -eu
 umask 077
 home={home}
 owner="${{TACIT_OWNER:-{owner}}}"
+tacit="${{TACIT_PROGRAM:-{program}}}"
 
+# What opens sealed files is in the environment, and for the owner alone.
 as() {{
+    (
+        unset TACIT_VAULT_KEYS TACIT_VAULT_PASSPHRASE TACIT_VAULT_PASSPHRASE_FILE
+        switch "$@"
+    )
+}}
+
+switch() {{
     user="$1"
     shift
     setpriv --reuid "$user" --regid "$(id -g "$user" 2>/dev/null || echo "$user")" --clear-groups --no-new-privs "$@"
+}}
+
+# sealed FILE: whether it is; content FILE: what it says.
+sealed() {{
+    as "$owner" head -c 8 "$home/$1" | grep -qa TACIT
+}}
+
+content() {{
+    if sealed "$1"; then switch "$owner" "$tacit" vault open "$home/$1"; else as "$owner" cat "$home/$1"; fi
 }}
 
 # give USER FOLDER FILE: a copy of the home's FILE, for USER alone, under the same name in FOLDER.
@@ -71,8 +90,10 @@ give() {{
         failed=1
         return 0
     fi
+    # To open one takes a start of Python: again, only where it has changed.
+    if [ -n "$again" ] && [ "$2/$3" -nt "$home/$3" ] && sealed "$3"; then return 0; fi
     install -d -m 0700 -o "$1" -g "$(id -g "$1" 2>/dev/null || echo "$1")" "$2" || failed=1
-    as "$owner" cat "$home/$3" | as "$1" timeout 10 sh -c '
+    content "$3" | as "$1" timeout 60 sh -c '
         set -e
         mkdir -p "$(dirname "$1")"
         rm -f "$1.new"
@@ -87,7 +108,9 @@ all() {{
     return $failed
 }}
 
+again=
 all
+again=yes
 while [ "${{1:-}}" = --follow ]; do
     sleep 1
     # A file that is being renewed is there a moment later.
@@ -221,15 +244,15 @@ def quoted(command: Sequence[str]) -> str:
     return " ".join(shlex.quote(one.replace("%", "%%").replace("$", "$$")) for one in command)
 
 
-def handout(home: Path, owner: str, gifts: Sequence[Gift], more: Sequence[str] = ()) -> str:
-    """Returns the script that hands out copies; ``more`` are further lines of shell."""
+def handout(home: Path, owner: str, gifts: Sequence[Gift], more: Sequence[str] = (), *, program: str) -> str:
+    """Returns the script that hands out copies, opened by ``program``; ``more`` are further lines of shell."""
     lines = []
     for gift in gifts:
         line = f'give "${{{gift.variable}:-{gift.user}}}" {shlex.quote(gift.folder)} {shlex.quote(gift.file)}'
         there = f'if as "$owner" test -e "$home"/{shlex.quote(gift.file)}; then {line}; fi'
         lines.append(there if gift.later else line)
     text = "\n".join(f"    {line}" for line in (*lines, *more))
-    return _HANDOUT.format(home=shlex.quote(str(home)), owner=owner, lines=text)
+    return _HANDOUT.format(home=shlex.quote(str(home)), owner=owner, program=program, lines=text)
 
 
 def target(text: str, units: Sequence[str]) -> str:
@@ -241,9 +264,16 @@ def target(text: str, units: Sequence[str]) -> str:
 
 
 def handout_units(
-    name: str, script: str, *, prepared: str, watched: Sequence[Path], homes: bool, writes: Sequence[str] = ()
+    name: str,
+    script: str,
+    *,
+    prepared: str,
+    watched: Sequence[Path],
+    homes: bool,
+    writes: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Returns the units that run the script at the start, and whenever a file has changed."""
+    """Returns the units that run the script at the start, and whenever a file has changed; ``more`` as in `Service`."""
     part_of = f"{name}.target"
     service = Service(
         name=f"{name}-handout",
@@ -252,8 +282,8 @@ def handout_units(
         user="root",
         after=[prepared],
         networks=["AF_UNIX"],
-        writes=["/var/lib", *writes],
-        more=["PrivateNetwork=yes"],
+        writes=["/run", "/var/lib", *writes],
+        more=["PrivateNetwork=yes", *more],
     )
     path = [
         "[Unit]",
@@ -281,13 +311,18 @@ def sysusers(users: Mapping[str, str], groups: Sequence[str] = (), members: Sequ
     return "\n".join(lines) + "\n"
 
 
-def compose(services: Mapping[str, Mapping[str, object]], volumes: Sequence[str], comment: str) -> str:
-    """Returns a compose file; every value is written as JSON, which YAML reads too."""
+def compose(
+    services: Mapping[str, Mapping[str, object]], volumes: Sequence[str], comment: str, *, memory: Sequence[str] = ()
+) -> str:
+    """Returns a compose file; values are written as JSON, which YAML reads too; ``memory`` are volumes in memory."""
     lines = [f"# {line}" for line in comment.splitlines()] + ["services:"]
     for name, fields in services.items():
         lines.append(f"  {name}:")
         lines += [f"    {key}: {json.dumps(value)}" for key, value in fields.items()]
     lines += ["volumes:", *(f"  {name}: {{}}" for name in volumes)]
+    # Keys are in clear there: on no disk.
+    options = json.dumps({"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "mode=0755"}})
+    lines += [f"  {name}: {options}" for name in memory]
     return "\n".join(lines) + "\n"
 
 

@@ -45,7 +45,7 @@ from privacy.vault import Safe
 from privacy.vault.keys import Keyring
 from privacy.wire import model_digest, read_float32, request_digest
 from server.aggregate import Aggregator, Arrays
-from server.checkpoint import State, load, save
+from server.checkpoint import Newest, State, load, save
 
 CHECKPOINT: Final = "checkpoints/latest.ckpt"
 METRICS: Final = "metrics.jsonl"
@@ -107,6 +107,7 @@ class Job:
         folder: Where checkpoints, metrics and receipts go.
         device: Where evaluation runs.
         vault: Seals checkpoints; None leaves them in clear.
+        newest: Remembers the newest sealed checkpoint, apart from the folder: an older one is refused.
         sources: Where the server's own coins and noise come from, where the plan protects clients: a fresh source for
             each use and round.
         safe: Seals the state of banded noise, which is as secret as a key; needed where the job is no simulation.
@@ -135,6 +136,7 @@ class Job:
     folder: Path
     device: str = "cpu"
     vault: Keyring | None = None
+    newest: Newest | None = None
     sources: Callable[[str, int], RandomSource] = lambda use, round: Keystream()
     safe: Safe | None = None
     simulated: bool = False
@@ -223,8 +225,8 @@ def run(job: Job, grid: Grid) -> Ending:
     first = trainable(model)
     path = job.folder / CHECKPOINT
     if path.exists():
-        state = load(path, [job.vault] if job.vault is not None else ())
-        state.vault = job.vault
+        state = load(path, [job.vault] if job.vault is not None else (), job.newest)
+        state.vault, state.newest = job.vault, job.newest
         require_same(job, state, first)
         if gone := set(state.witnesses) - set(grid.get_node_ids()):
             raise RunError(
@@ -236,7 +238,12 @@ def run(job: Job, grid: Grid) -> Ending:
         for name in (METRICS, RECEIPTS):
             _cut(job.folder / name, state.lines.get(name, 0))
     else:
-        state = State(job=job.id, round=0, model=first, vault=job.vault)
+        if job.newest is not None and job.newest.generation:
+            raise RunError(
+                f"expected the checkpoint of a job that was stored {job.newest.generation} times at {path}, got none; "
+                "restore the newest one, or start a new job"
+            )
+        state = State(job=job.id, round=0, model=first, vault=job.vault, newest=job.newest)
         _require_newest(job, state, stored=False)
         save(state, path)
     with central.noise_of(job, grid, state) as noise:

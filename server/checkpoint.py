@@ -2,7 +2,9 @@
 
 One file per checkpoint, written whole or not at all: a line of JSON, then raw little-endian float32 arrays. Nothing in
 it is ever unpickled. A model is post-processing of releases that were paid for, so a checkpoint is not a new release.
-On request the file is sealed for a keyring (`privacy.vault.container`); then the line and the arrays are its content.
+On request the file is sealed for a keyring (`privacy.vault.container`); then the line and the arrays are its content,
+and its header counts how often the job was stored. A `Newest` remembers that count apart from the run folder, so that
+an older checkpoint put back in the newest one's place is refused. Both of them put back together are not noticed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import numpy as np
 
@@ -21,10 +23,12 @@ from privacy.files import write_whole
 from privacy.plan import canonical
 from privacy.vault.container import Header, Reader, Wanted, is_sealed, write_file
 from privacy.vault.keys import Keyring, Opener
+from privacy.vault.shelf import Shelf
 from privacy.vault.unlock import openers_from
 from server.aggregate import Arrays
 
 _MAGIC: Final = b"tacit/checkpoint/1\n"
+_NEWEST: Final = "newest"
 
 
 @dataclasses.dataclass
@@ -66,6 +70,38 @@ class Central:
     rows: Rows | None = None
 
 
+@final
+class Newest:
+    """Remembers how often a job was stored, on a shelf that lies apart from its run folder.
+
+    A killed `save` leaves a checkpoint that is one newer than what is remembered, never one that is older.
+    """
+
+    def __init__(self, folder: Path, ring: Keyring, job: str) -> None:
+        """Opens the shelf, or begins it.
+
+        Args:
+            folder: The shelf, for all jobs of a server.
+            ring: What it is sealed for.
+            job: Job identity.
+
+        Raises:
+            VaultError: Something of it was altered, exchanged or put back, or does not open.
+        """
+        self._shelf, self._job = Shelf(folder, [ring]), job
+
+    @property
+    def generation(self) -> int:
+        """The newest that was stored; 0 where there is none yet. Raises VaultError as the constructor."""
+        if self._job not in self._shelf.names():
+            return 0
+        return int.from_bytes(self._shelf.read(self._job, purpose=_NEWEST), "big")
+
+    def keep(self, generation: int) -> None:
+        """Remembers, on disk before it returns; raises VaultError where it cannot be written."""
+        self._shelf.put(self._job, generation.to_bytes(8, "big"), purpose=_NEWEST)
+
+
 @dataclasses.dataclass
 class State:
     """Where a job stands after a round.
@@ -83,6 +119,7 @@ class State:
         lines: Number of finished lines in the metrics and receipts files.
         central: Only where the plan protects clients.
         vault: Seals what is stored of it; None leaves that in clear. Never stored.
+        newest: Remembers each sealed checkpoint; None where nobody does. Never stored.
         generation: How often the job was stored sealed; stands in the sealed file's header only.
     """
 
@@ -98,6 +135,7 @@ class State:
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
     central: Central | None = None
     vault: Keyring | None = dataclasses.field(default=None, repr=False, compare=False)
+    newest: Newest | None = dataclasses.field(default=None, repr=False, compare=False)
     generation: int = 0
 
 
@@ -142,23 +180,27 @@ def save(state: State, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     sealed = Header(purpose="checkpoint", object=_object_of(state.job), generation=state.generation)
     write_file(path, sealed, [state.vault], _MAGIC, canonical(header), b"\n", body, replace=True)
+    if state.newest is not None:
+        state.newest.keep(state.generation)
 
 
-def load(path: Path, keys: Sequence[Opener] = ()) -> State:
+def load(path: Path, keys: Sequence[Opener] = (), newest: Newest | None = None) -> State:
     """Reads a checkpoint.
 
     Args:
         path: Where; sealed or not.
         keys: What opens it, which then must be sealed; by default a sealed one is opened with what the environment
             names (`privacy.vault.unlock`).
+        newest: What remembers the job's newest one; an older one is refused.
 
     Raises:
         RunError: There is none, or it is damaged.
-        VaultError: It is sealed, and does not open; or it is not, and keys are given.
+        VaultError: It is sealed, and does not open, or is not the newest; or it is not, and keys are given.
     """
+    least = newest.generation if newest is not None else 0
     generation, named = 0, ""
     if is_sealed(path):
-        with Reader(path, keys or openers_from(None), Wanted(purpose="checkpoint")) as reader:
+        with Reader(path, keys or openers_from(None), Wanted(purpose="checkpoint", at_least=least)) as reader:
             content: bytes = bytes(reader.read())
             generation, named = reader.header.generation, reader.header.object
     elif keys and path.exists():

@@ -57,6 +57,7 @@ from privacy.enrolment import (
 )
 from privacy.errors import IdentityError, RunError, TacitError
 from privacy.files import write_whole
+from privacy.hop import present
 from privacy.identity import Identity, verify
 from privacy.identity.authority import (
     LEAF_DAYS,
@@ -689,7 +690,7 @@ class Endpoint:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         # A session that is resumed would show no certificate, and every proof is bound to one.
         context.num_tickets = 0
-        context.load_cert_chain(self._home.endpoint_tls)
+        present(context, self._home.endpoint_tls, self._home.endpoint_tls)
         return context, read_certificate(self._home.endpoint_tls)
 
     async def run(self) -> None:

@@ -3,11 +3,13 @@
     HOME                            ~/.tacit/server, or --home; 0700
       server.json                   public settings: name, addresses, public keys, oldest client
       members.json, members.lock    who is invited, enrolled or revoked: see `server.enrol.Registry`
-      authority/  ca.pem ca.key     the certificate authority; its key is encrypted where a passphrase was given
+      authority/  ca.pem ca.key     the certificate authority; its key is under a passphrase of its own, if given
                   registry.key      signs the list of members
       enrol/      tls.pem           key and certificate of the enrolment endpoint
       relay/      tls.pem ca.pem    key and certificate of the gateway before the relay; nothing else of ours
       application/ server.key       secret of the server application: signs and seals what clients believe
+      */          vault.keys        in each of the four: the keyring that its private files are sealed for, and in
+                                    ``application`` checkpoints too; see privacy.vault.private
 
 The four folders are for four kinds of process and may belong to four users of the machine. The enrolment endpoint needs
 ``authority`` and ``enrol``; the relay and its gateway need ``relay`` and the public files; only the server application
@@ -28,12 +30,22 @@ from privacy.enrolment import Address, key_fingerprint
 from privacy.errors import IdentityError
 from privacy.files import sync_folder, write_whole
 from privacy.identity import Identity, Secret
-from privacy.identity.authority import Authority, facts_of, fingerprint, pem_of, read_certificate, valid_name
+from privacy.identity.authority import Authority, facts_of, fingerprint, is_locked, pem_of, read_certificate, valid_name
 from privacy.plan import canonical
+from privacy.vault import private
 
 _VERSION: Final = 1
 # The oldest Tacit that may enrol or renew; raised where a release mends what older clients get wrong.
 OLDEST: Final = "0.1.0"
+
+
+# The folders of a home, and the private files of each beside those of one start.
+_PARTS: Final = {
+    "authority": ("ca.key", "registry.key"),
+    "enrol": ("tls.pem",),
+    "relay": ("tls.pem",),
+    "application": ("server.key",),
+}
 
 
 def default_home() -> Path:
@@ -117,11 +129,12 @@ class ServerHome:
             name: The federation's name; the certificates say it.
             addresses: Of the gateway. Their hosts, and those of ``enrol``, are all that the authority may sign for.
             enrol: Of the enrolment endpoint.
-            passphrase: What the authority's key is encrypted under; empty for none.
+            passphrase: What the authority's key is encrypted under; empty seals it as every other key.
             now: Seconds since 1970, by this machine's clock if None.
 
         Raises:
             IdentityError: There is a home already, or a name or address is none.
+            RunError, VaultError: A file cannot be written.
         """
         now = time.time() if now is None else now
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -134,8 +147,9 @@ class ServerHome:
         draft = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}")
         draft.mkdir(parents=True, mode=0o700)
         try:
-            for part in ("authority", "enrol", "relay", "application"):
+            for part in _PARTS:
                 (draft / part).mkdir(mode=0o700)
+                private.make_ring(draft / part)
             settings = Settings(
                 name=name,
                 addresses=tuple(addresses),
@@ -228,9 +242,21 @@ class ServerHome:
         made = False
         for path in (self.endpoint_tls, self.relay_tls):
             if not path.exists() or facts_of(read_certificate(path)).renewal_due(now):
-                write_whole(path, authority.server_leaf(self.settings.name, self.settings.hosts, now=now))
+                private.write(path, authority.server_leaf(self.settings.name, self.settings.hosts, now=now))
                 made = True
         return made
+
+    def seal(self, *parts: str) -> None:
+        """Seals what an older Tacit left in clear in folders of the home, all of them by default; safe to kill.
+
+        Raises:
+            VaultError: A keyring is lost, or a file cannot be written; every key can still be read.
+        """
+        for part in parts or _PARTS:
+            private.make_ring(self.folder / part)
+            for name in _PARTS[part]:
+                if not is_locked(self.folder / part / name):
+                    private.seal(self.folder / part / name)
 
     def relay_is_server(self) -> bool:
         """Says whether who runs the relay can read the application's key: reports then say "relay = server" (G21).

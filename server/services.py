@@ -28,6 +28,8 @@ from privacy.files import write_whole
 from privacy.identity.loopback import write_loopback
 from privacy.identity.supernode import supernode_pem
 from privacy.processes import Part
+from privacy.vault import private
+from privacy.vault.unlock import handed_on
 from server.enrol import Member, Registry, State
 from server.gateway import Door, Gateway
 from server.home import ServerHome
@@ -80,10 +82,13 @@ class Places:
         """Makes what a start needs: a port, the secret of the runtime interface, a certificate for loopback.
 
         Raises:
-            RunError: The folder cannot be written.
+            RunError, VaultError: A folder cannot be written, or its keyring does not open.
         """
+        # Keys of a home that an older Tacit made are sealed now, before anything reads them.
+        self.home.seal()
         if not self.secret.exists():
-            write_whole(self.secret, os.urandom(32))
+            private.write(self.secret, os.urandom(32))
+        private.seal(self.secret)
         if not self._port.exists() or not _free(self.port):
             write_whole(self._port, str(_free_port()).encode())
         write_loopback(self.folder, now=time.time())
@@ -125,6 +130,8 @@ def parts_of(places: Places, *, environment: Mapping[str, str]) -> list[Part]:
     """
     home = places.home
     tacit = [sys.executable, "-m", "tacit", "server"]
+    # Where sealed files are opened, and nowhere else: the relay gets what it needs, opened.
+    opens = handed_on()
     port, gateway = places.port, home.settings.addresses[0].port
     relay = [
         str(Path(sys.executable).with_name("flower-superlink")),
@@ -136,17 +143,23 @@ def parts_of(places: Places, *, environment: Mapping[str, str]) -> list[Part]:
     ]
     flower = {"FLWR_HOME": str(places.folder / "flower"), "FLWR_DISABLE_UPDATE_CHECK": "1"}
     return [
-        Part(name="relay", command=relay, environment=flower, ready=lambda: answers("127.0.0.1", port)),
+        Part(
+            name="relay",
+            command=relay,
+            environment=flower,
+            opened=(places.loopback, places.secret),
+            ready=lambda: answers("127.0.0.1", port),
+        ),
         Part(
             name="gateway",
             command=[*tacit, "gateway", "--home", str(home.folder)],
-            environment=flower,
+            environment=flower | opens,
             ready=lambda: answers("127.0.0.1", gateway),
         ),
         Part(
             name="enrolment",
             command=[*tacit, "enrol", "--home", str(home.folder)],
-            environment=environment,
+            environment=opens | dict(environment),
             ready=lambda: answers("127.0.0.1", home.settings.enrol[0].port),
         ),
     ]

@@ -53,7 +53,7 @@ GIFTS: Final = [
         Gift(
             user=GATEWAY,
             variable="TACIT_GATEWAY_USER",
-            folder="/var/lib/tacit-gateway",
+            folder="/run/tacit-gateway",
             file=file,
             # There is no list before the first invitation.
             later=file == "members.json",
@@ -95,7 +95,7 @@ def files_of(
     part_of = f"{_NAME}.target"
     prepare, hand = f"{_NAME}-prepare.service", f"{_NAME}-handout.service"
     ports = settings.addresses[0].port, settings.enrol[0].port
-    # The authority's passphrase, where it has one, stands in a file that only root reads.
+    # The passphrases of the authority and of the keyrings, where they have one, stand in a file that only root reads.
     passphrase = "EnvironmentFile=-/etc/tacit/server.env"  # noqa: S105 -- names a file
     prepared = Service(
         name="prepare",
@@ -119,12 +119,12 @@ def files_of(
         name="gateway",
         text="the gateway, the one door that clients reach",
         command=[
-            *(*tacit, "gateway", "--home", "/var/lib/tacit-gateway"),
+            *(*tacit, "gateway", "--home", "/run/tacit-gateway"),
             *("--bell", str(BELL), "--bell-group", _BELL_GROUP),
         ],
         user=GATEWAY,
         after=[hand, f"{_NAME}-relay.service"],
-        writes=["/var/lib/tacit-gateway"],
+        writes=["/run/tacit-gateway"],
         hidden=[at],
         more=[
             f"SupplementaryGroups={_BELL_GROUP}",
@@ -164,6 +164,7 @@ def files_of(
             watched=[home.members, home.relay_tls, home.folder / "server.json"],
             homes=homes,
             writes=[at],
+            more=[passphrase],
         ),
         f"{_NAME}-relay.service": relay.unit(part_of, homes=homes),
         f"{_NAME}-gateway.service": gateway.unit(part_of, homes=homes, capabilities=low[0]),
@@ -172,7 +173,7 @@ def files_of(
     }
     return units | {
         part_of: target("relay, gateway and enrolment", sorted(units)),
-        script.name: handout(home.folder, owner, GIFTS, _PARTED),
+        script.name: handout(home.folder, owner, GIFTS, _PARTED, program=program),
         f"{_NAME}.sysusers": sysusers(
             {RELAY: "Tacit: the relay", GATEWAY: "Tacit: the gateway"}, [_BELL_GROUP], [(owner, _BELL_GROUP)]
         ),
@@ -190,11 +191,13 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
         "TACIT_OWNER": own.partition(":")[0],
         "TACIT_RELAY_USER": str(_NUMBERS[RELAY]),
         "TACIT_GATEWAY_USER": str(_NUMBERS[GATEWAY]),
+        "TACIT_PROGRAM": "tacit",
     }
-    passphrase = {"TACIT_PASSPHRASE": "${TACIT_PASSPHRASE:-}"}
+    opens = {"TACIT_VAULT_PASSPHRASE": "${TACIT_VAULT_PASSPHRASE:-}"}
+    passphrase = {"TACIT_PASSPHRASE": "${TACIT_PASSPHRASE:-}"} | opens
     where = [f"{at}:{at}"]
     bell = f"bell:{BELL.parent}"
-    each = {"relay": ["relay:/var/lib/tacit-relay"], "gateway": ["gateway:/var/lib/tacit-gateway", bell]}
+    each = {"relay": ["relay:/var/lib/tacit-relay"], "gateway": ["gateway:/run/tacit-gateway", bell]}
     users = {name: f"{_NUMBERS[name]}:{_NUMBERS[name]}" for name in _NUMBERS}
     make_room = f"install -d -m 0711 -o {_NUMBERS[GATEWAY]} {BELL.parent} && exec sh /handout.sh"
     handing = container(
@@ -202,7 +205,7 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
         user="0:0",
         image=image,
         network_mode="none",
-        environment=numbers,
+        environment=numbers | opens,
         cap_add=["CHOWN", "DAC_READ_SEARCH", "FOWNER", "SETUID", "SETGID"],
         volumes=[*where, *each["relay"], *each["gateway"], f"./{script}:/handout.sh:ro"],
     )
@@ -221,7 +224,7 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
         "handout-again": handing | {"command": ["sh", "/handout.sh", "--follow"], "depends_on": {"handout": done}},
         "gateway": container(
             [
-                *("tacit", "server", "gateway", "--home", "/var/lib/tacit-gateway"),
+                *("tacit", "server", "gateway", "--home", "/run/tacit-gateway"),
                 *("--bell", str(BELL), "--bell-group", str(_BELL_NUMBER)),
             ],
             user=users[GATEWAY],
@@ -230,7 +233,8 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
             ports=[f"{ports[0]}:{ports[0]}"],
             sysctls={"net.ipv4.ip_unprivileged_port_start": "0"},
             volumes=each["gateway"],
-            depends_on={"handout": done},
+            # What is in memory is there as long as somebody has it mounted.
+            depends_on={"handout": done, "handout-again": {"condition": "service_started"}},
         ),
         # On the gateway's loopback, and on no other network.
         "relay": container(
@@ -259,6 +263,7 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
             network_mode="service:gateway",
             restart="no",
             profiles=["job"],
+            environment=opens,
             group_add=[str(_BELL_NUMBER)],
             volumes=[*where, bell, "./job:/job"],
         ),
@@ -267,7 +272,7 @@ def _compose(home: ServerHome, owner: str, script: str, version: str) -> str:
         "The processes of a server. Build the image first; see Containerfile.\n"
         "Start: docker compose up -d      A job: docker compose run --rm application"
     )
-    return compose(services, ["relay", "gateway", "bell"], comment)
+    return compose(services, ["relay", "bell"], comment, memory=["gateway"])
 
 
 def _number(owner: str) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Final
 from clients.data import load_source
 from models.catalog import find_task
 from privacy.accounting import Event, best_affordable_order, events_from_json, solve_noise
-from privacy.errors import LedgerError, PlanError, RunError, TacitError, VaultError
+from privacy.errors import LedgerError, PlanError, RunError, TacitError
 from privacy.files import write_whole
 from privacy.ledger import grant_of, require_signed_entry
 from privacy.noise import SECURE_SOURCE, Keystream
@@ -33,13 +33,12 @@ from privacy.plan import Unit, canonical
 from privacy.report import ClientSpend, RunFacts, Verdict, write
 from privacy.terms import Terms
 from privacy.transcript import iso
-from privacy.vault.keyfiles import save_keys
+from privacy.vault import private
 from privacy.vault.keys import Keyring
-from privacy.vault.unlock import keyring_at
 from privacy.wire import settings_digest
 from server.aggregate import Aggregator, Strategy
 from server.app import CHECKPOINT, METRICS, RECEIPTS, Ending, Job, Schedule, run
-from server.checkpoint import load
+from server.checkpoint import Newest, load
 from server.gateway import ring
 from server.home import ServerHome
 from server.relay import Relay
@@ -180,7 +179,7 @@ def deploy(
         def begun() -> Relay:
             return Relay(
                 places.address,
-                places.secret.read_bytes(),
+                private.read(places.secret),
                 identity,
                 authority=places.loopback_authority,
                 ring=ring_all,
@@ -223,6 +222,7 @@ def deploy(
                 folder=folder,
                 device=settled.device,
                 vault=keyring_of(home),
+                newest=newest_of(home, settled.id),
                 sources=lambda use, round: Keystream(),
                 on_round=on_round,
                 stopping=stopping,
@@ -277,13 +277,16 @@ def keyring_of(home: ServerHome) -> Keyring:
     Raises:
         VaultError: They are damaged, or were given a passphrase that the environment does not hold.
     """
-    path = home.folder / "application" / "vault.keys"
-    if not path.exists():
-        save_keys(path, Keyring(), None)
-    keys = keyring_at(str(path))
-    if keys is None:
-        raise VaultError(f"expected keys in {path}, got none; restore a backup")
-    return keys
+    return private.make_ring(home.folder / "application")
+
+
+def newest_of(home: ServerHome, job: str) -> Newest:
+    """Returns what remembers a job's newest checkpoint: in the home, where a run folder that is put back leaves it.
+
+    Raises:
+        VaultError: It was altered, or does not open.
+    """
+    return Newest(home.folder / "application" / "newest", keyring_of(home), job)
 
 
 def render_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = ()) -> Path:
@@ -312,7 +315,7 @@ def facts_of_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = (
     """
     settled, scenario, identity = Settled.load(folder), Scenario.from_run(folder), home.application_identity()
     task = find_task(scenario.task)
-    rounds, state = read_rounds(folder), load(folder / CHECKPOINT, [keyring_of(home)])
+    rounds, state = read_rounds(folder), load(folder / CHECKPOINT, [keyring_of(home)], newest_of(home, settled.id))
     lines = read_countersigned(folder, identity)
     papers, members = _papers_in(folder), _members_in(folder)
     # A node's account and its key are pinned by its first receipt; see `server.app.check`.

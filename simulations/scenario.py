@@ -382,7 +382,9 @@ class Scenario:
     workers: int = _key(1, MACHINE, "worker processes of the local engine; 1 = none beside this one", least=1)
     threads: int = _key(1, MACHINE, "threads of each worker", least=1)
     device: str = _key("auto", MACHINE, "auto, cpu, cuda or cuda:N")
-    vault: str = _key("", MACHINE, "keyring (tacit vault keygen) that checkpoints are sealed for; empty = in clear")
+    vault: str = _key(
+        "", MACHINE, "keyring (tacit vault keygen) that checkpoints, kept releases and keys are sealed for"
+    )
 
     ledgers: str = _key(
         "", FOLDERS, "folder of ledgers that runs share, and that refuse together; empty = in the run folder"

@@ -35,7 +35,9 @@ from privacy.files import write_whole
 from privacy.ledger import Book, ChargeRequest, Receipt, Word, may_hold_charges
 from privacy.matrix import Matrix, matrix_event
 from privacy.plan import Banded, Local, Mode, Optimizer, Plan, Unit
+from privacy.vault import Safe, private
 from privacy.vault.keys import Opener
+from privacy.vault.private import RING
 from privacy.vault.unlock import keyring_at
 from server.app import CHECKPOINT, joins_of
 from simulations.partition import Population, Split, SplitPopulation, VirtualPopulation, label_table, split
@@ -150,6 +152,7 @@ class World:
             folder.mkdir(parents=True, exist_ok=True)
             # First the scenario, last the job: a start that was killed in between can be resumed from the scenario.
             scenario.save(folder)
+            _share_vault(scenario, folder)
             world = cls._assemble(scenario, settled, task, source, population, folder, sources)
             world._preflight()
             world._require_budget()
@@ -210,6 +213,9 @@ class World:
         vouch: bool = False,
     ) -> Self:
         ledgers = Path(settled.ledgers) if settled.ledgers else folder / "ledgers"
+        book = Book(ledgers, settled.population, vouch=vouch)
+        # Decided when the run begins: what is kept in one way is not found in the other, and would be charged again.
+        sealed = os.path.lexists(folder / RING)
         return cls(
             folder=folder,
             scenario=scenario,
@@ -217,8 +223,8 @@ class World:
             task=task,
             source=source,
             population=population,
-            book=Book(ledgers, settled.population, vouch=vouch),
-            kept=Kept(folder / "kept", durable=False),
+            book=book,
+            kept=Kept(folder / "kept", durable=False, safe=Safe(book.secret, "kept") if sealed else None),
             sources=sources,
         )
 
@@ -417,11 +423,15 @@ def _charged(folder: Path) -> bool:
 
 
 def _is_draft(path: Path) -> bool:
-    return path.name.startswith((f".{CONFIG_FILE}.", f".{JOB_FILE}."))
+    return path.name.startswith((f".{CONFIG_FILE}.", f".{JOB_FILE}.")) or _is_link_to_keys(path)
 
 
 def _is_of_a_book(path: Path) -> bool:
-    return path.is_file() and path.name.startswith(("ledger.", ".ledger."))
+    return (path.is_file() and path.name.startswith(("ledger.", ".ledger."))) or _is_link_to_keys(path)
+
+
+def _is_link_to_keys(path: Path) -> bool:
+    return path.name == RING and path.is_symlink()
 
 
 def _in(folder: Path) -> list[Path]:
@@ -441,6 +451,21 @@ def _forget(folder: Path, made: bool) -> None:
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     if made and folder.is_dir() and not _in(folder):
         folder.rmdir()
+
+
+def _share_vault(scenario: Scenario, folder: Path) -> None:
+    """Has the private files of a run sealed for the scenario's keyring, as a deployment's are; only where it names one.
+
+    Those are the server's key, the ledgers' own key where they lie in the folder, and with it the releases that are
+    kept. The folder gets a link to the keyring: a copy of it elsewhere opens nothing.
+    """
+    if not scenario.vault:
+        return
+    ring = Path(scenario.vault).expanduser().absolute()
+    for place in (folder, folder / "ledgers"):
+        if place == folder or not scenario.ledgers:
+            place.mkdir(mode=0o700, exist_ok=True)
+            private.link_ring(ring, place)
 
 
 def vault_of(scenario: Scenario) -> list[Opener]:

@@ -22,6 +22,7 @@ from typing import Self
 import numpy as np
 import pytest
 
+from privacy.hop import present
 from privacy.identity.loopback import write_loopback
 from privacy.verify import Result, verify_files
 from server.app import CHECKPOINT
@@ -51,7 +52,7 @@ class Recorder:
         self._inside = self._outside = None
         if certificate is not None:
             self._inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._inside.load_cert_chain(certificate)
+            present(self._inside, certificate, certificate)
             self._outside = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             self._outside.load_verify_locations(authority)
         # One entry for each direction of each connection: a marker that is cut by a read is found all the same.

@@ -21,6 +21,7 @@ from clients.home import ClientHome
 from clients.join import join
 from privacy.enrolment import Invitation
 from privacy.errors import DataError, IdentityError, PlanError
+from privacy.vault import private
 from server.enrol import invite
 from tests.enrolling import CHOICES, HOST, make_home
 
@@ -115,8 +116,8 @@ def test_g21_init_invite_join_and_ready_over_real_processes(deployment: tuple[Pa
     assert len(member["serials"]) == 2
     assert tell("client", "budget", client / "ledger")["accounts"][0]["granted"] == 2.0
     # Nothing secret of the client is at the server.
-    secrets = [Invitation.parse(token).secret, *(path.read_bytes() for path in (client / "keys").glob("*.key"))]
-    secrets += [(client / "ledger" / "ledger.key").read_bytes(), token.encode()]
+    secrets = [Invitation.parse(token).secret, *(private.read(path) for path in (client / "keys").glob("*.key"))]
+    secrets += [private.read(client / "ledger" / "ledger.key"), token.encode()]
     for path in server.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         assert not [part for part in secrets if part in content or part.hex().encode() in content], path

@@ -27,13 +27,15 @@ from privacy.enrolment import Address
 from privacy.errors import PlanError
 from privacy.identity.loopback import write_loopback
 from privacy.unit_files import owner_of, quoted, write_files
+from privacy.vault import private
+from privacy.vault.container import is_sealed
 from server.services import BELL
 from server.units import GIFTS as TO_SERVERS
 from tests.enrolling import make_home
 
 PROGRAM = "/opt/tacit/bin/tacit"
 SIDES = ("server", "client")
-ROOT = Path(tacit.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def client_home(folder: Path) -> ClientHome:
@@ -362,7 +364,7 @@ def test_no_file_holds_a_secret(made: dict[str, Path], side: str) -> None:
         text = path.read_bytes()
         assert b"PRIVATE KEY" not in text
         for key in keys:
-            content = key.read_bytes()
+            content = private.read(key)
             for form in (content[:32], content[:16].hex().encode()):
                 assert form not in text or content.startswith(b"-----BEGIN CERT"), (path, key)
         assert path.stat().st_mode & 0o777 == 0o644
@@ -401,8 +403,14 @@ def test_a_home_of_roots_is_refused_and_commands_are_quoted(tmp_path: Path) -> N
 
 def handed(made: dict[str, Path], side: str, tmp_path: Path, users: dict[str, str]) -> Path:
     """Runs the script with other folders and users; returns where the folders are."""
-    text = (made[side] / f"tacit-{side}-handout.sh").read_text().replace("/var/lib/", f"{tmp_path}/")
+    text = (made[side] / f"tacit-{side}-handout.sh").read_text()
+    for place in ("/var/lib/tacit-", "/run/tacit-"):
+        text = text.replace(place, f"{tmp_path}/tacit-")
     (tmp_path / "handout.sh").write_text(text)
+    program = tmp_path / "tacit"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tacit "$@"\n')
+    program.chmod(0o755)
+    users = users | {"TACIT_PROGRAM": str(program), "TACIT_VAULT_PASSPHRASE": "only for the owner"}
     subprocess.run(
         ["sh", str(tmp_path / "handout.sh")], check=True, timeout=60, env=dict(os.environ) | users, capture_output=True
     )
@@ -429,6 +437,10 @@ def test_g15_what_is_handed_out_is_what_is_listed_each_to_one_user(made: dict[st
         for path in (place / folder, *(place / folder).rglob("*")):
             assert path.stat().st_uid == user
             assert not path.stat().st_mode & 0o077
+    # What is sealed in the home is in clear there, for whoever cannot open it.
+    assert is_sealed(home / "keys" / "supernode.key")
+    given = place / "tacit-flower" / "keys" / "supernode.key"
+    assert given.read_bytes() == private.read(home / "keys" / "supernode.key")
     # A renewed file is handed out again; links that a process planted lead nowhere, and keep nothing from the others.
     aim, ports = tmp_path / "aim", place / "tacit-flower" / "run" / "ports"
     aim.write_text("root's")

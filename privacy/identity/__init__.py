@@ -19,7 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from privacy.errors import LedgerError
+from privacy.errors import LedgerError, VaultError
 
 _KEY: Final = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
@@ -43,11 +43,18 @@ class Secret:
 
     @classmethod
     def load_or_create(cls, path: Path) -> Secret:
-        """Reads the secret at ``path``, or makes one there with mode 0600.
+        """Reads the secret at ``path``, or makes one there with mode 0600; sealed, if its folder has a keyring.
 
         Raises:
             LedgerError: The file can be read by others, or does not hold 32 bytes.
+            VaultError: It is sealed, and does not open (`privacy.vault.private`).
         """
+        # Here, because the vault is made of identities too.
+        from privacy.vault import private
+
+        if not path.exists() and private.ring_beside(path) is not None:
+            with contextlib.suppress(VaultError):
+                private.write(path, os.urandom(32), replace=False)
         if not path.exists():
             # Whole or not at all: a crash or a second process must never meet a key file that is still empty.
             draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
@@ -64,7 +71,7 @@ class Secret:
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:
             raise LedgerError(f"expected key file {path.name} to be private (0600), got {mode:04o}; chmod 600 it")
-        return cls(path.read_bytes())
+        return cls(private.opened(path, path.read_bytes()))
 
     def derive(self, purpose: str) -> bytes:
         """Returns 32 bytes that depend on the secret and a purpose (HMAC-SHA-256)."""

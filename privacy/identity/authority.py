@@ -11,8 +11,8 @@ and sealed inside TLS rests on application identities (`privacy.identity.Identit
 
 Whoever checks one uses the verifier of the `cryptography` package, not a chain of conditions of our own.
 
-Keys are bytes in PEM or DER here and files of mode 0600 on disk. Private keys that live with the machine are not
-encrypted by themselves: the authority's is, where a passphrase is given.
+Keys are bytes in PEM or DER here and files of mode 0600 on disk, sealed where their folder has a keyring
+(`privacy.vault.private`). The authority's is encrypted by itself instead, where a passphrase is given.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 
 from privacy.errors import IdentityError
 from privacy.files import write_whole
+from privacy.vault import private
 
 # Names of clients in certificates are under this one. It is reserved (RFC 2606): no machine ever answers to it.
 CLIENTS: Final = "client.tacit.invalid"
@@ -165,10 +166,11 @@ class Authority:
 
         Args:
             folder: Where.
-            passphrase: What the key file is encrypted under (Argon2id, then PKCS #8); empty leaves it in clear.
+            passphrase: What the key is encrypted under (Argon2id, then PKCS #8). Empty: it is sealed if the folder has
+                a keyring, and in clear without.
 
         Raises:
-            RunError: The folder cannot be written.
+            RunError, VaultError: The folder cannot be written.
         """
         if passphrase:
             salt = os.urandom(16)
@@ -176,7 +178,11 @@ class Authority:
             lock: BestAvailableEncryption | NoEncryption = BestAvailableEncryption(_stretched(passphrase, salt))
         else:
             head, lock = b"", NoEncryption()
-        write_whole(folder / "ca.key", head, self.__key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock))
+        key = self.__key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock)
+        if passphrase:
+            write_whole(folder / "ca.key", head, key)
+        else:
+            private.write(folder / "ca.key", key)
         write_whole(folder / "ca.pem", self._certificate.public_bytes(Encoding.PEM))
 
     @classmethod
@@ -394,17 +400,26 @@ def require_client(leaf: bytes, authority: bytes, *, now: float) -> str:
 
 
 def read_certificate(path: Path) -> bytes:
-    """Returns the first certificate of a PEM file, in DER.
+    """Returns the first certificate of a PEM file, in DER; a private one, with its key, may be sealed.
 
     Raises:
+        VaultError: It is sealed, and does not open.
         IdentityError: There is no such file, or no certificate in it.
     """
     try:
-        return x509.load_pem_x509_certificates(path.read_bytes())[0].public_bytes(Encoding.DER)
+        return x509.load_pem_x509_certificates(private.read(path))[0].public_bytes(Encoding.DER)
     except OSError as error:
         raise IdentityError(f"expected a certificate at {path}, got {error.strerror}; restore it") from None
     except (ValueError, IndexError):
         raise IdentityError(f"expected a certificate in {path}, got other bytes; restore a backup of it") from None
+
+
+def is_locked(path: Path) -> bool:
+    """Says whether an authority's key is encrypted under a passphrase of its own."""
+    try:
+        return _STRETCH.match(path.read_bytes()) is not None
+    except OSError:
+        return False
 
 
 def pem_of(certificate: bytes) -> bytes:
@@ -413,10 +428,11 @@ def pem_of(certificate: bytes) -> bytes:
 
 
 def read_private(path: Path) -> bytes:
-    """Returns the content of a private file.
+    """Returns the content of a private file, opened if it is sealed.
 
     Raises:
         IdentityError: There is none, or somebody beside its owner may read it.
+        VaultError: It is sealed, and does not open.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -424,7 +440,7 @@ def read_private(path: Path) -> bytes:
             mode = os.fstat(descriptor).st_mode & 0o777
             if mode & 0o077:
                 raise IdentityError(f"expected {path} to be private (0600), got {mode:04o}; chmod 600 it")
-            return file.read(64 * 1024)
+            return private.opened(path, file.read(private.MOST_SEALED))
     except OSError as error:
         raise IdentityError(
             f"expected a private file at {path}, got {error.strerror}; restore a backup of it"

@@ -11,6 +11,7 @@ from typing import Final
 
 from privacy.files import write_whole
 from privacy.identity.authority import Authority, pem_of
+from privacy.vault import private
 
 HOSTS: Final = ["127.0.0.1", "localhost"]
 # Flower reads its certificate once, at its start. One as short-lived as those of clients would end a relay that runs
@@ -26,13 +27,14 @@ def write_loopback(folder: Path, *, now: float) -> tuple[Path, Path]:
         now: Seconds since 1970.
 
     Returns:
-        A PEM file with key and certificate, mode 0600, and one with the authority that signed it.
+        A PEM file with key and certificate, mode 0600, sealed if there is a keyring; and one with the authority that
+        signed it.
 
     Raises:
         RunError: The folder cannot be written.
     """
     authority = Authority.create("loopback", HOSTS, now=now)
     own, root = folder / "loopback.pem", folder / "loopback-ca.pem"
-    write_whole(own, authority.server_leaf("loopback", HOSTS, now=now, days=_DAYS))
+    private.write(own, authority.server_leaf("loopback", HOSTS, now=now, days=_DAYS))
     write_whole(root, pem_of(authority.certificate))
     return own, root

@@ -11,10 +11,19 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 from privacy.errors import VaultError
 from privacy.vault.keyfiles import load_keyring, load_keys
 from privacy.vault.keys import Keyring, Opener, Passphrase
+
+# What tells a process how to open what is sealed; see the module's text.
+VARIABLES: Final = ("TACIT_VAULT_KEYS", "TACIT_VAULT_PASSPHRASE_FILE", "TACIT_VAULT_PASSPHRASE")
+
+
+def handed_on(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns what a process of ours that opens sealed files needs of the environment; others must not get it."""
+    return {name: environment[name] for name in VARIABLES if environment.get(name)}
 
 
 def passphrase_in(path: Path) -> Passphrase:
@@ -80,8 +89,8 @@ def openers_from(
     if keys is None and (named := environment.get("TACIT_VAULT_KEYS")):
         keys = Path(named).expanduser()
     if keys is not None:
-        return [load_keys(keys, lambda: _required(passphrase()))]
-    return [_required(passphrase())]
+        return [load_keys(keys, lambda: required(passphrase()))]
+    return [required(passphrase())]
 
 
 def keyring_at(path: str) -> Keyring | None:
@@ -90,10 +99,15 @@ def keyring_at(path: str) -> Keyring | None:
     Raises:
         VaultError: There is none, or it does not open.
     """
-    return load_keyring(Path(path).expanduser(), lambda: _required(passphrase_from(None))) if path else None
+    return load_keyring(Path(path).expanduser(), lambda: required(passphrase_from(None))) if path else None
 
 
-def _required(passphrase: Passphrase | None) -> Passphrase:
+def required(passphrase: Passphrase | None) -> Passphrase:
+    """Returns a passphrase.
+
+    Raises:
+        VaultError: There is none.
+    """
     if passphrase is None:
         raise VaultError(
             "expected keys to open what is sealed, got none; set TACIT_VAULT_KEYS to a file of keys, or "

@@ -19,6 +19,7 @@ from privacy.errors import PlanError, RunError
 from privacy.ledger import Account, Book, ChargeRequest, Receipt
 from privacy.plan import Adjacency, Local, Metric, Metrics, Mode, Plan, Unit, canonical
 from privacy.terms import Terms, cost_of
+from privacy.vault import private
 from privacy.wire import settings_digest
 
 NOISE, ORDER = solve_noise(epsilon=3.0, delta=1e-5, sample_rate=0.2, steps=2 * 5)
@@ -405,3 +406,68 @@ def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     found = jobs.get(terms.job)
     assert found is not None
     assert abs(found.time - time.time()) < 60
+
+
+# -- sealed ----------------------------------------------------------------------------------------------------------
+
+
+def sealed_jobs(folder: Path) -> Jobs:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    private.make_ring(folder)
+    return Jobs(folder)
+
+
+def test_jobs_are_sealed_where_a_keyring_is_and_a_decision_cannot_be_put_back(tmp_path: Path) -> None:
+    folder, terms, other = tmp_path / "jobs", make_terms(purpose="triage"), make_terms(3)
+    jobs = sealed_jobs(folder)
+    jobs.offer(terms, account(), Policy())
+    jobs.offer(other, account(), Policy())
+    jobs.decide(terms.job, Decision.APPROVED)
+    assert not [path for path in folder.iterdir() if path.is_file() and b"triage" in path.read_bytes()]
+    approved = {path: path.read_bytes() for path in folder.glob("*-*.sealed")}
+    jobs.decide(terms.job, Decision.WITHDRAWN)
+    assert Jobs(folder).get(terms.job).decision is Decision.WITHDRAWN  # type: ignore[union-attr]
+    assert Jobs(folder).names() == sorted((terms.job, other.job))
+    # The approval is put back, under its own name and under the name of what came after it.
+    (gone,) = [path for path in approved if not path.exists()]
+    (newest,) = [path for path in folder.glob("*-*.sealed") if path not in approved]
+    gone.write_bytes(approved[gone])
+    assert Jobs(folder).get(terms.job).decision is Decision.WITHDRAWN  # type: ignore[union-attr]
+    withdrawn = newest.read_bytes()
+    newest.write_bytes(approved[gone])
+    with pytest.raises(RunError, match="another version"):
+        Jobs(folder).get(terms.job)
+    newest.write_bytes(withdrawn)
+    # Two jobs exchanged.
+    (others,) = [path for path in folder.glob("*-*.sealed") if path not in (newest, gone)]
+    newest.write_bytes(others.read_bytes())
+    with pytest.raises(RunError):
+        Jobs(folder).get(terms.job)
+    # Twin: in clear, as without a keyring, an approval that is put back is an approval.
+    plain = Jobs(tmp_path / "plain")
+    plain.offer(terms, account(), Policy())
+    plain.decide(terms.job, Decision.APPROVED)
+    content = (tmp_path / "plain" / f"{terms.job}.json").read_bytes()
+    plain.decide(terms.job, Decision.WITHDRAWN)
+    (tmp_path / "plain" / f"{terms.job}.json").write_bytes(content)
+    assert plain.get(terms.job).decision is Decision.APPROVED  # type: ignore[union-attr]
+
+
+def test_jobs_in_clear_are_taken_in_once_and_one_that_is_planted_later_is_none(tmp_path: Path) -> None:
+    folder, terms, planted = tmp_path / "jobs", make_terms(), make_terms(3)
+    before = Jobs(folder)
+    before.offer(terms, account(), Policy())
+    before.decide(terms.job, Decision.APPROVED)
+    before.offer(planted, account(), Policy())
+    content = (folder / f"{planted.job}.json").read_bytes()
+    jobs = sealed_jobs(folder)
+    # Not taken in yet, they are read where they are.
+    assert jobs.names() == sorted((terms.job, planted.job))
+    jobs.take_in()
+    assert not list(folder.glob("*.json"))
+    assert jobs.get(terms.job).decision is Decision.APPROVED  # type: ignore[union-attr]
+    third = make_terms(5)
+    (folder / f"{third.job}.json").write_bytes(content.replace(planted.job.encode(), third.job.encode()))
+    Jobs(folder).take_in()
+    assert Jobs(folder).get(third.job) is None
+    assert Jobs(folder).names() == sorted((terms.job, planted.job))

@@ -29,12 +29,14 @@ from clients.join import Choices, join, policy_of, renew, renew_when_due, requir
 from clients.preflight import Finding, Verdict, choices_of, local, remote
 from privacy.enrolment import LENGTH, Address, Invitation, message, new_secret, to_base64
 from privacy.errors import DataError, IdentityError, LedgerError, PlanError
+from privacy.hop import present
 from privacy.identity import authority as certificates
 from privacy.identity.authority import Authority, facts_of, read_certificate, require_client
 from privacy.identity.loopback import write_loopback
 from privacy.identity.supernode import supernode_public
 from privacy.ledger import Book
 from privacy.plan import Metric
+from privacy.vault import private
 from server import enrol
 from server.enrol import Registry, State, invite, revoke
 from server.home import ServerHome
@@ -84,7 +86,7 @@ def test_g21_a_join_makes_keys_here_enrols_them_and_grants_the_holders_budget(ru
     for path in home.folder.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     # What OpenSSL makes of the file is what a tunnel will show.
-    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(home.tls)
+    present(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), home.tls, home.tls)
     # The holder's own word is in the ledger, whatever was asked (guarantees G13 and G21).
     with Book(home.folder / "ledger") as book:
         grant = book.accounts["data"].grant
@@ -94,9 +96,9 @@ def test_g21_a_join_makes_keys_here_enrols_them_and_grants_the_holders_budget(ru
 
 def private_parts(home: ClientHome) -> dict[str, bytes]:
     """Returns the private bytes of every key of a client, as whoever stole them would use them."""
-    parts = {"application": (home.folder / "keys" / "application.key").read_bytes()}
-    parts["ledger"] = (home.folder / "ledger" / "ledger.key").read_bytes()
-    key = load_pem_private_key(home.tls.read_bytes(), None)
+    parts = {"application": private.read(home.folder / "keys" / "application.key")}
+    parts["ledger"] = private.read(home.folder / "ledger" / "ledger.key")
+    key = load_pem_private_key(private.read(home.tls), None)
     parts["tls"] = key.private_numbers().private_value.to_bytes(32, "big")  # type: ignore[union-attr]
     parts["tls pem"] = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())[40:120]
     parts["supernode"] = home.supernode()[300:400]
@@ -116,7 +118,10 @@ def test_g21_no_private_key_and_no_secret_reaches_the_server(run: Running, home:
     join(invitation, home, CHOICES, version=VERSION)
     parts = private_parts(home) | {"secret": invitation.secret}
     assert found_at(run.home.folder, parts) == set()
-    # The search finds what is there: at the client itself all but the secret, which is kept nowhere.
+    # At the client itself all are sealed. The search finds what is there: unsealed, all but the secret, kept nowhere.
+    assert found_at(home.folder, parts) == set()
+    for path in (*home.private_files(), home.folder / "ledger" / "ledger.key"):
+        path.write_bytes(private.read(path))
     assert found_at(home.folder, parts) == set(parts) - {"secret"}
 
 
@@ -206,7 +211,7 @@ def rogues(real: ServerHome, folder: Path) -> dict[str, tuple[bytes, Callable[[]
     stranger = Authority.create("demo", [HOST], now=time.time()).server_leaf("demo", [HOST], now=time.time())
     other_host = Authority.create("demo", ["10.9.9.9"], now=time.time())
     return {
-        "another authority": (own.endpoint_tls.read_bytes(), lambda: hello_of(own)),
+        "another authority": (private.read(own.endpoint_tls), lambda: hello_of(own)),
         # It shows the true authority, which it cannot have a certificate of.
         "in between": (stranger, lambda: hello_of(real)),
         "for another host": (
@@ -214,7 +219,7 @@ def rogues(real: ServerHome, folder: Path) -> dict[str, tuple[bytes, Callable[[]
             lambda: hello_of(real, authority=to_base64(other_host.certificate)),
         ),
         "another application": (
-            real.endpoint_tls.read_bytes(),
+            private.read(real.endpoint_tls),
             lambda: hello_of(real, application=own.settings.application),
         ),
         "an expired certificate": (_expired_pem(real), lambda: hello_of(real)),
@@ -338,7 +343,7 @@ def test_a_server_that_answers_garbage_gets_one_kind_of_error_in_time(
                 data[draw.randrange(4, len(data))] ^= 1 << draw.randrange(8)
                 return bytes(data)
 
-    rogue = Rogue(run.home.endpoint_tls.read_bytes(), tmp_path, garbage)
+    rogue = Rogue(private.read(run.home.endpoint_tls), tmp_path, garbage)
     pinned = invitation.authority, invitation.server
     faults = 0
     with rogue:
@@ -679,12 +684,12 @@ def test_data_is_found_where_data_sets_lie_and_its_bound_where_it_is_declared(
     assert preflight.located("sets") == str(folder)
     assert preflight.located("") == ""
     assert preflight.located(str(tmp_path / "gone")) == str(tmp_path / "gone")
-    assert preflight.declared_bound("table", str(folder)) is None
+    assert preflight.declared_bound(ClientHome(tmp_path / "none"), "table", str(folder)) is None
     schema = folder / "schema.toml"
     schema.write_text("records = 800\n" + schema.read_text())
-    assert preflight.declared_bound("table", str(folder)) == 800
-    assert preflight.declared_bound("digits", "") == 1437
-    assert preflight.declared_bound("nothing", "") is None
+    assert preflight.declared_bound(ClientHome(tmp_path / "none"), "table", str(folder)) == 800
+    assert preflight.declared_bound(ClientHome(tmp_path / "none"), "digits", "") == 1437
+    assert preflight.declared_bound(ClientHome(tmp_path / "none"), "nothing", "") is None
 
 
 def _renamed(tmp_path: Path) -> Path:
@@ -748,22 +753,22 @@ def test_the_gateway_is_believed_with_its_certificate_only_and_told_nothing(
     run: Running, home: ClientHome, tmp_path: Path
 ) -> None:
     join(new_invitation(run), home, CHOICES, version=VERSION)
-    with Rogue(run.home.relay_tls.read_bytes(), tmp_path, lambda: b"") as gateway:
+    with Rogue(private.read(run.home.relay_tls), tmp_path, lambda: b"") as gateway:
         assert preflight._gateway(home, (gateway.address,)).verdict is Verdict.OK
     assert gateway.told == b""
-    refusing = Rogue(run.home.relay_tls.read_bytes(), tmp_path, lambda: b"")
+    refusing = Rogue(private.read(run.home.relay_tls), tmp_path, lambda: b"")
     (tmp_path / "ca.pem").write_bytes(certificates.pem_of(Authority.create("demo", [HOST], now=1.7e9).certificate))
     refusing.context.load_verify_locations(tmp_path / "ca.pem")
     refusing.context.verify_mode = ssl.CERT_REQUIRED
     with refusing:
         refused = preflight._gateway(home, (refusing.address,))
     assert refused.verdict is Verdict.FAILED
-    with Rogue(run.home.relay_tls.read_bytes(), tmp_path, lambda: b"HTTP/1.1 403 Forbidden\r\n\r\n") as gateway:
+    with Rogue(private.read(run.home.relay_tls), tmp_path, lambda: b"HTTP/1.1 403 Forbidden\r\n\r\n") as gateway:
         shut_out = preflight._gateway(home, (gateway.address,))
     assert shut_out.verdict is Verdict.FAILED
     assert "revoked" in shut_out.fix
     # As a gateway asks for certificates, in OpenSSL's strict mode: ours passes, its name constraints with it.
-    asking = Rogue(run.home.relay_tls.read_bytes(), tmp_path, lambda: b"")
+    asking = Rogue(private.read(run.home.relay_tls), tmp_path, lambda: b"")
     asking.context.load_verify_locations(run.home.folder / "relay" / "ca.pem")
     asking.context.verify_mode = ssl.CERT_REQUIRED
     asking.context.verify_flags |= ssl.VERIFY_X509_STRICT

@@ -37,6 +37,7 @@ from privacy.errors import IdentityError, RunError
 from privacy.identity import Secret
 from privacy.identity.authority import facts_of, key_of_private, new_key, read_certificate, require_client
 from privacy.identity.supernode import flower_field, supernode_public
+from privacy.vault import private
 from server import enrol as module
 from server.enrol import GRACE_S, Desk, Gauge, Limits, Registry, State, invite, revoke
 from server.home import ServerHome
@@ -68,11 +69,13 @@ def test_a_home_is_private_and_keeps_each_key_in_the_room_of_who_needs_it(home: 
         "relay/tls.pem",
         "relay/ca.pem",
         "application/server.key",
+        # Of each room: what opens its keys, and no other's (guarantee G21).
+        *(f"{room}/vault.keys" for room in ("authority", "enrol", "relay", "application")),
     }
     for path in (home.folder, *home.folder.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
     # No private key stands in two rooms (guarantee G21).
-    keys = [key_of_private(home.endpoint_tls.read_bytes()), key_of_private(home.relay_tls.read_bytes())]
+    keys = [key_of_private(private.read(path)) for path in (home.endpoint_tls, home.relay_tls)]
     assert keys[0] != keys[1]
     assert home.application_identity().public_key != home.registry_identity().public_key
     # Under one user, the relay could read the application's key, and says so.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from privacy.errors import RunError, VaultError
 from privacy.vault.container import Header, Wanted, inspect, is_sealed, read_file, write_file
 from privacy.vault.keyfiles import load_keyring, save_keys
 from privacy.vault.keys import Keyring
-from server.checkpoint import Central, State, load, save
+from server.checkpoint import Central, Newest, State, load, save
 
 RING = Keyring()
 
@@ -84,9 +85,13 @@ def test_a_run_with_a_vault_keeps_no_checkpoint_in_clear_and_resumes(
     checkpoint = run / "checkpoints/latest.ckpt"
     assert is_sealed(checkpoint)
     assert not [path for path in run.rglob("*") if path.is_file() and b"tacit/checkpoint" in path.read_bytes()]
+    # So are its keys, as a deployment's: the server's and the ledgers'. In a run without a vault they are 32 bytes.
+    private_files = [run / "server.key", run / "ledgers" / "ledger.key"]
+    assert all(map(is_sealed, private_files))
     # A new key for the run's files, and the run goes on: here to its end, which it reached already.
     assert tacit.main(["vault", "rotate", str(run), "--keys", str(keys), "--new-key", "--revoke"]) == 0
-    assert inspect(checkpoint).wraps[0].kid == load_keyring(keys, None).active  # type: ignore[arg-type]
+    for path in (checkpoint, *private_files):
+        assert inspect(path).wraps[0].kid == load_keyring(keys, None).active, path  # type: ignore[arg-type]
     capsys.readouterr()
     assert tacit.main(["simulate", "--resume", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"] == first["metrics"]
@@ -94,3 +99,51 @@ def test_a_run_with_a_vault_keeps_no_checkpoint_in_clear_and_resumes(
     keys.rename(tmp_path / "lost")
     assert tacit.main(["report", str(run)]) == 8
     assert os.environ.get("TACIT_VAULT_KEYS") is None
+
+
+def test_a_checkpoint_that_was_put_back_is_refused_by_who_remembers_the_newest(tmp_path: Path) -> None:
+    ring, path, memory = Keyring(), tmp_path / "run" / "latest.ckpt", tmp_path / "home" / "newest"
+    older = state_of(ring)
+    older.newest = Newest(memory, ring, older.job)
+    save(older, path)
+    first = path.read_bytes()
+    save(older, path)
+    assert load(path, [ring], Newest(memory, ring, older.job)).generation == 2
+    second = path.read_bytes()
+    path.write_bytes(first)
+    with pytest.raises(VaultError, match="another version was put in its place"):
+        load(path, [ring], Newest(memory, ring, older.job))
+    # The planted bug: nobody remembers, and the older one passes for the newest.
+    assert load(path, [ring]).generation == 1
+    # Killed between the two writes, the checkpoint is one ahead of what is remembered.
+    path.write_bytes(second)
+    older.newest = None
+    save(older, path)
+    assert load(path, [ring], Newest(memory, ring, older.job)).generation == 3
+    # What remembers cannot be put back by itself either, file by file, nor exchanged with another job's.
+    other = Newest(memory, ring, "another job")
+    other.keep(1)
+    files = sorted(memory.glob("*-*.sealed"))
+    contents = [file.read_bytes() for file in files]
+    assert len(files) == 2
+    for file, content in zip(files, reversed(contents), strict=True):
+        file.write_bytes(content)
+    with pytest.raises(VaultError):
+        _ = Newest(memory, ring, older.job).generation
+
+
+def test_a_whole_memory_that_was_put_back_with_its_checkpoint_is_not_noticed_as_the_text_says(tmp_path: Path) -> None:
+    ring, path, memory = Keyring(), tmp_path / "latest.ckpt", tmp_path / "newest"
+    one = state_of(ring)
+    one.newest = Newest(memory, ring, one.job)
+    save(one, path)
+    shutil.copytree(memory, tmp_path / "before")
+    first = path.read_bytes()
+    save(one, path)
+    # While the process lives, its shelf remembers.
+    shutil.rmtree(memory)
+    shutil.copytree(tmp_path / "before", memory)
+    path.write_bytes(first)
+    with pytest.raises(VaultError):
+        load(path, [ring], one.newest)
+    assert load(path, [ring], Newest(memory, ring, one.job)).generation == 1

@@ -25,7 +25,7 @@ from privacy.identity import COUNTERSIGN, Secret
 from privacy.ledger import Book, Receipt
 from privacy.plan import Unit, canonical
 from privacy.report import build
-from privacy.vault import Safe
+from privacy.vault import Safe, private
 from privacy.verify import passed, verify_files
 from server import sealed
 from server.app import METRICS, RECEIPTS
@@ -410,7 +410,10 @@ def test_receipts_of_another_server_are_refused(machines: Machines, run: Path, t
     other = make_home(tmp_path / "other")
     with pytest.raises(VaultError, match="expected a key that opens"):
         facts_of_deployed(run, other)
+    key = other.folder / "application" / "server.key"
+    own = private.read(key)
     shutil.copy(machines.home.folder / "application" / "vault.keys", other.folder / "application")
+    key.write_bytes(own)
     with pytest.raises(LedgerError, match="own server"):
         facts_of_deployed(run, other)
     # Twin: the same receipts, countersigned by that one, are read; its report still names the holders' own spend.
