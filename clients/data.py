@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import socket
 import tomllib
@@ -595,7 +596,7 @@ def _from_callable(task: Task, make: Callable[[], Any], strict: bool) -> Source:
 
 
 def _stack(dataset: Any, shape: Shape, part: str, strict: bool) -> Records:
-    """A map-style dataset as tensors; each item is an (input, class) pair."""
+    """A map-style dataset as tensors; each item is an (input, class) pair, or (input, classes) of a sequence."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise DataError(
             f"expected a map-style {part} set with a length, got {type(dataset).__name__}; Poisson sampling "
@@ -603,17 +604,15 @@ def _stack(dataset: Any, shape: Shape, part: str, strict: bool) -> Records:
             "records by index, so collect them into a TensorDataset"
         )
     count = len(dataset)
-    inputs = torch.zeros((count, *shape.inputs))
-    targets = torch.zeros(count, dtype=torch.int64)
-    valid = torch.ones(count, dtype=torch.bool)
+    records = Records.blank(shape, count)
     for index, item in enumerate(_items(dataset)):
         try:
-            inputs[index], targets[index] = _pair(item, shape)
+            records.inputs[index], records.targets[index] = _pair(item, shape)
+            records.valid[index] = True
         except DataError as error:
             if strict:
                 raise DataError(f"{part} record {index}: {error}") from error
-            valid[index] = False
-    return Records(inputs, targets, valid)
+    return records
 
 
 def _items(dataset: Any) -> Iterator[Any]:
@@ -628,8 +627,8 @@ def _items(dataset: Any) -> Iterator[Any]:
             yield error
 
 
-def _pair(item: object, shape: Shape) -> tuple[Tensor, int]:
-    """One item as input and class."""
+def _pair(item: object, shape: Shape) -> tuple[Tensor, Tensor]:
+    """One item as input and class, or classes."""
     if isinstance(item, Exception):
         raise DataError(f"expected a readable record, got {type(item).__name__}: {item}")
     if not isinstance(item, tuple | list) or len(item) != 2:
@@ -638,12 +637,20 @@ def _pair(item: object, shape: Shape) -> tuple[Tensor, int]:
         value, label = torch.as_tensor(item[0]), torch.as_tensor(item[1])
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"expected tensors or numbers, got {error}; convert them in the dataset") from error
-    if not value.is_floating_point():
+    if shape.tokens and (value.is_floating_point() or value.is_complex()):
+        raise DataError(f"expected whole numbers as tokens, got {value.dtype}; encode the text in the dataset")
+    if not shape.tokens and not value.is_floating_point():
         raise DataError(
             f"expected floating point inputs, got {value.dtype}; scale them by a public constant, as in pixels / 255"
         )
     if tuple(value.shape) != shape.inputs:
         raise DataError(f"expected an input of shape {shape.inputs}, got {tuple(value.shape)}")
-    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool or label.numel() != 1:
+    whole = not (label.is_floating_point() or label.is_complex() or label.dtype == torch.bool)
+    if not shape.targets and not (whole and label.numel() == 1):
         raise DataError(f"expected one whole number as class, got {label.dtype} of shape {tuple(label.shape)}")
-    return value, int(label)
+    if not whole or label.numel() != math.prod(shape.targets):
+        raise DataError(
+            f"expected whole numbers of shape {shape.targets} as classes, got {label.dtype} of shape "
+            f"{tuple(label.shape)}"
+        )
+    return value, label.reshape(shape.targets)
