@@ -56,6 +56,7 @@ class SourceName(StrEnum):
     MNIST = "mnist"
     FASHION_MNIST = "fashion-mnist"
     CIFAR10 = "cifar10"
+    SST2 = "sst2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,9 +99,9 @@ def load_source(
     Args:
         task: Its ``data`` names a built-in source or is a callable.
         data: Where the data lies: a folder or a schema file for ``table``, a folder for ``image-folder``, the
-            download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``. None or "" for the others. A
-            relative path is looked for in the current folder, then in `data_folder`. The first two may be sealed
-            (`clients.places`); they are opened in memory.
+            download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, a folder or zip for ``sst2``. None or
+            "" for the others. A relative path is looked for in the current folder, then in `data_folder`. Folders of
+            tables, images and texts may be sealed (`clients.places`); they are opened in memory.
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
             in the folder's ``images.toml``.
         strict: True in a simulation: a bad record is an error. False at a data holder: it is marked invalid.
@@ -141,6 +142,10 @@ def load_source(
             return _image_folder(_place(task, data), options, strict)
         case SourceName.MNIST | SourceName.FASHION_MNIST | SourceName.CIFAR10:
             return _torchvision(name, Path(data).expanduser() if data else data_folder())
+        case SourceName.SST2:
+            from clients import text
+
+            return text.sst2(data, strict)
 
 
 def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | None]:
