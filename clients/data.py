@@ -57,6 +57,7 @@ class SourceName(StrEnum):
     FASHION_MNIST = "fashion-mnist"
     CIFAR10 = "cifar10"
     SST2 = "sst2"
+    SHAKESPEARE = "shakespeare"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,9 +100,10 @@ def load_source(
     Args:
         task: Its ``data`` names a built-in source or is a callable.
         data: Where the data lies: a folder or a schema file for ``table``, a folder for ``image-folder``, the
-            download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, a folder or zip for ``sst2``. None or
-            "" for the others. A relative path is looked for in the current folder, then in `data_folder`. Folders of
-            tables, images and texts may be sealed (`clients.places`); they are opened in memory.
+            download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, a folder or zip for ``sst2``, a text file,
+            plain or gzipped, for ``shakespeare``. None or "" for the others. A relative path is looked for in the
+            current folder, then in `data_folder`. Folders of tables, images and texts may be sealed
+            (`clients.places`); they are opened in memory.
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
             in the folder's ``images.toml``.
         strict: True in a simulation: a bad record is an error. False at a data holder: it is marked invalid.
@@ -146,6 +148,10 @@ def load_source(
             from clients import text
 
             return text.sst2(data, strict)
+        case SourceName.SHAKESPEARE:
+            from clients import text
+
+            return text.shakespeare(data, strict)
 
 
 def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | None]:
@@ -166,6 +172,10 @@ def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | 
     if task.data in (SourceName.DIGITS, SourceName.BREAST_CANCER):
         source = load_source(task)
         return source.shape, source.declared_records
+    if task.data in (SourceName.SST2, SourceName.SHAKESPEARE):
+        from clients import text
+
+        return text.PUBLISHED[task.data]
     if task.data == SourceName.TABLE and data:
         path = _place(task, data)
         schema = read_schema(path / "schema.toml" if path.is_dir() else path)

@@ -6,9 +6,10 @@ their official address where they are in neither and the machine can. A zip is r
 
 from __future__ import annotations
 
-import urllib.error
+import gzip
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
@@ -18,6 +19,8 @@ import torch
 from clients.data import Source, SourceName, data_folder
 from clients.places import Place, place_of, stream_of
 from clients.records import Records
+from models.shape import Shape
+from models.language import ALPHABET, LENGTH, WINDOWS, Characters
 from models.words import SENTENCES, group_record
 from privacy.errors import DataError
 from privacy.files import write_whole
@@ -29,6 +32,16 @@ _MOST_BYTES: Final = 2**27
 _SST2: Final = "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
 # "6,920 sentences" to train on (Socher et al. 2013); a count of somebody's own records would not be public.
 _SST2_SENTENCES: Final = 6920
+
+_SHAKESPEARE: Final = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+_LEAST_SPOKEN: Final = 10_000
+# In the published text, whose 36 such roles anybody can count.
+_SHAKESPEARE_WINDOWS: Final = 8369
+
+PUBLISHED: Final[dict[str, tuple[Shape, int]]] = {
+    SourceName.SST2: (SENTENCES, _SST2_SENTENCES),
+    SourceName.SHAKESPEARE: (WINDOWS, _SHAKESPEARE_WINDOWS),
+}
 
 
 def sst2(data: str | None, strict: bool) -> Source:
@@ -70,6 +83,96 @@ def sst2(data: str | None, strict: bool) -> Source:
         declared_records=_SST2_SENTENCES,
         classes=("negative", "positive"),
     )
+
+
+def shakespeare(data: str | None, strict: bool) -> Source:
+    """Returns plays as windows of characters, one natural client for each role of at least 10,000 characters.
+
+    A role's speeches are joined in their order, a line break between two. The first 90 % are cut into windows to train
+    on, the last 10 % into the public test set; windows share no character, and what is left over at either end of a
+    part is left out.
+
+    Args:
+        data: The text, plain or gzipped; by default ``tinyshakespeare.txt(.gz)`` or ``input.txt`` in the data folder,
+            or a download.
+        strict: Whether a character outside the alphabet is an error, or marks its window invalid (a data holder's).
+
+    Raises:
+        DataError: The text is missing, has no such role, or, if strict, holds an unknown character.
+    """
+    place = _located(
+        data, ("tinyshakespeare.txt.gz", "tinyshakespeare.txt", "input.txt"), _SHAKESPEARE, "tinyshakespeare.txt"
+    )
+    roles = {
+        name: spoken for name, spoken in _speeches(_text_of(place, strict)).items() if len(spoken) >= _LEAST_SPOKEN
+    }
+    if not roles:
+        raise DataError(
+            f"expected speeches under lines 'NAME:' at {place}, with a role of {_LEAST_SPOKEN} characters; found none"
+        )
+    trains, tests, keys = [], [], []
+    for number, spoken in enumerate(roles.values()):
+        edge = len(spoken) * 9 // 10
+        trains.append(_windows(spoken[:edge], strict))
+        tests.append(_windows(spoken[edge:], strict=True))
+        keys += [number] * len(trains[-1])
+    return Source(
+        name=SourceName.SHAKESPEARE,
+        shape=WINDOWS,
+        train=_joined(trains),
+        test=_joined(tests),
+        declared_records=_SHAKESPEARE_WINDOWS,
+        keys=torch.tensor(keys, dtype=torch.int64),
+        key_names=tuple(roles),
+        classes=tuple(ALPHABET),
+    )
+
+
+def _speeches(text: str) -> dict[str, str]:
+    """Returns what each role says, in the order in which the roles first speak."""
+    found: dict[str, list[str]] = {}
+    for speech in text.replace("\r\n", "\n").split("\n\n"):
+        name, _, words = speech.strip("\n").partition("\n")
+        if name.endswith(":") and words:
+            found.setdefault(name[:-1], []).append(words)
+    return {name: "\n".join(speeches) for name, speeches in found.items()}
+
+
+def _windows(text: str, strict: bool) -> Records:
+    """Cuts a text into windows of one character more than a record has places, which share none."""
+    step, codec = LENGTH + 1, Characters()
+    pieces = [text[start : start + step] for start in range(0, len(text) - step + 1, step)]
+    records = Records.blank(WINDOWS, len(pieces))
+    for index, piece in enumerate(pieces):
+        try:
+            tokens = torch.tensor(codec.encode(piece))
+        except ValueError as error:
+            if strict:
+                raise DataError(f"{error}, in {piece[:30]!r}; replace it") from error
+            continue
+        records.inputs[index], records.targets[index], records.valid[index] = tokens[:-1], tokens[1:], True
+    return records
+
+
+def _joined(parts: Sequence[Records]) -> Records:
+    return Records(
+        torch.cat([part.inputs for part in parts]),
+        torch.cat([part.targets for part in parts]),
+        torch.cat([part.valid for part in parts]),
+    )
+
+
+def _text_of(place: Place, strict: bool) -> str:
+    """The text of a file, gzipped or not."""
+    try:
+        with stream_of(place) as stream:
+            packed = stream.peek(2)[:2] == b"\x1f\x8b"
+            content = _bounded(gzip.GzipFile(fileobj=stream) if packed else stream, str(place))
+        return content.decode("utf-8", "strict" if strict else "replace")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(
+            f"expected a text in UTF-8 at {place}, plain or gzipped, got {error}; fetch it again"
+        ) from error
 
 
 def group_phrases(phrases: Sequence[str]) -> list[list[int]]:

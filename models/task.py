@@ -8,8 +8,8 @@ with Tacit lie beside the models of their family, and `models.catalog` lists the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,23 @@ from torch.utils.data import Dataset
 
 from models.shape import Shape, classification, cross_entropy, random_batch
 
-__all__ = ["Shape", "Task"]
+__all__ = ["Codec", "Shape", "Task"]
 
 Pair = tuple[Dataset[Any], Dataset[Any]]
+
+
+class Codec(Protocol):
+    """Text as tokens and back, by a public rule: what a language model's numbers mean."""
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Returns tokens in ``[0, size)``; raises ValueError, with one sentence, for text that has none."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,16 +45,18 @@ class Task:
         summary: One line for ``tacit tasks``.
         record: What one record is, in words: the unit that record-level privacy protects.
         data: Name of a built-in data source, or a callable that returns a training and a public test set as
-            map-style torch datasets of ``(input, class)`` pairs.
+            map-style torch datasets of ``(input, class)`` pairs, or ``(input, classes)`` of sequences.
         build: Makes the model for records of a shape. Its randomness comes from torch's global generator, so
             the same ``torch.manual_seed`` gives the same initial parameters.
-        loss: Per-example loss: logits ``(B, classes)`` and classes ``(B,)`` to losses ``(B,)``.
+        loss: Per-example loss: logits ``(B, classes)`` and classes ``(B,)`` to losses ``(B,)``; of sequences, logits
+            ``(B, L, classes)`` and classes ``(B, L)`` to losses ``(B,)``, one a record.
         metrics: Figures over the whole public test set from logits ``(N, classes)`` and classes ``(N,)``; the
             first is the headline.
         synthetic: Random public records of a shape, for probes and timing: inputs ``(n, *inputs)``, classes
             ``(n,)``.
         augment: Random views of one record: gets it K times, shape ``(K, *inputs)`` on the CPU, and returns K views of
             it. It never sees two records, so it cannot mix them. None for no augmentation.
+        text: For a language model, whose inputs and classes are tokens of one text: makes its codec. None elsewhere.
         defaults: Scenario keys that this task sets, by their kebab-case names; flags and files override them.
         shape: Public shape of the records; required where ``data`` is a callable, ignored for built-in
             sources, which know their own.
@@ -60,6 +76,7 @@ class Task:
     metrics: Callable[[Tensor, Tensor], dict[str, float]] = classification
     synthetic: Callable[[Shape, int, torch.Generator], tuple[Tensor, Tensor]] = random_batch
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    text: Callable[[], Codec] | None = None
     defaults: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
     shape: Shape | None = None
     declared_records: int | None = None

@@ -24,6 +24,8 @@ SHAPES = {
     "cifar10": Shape(inputs=(3, 32, 32), classes=10),
     "table": Shape(inputs=(7,), classes=3),
     "image-folder": Shape(inputs=(1, 20, 31), classes=5),
+    "sst2": Shape(inputs=(3, 5), classes=2, targets=(3,), tokens=40),
+    "shakespeare": Shape(inputs=(9,), classes=12, targets=(9,), tokens=12),
 }
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -34,14 +36,14 @@ def a_task(**changes) -> Task:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_builds_a_model_that_maps_records_to_one_logit_a_class(name):
+def test_every_task_builds_a_model_that_maps_records_to_a_logit_a_class(name):
     task = TASKS[name]
     shape = SHAPES[task.data]
     inputs, targets = task.synthetic(shape, 3, torch.Generator().manual_seed(1))
     output = task.build(shape)(inputs)
-    assert output.shape == (3, shape.classes)
+    assert output.shape == (3, *shape.targets, shape.classes)
     assert task.loss(output, targets).shape == (3,)
-    assert next(iter(task.metrics(output.detach(), targets))) == "accuracy"
+    assert next(iter(task.metrics(output.detach(), targets))) in ("accuracy", "perplexity")
 
 
 @pytest.mark.parametrize("name", TASKS)
