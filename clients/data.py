@@ -58,6 +58,7 @@ class SourceName(StrEnum):
     CIFAR10 = "cifar10"
     SST2 = "sst2"
     SHAKESPEARE = "shakespeare"
+    SHAKESPEARE_GPT2 = "shakespeare-gpt2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,8 +102,8 @@ def load_source(
         task: Its ``data`` names a built-in source or is a callable.
         data: Where the data lies: a folder or a schema file for ``table``, a folder for ``image-folder``, the
             download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, a folder or zip for ``sst2``, a text file,
-            plain or gzipped, for ``shakespeare``. None or "" for the others. A relative path is looked for in the
-            current folder, then in `data_folder`. Folders of tables, images and texts may be sealed
+            plain or gzipped, for the ``shakespeare`` sources. None or "" for the others. A relative path is looked for
+            in the current folder, then in `data_folder`. Folders of tables, images and texts may be sealed
             (`clients.places`); they are opened in memory.
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
             in the folder's ``images.toml``.
@@ -148,10 +149,10 @@ def load_source(
             from clients import text
 
             return text.sst2(data, strict)
-        case SourceName.SHAKESPEARE:
+        case SourceName.SHAKESPEARE | SourceName.SHAKESPEARE_GPT2:
             from clients import text
 
-            return text.shakespeare(data, strict)
+            return text.shakespeare(name, data, strict)
 
 
 def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | None]:
@@ -172,10 +173,10 @@ def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | 
     if task.data in (SourceName.DIGITS, SourceName.BREAST_CANCER):
         source = load_source(task)
         return source.shape, source.declared_records
-    if task.data in (SourceName.SST2, SourceName.SHAKESPEARE):
+    if task.data in (SourceName.SST2, SourceName.SHAKESPEARE, SourceName.SHAKESPEARE_GPT2):
         from clients import text
 
-        return text.PUBLISHED[task.data]
+        return text.published(SourceName(task.data))
     if task.data == SourceName.TABLE and data:
         path = _place(task, data)
         schema = read_schema(path / "schema.toml" if path.is_dir() else path)

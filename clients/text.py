@@ -19,8 +19,10 @@ import torch
 from clients.data import Source, SourceName, data_folder
 from clients.places import Place, place_of, stream_of
 from clients.records import Records
-from models.shape import Shape
+from models import gpt2
 from models.language import ALPHABET, LENGTH, WINDOWS, Characters
+from models.shape import Shape
+from models.task import Codec
 from models.words import SENTENCES, group_record
 from privacy.errors import DataError
 from privacy.files import write_whole
@@ -37,11 +39,7 @@ _SHAKESPEARE: Final = "https://raw.githubusercontent.com/karpathy/char-rnn/maste
 _LEAST_SPOKEN: Final = 10_000
 # In the published text, whose 36 such roles anybody can count.
 _SHAKESPEARE_WINDOWS: Final = 8369
-
-PUBLISHED: Final[dict[str, tuple[Shape, int]]] = {
-    SourceName.SST2: (SENTENCES, _SST2_SENTENCES),
-    SourceName.SHAKESPEARE: (WINDOWS, _SHAKESPEARE_WINDOWS),
-}
+_MOST_TESTS: Final = 64
 
 
 def sst2(data: str | None, strict: bool) -> Source:
@@ -85,47 +83,78 @@ def sst2(data: str | None, strict: bool) -> Source:
     )
 
 
-def shakespeare(data: str | None, strict: bool) -> Source:
-    """Returns plays as windows of characters, one natural client for each role of at least 10,000 characters.
+def shakespeare(name: SourceName, data: str | None, strict: bool) -> Source:
+    """Returns plays as windows of tokens, one natural client for each role of at least 10,000 characters.
 
     A role's speeches are joined in their order, a line break between two. The first 90 % are cut into windows to train
-    on, the last 10 % into the public test set; windows share no character, and what is left over at either end of a
-    part is left out.
+    on, the last 10 % into the public test set; windows share no token, and what is left over at either end of a part is
+    left out.
 
     Args:
+        name: SHAKESPEARE for windows of characters; SHAKESPEARE_GPT2 for windows of the tokens of a local GPT-2, of
+            whose test windows at most `_MOST_TESTS` are kept, evenly spaced: each needs a logit for 50,257 tokens at
+            every place.
         data: The text, plain or gzipped; by default ``tinyshakespeare.txt(.gz)`` or ``input.txt`` in the data folder,
             or a download.
-        strict: Whether a character outside the alphabet is an error, or marks its window invalid (a data holder's).
+        strict: Whether text without tokens is an error, or marks its window invalid (a data holder's).
 
     Raises:
-        DataError: The text is missing, has no such role, or, if strict, holds an unknown character.
+        DataError: The text is missing, has no such role, or, if strict, holds an unknown character; or there is no
+            whole GPT-2.
     """
+    by_character = name is SourceName.SHAKESPEARE
+    shape, _ = _plays(name)
     place = _located(
         data, ("tinyshakespeare.txt.gz", "tinyshakespeare.txt", "input.txt"), _SHAKESPEARE, "tinyshakespeare.txt"
     )
     roles = {
-        name: spoken for name, spoken in _speeches(_text_of(place, strict)).items() if len(spoken) >= _LEAST_SPOKEN
+        role: spoken for role, spoken in _speeches(_text_of(place, strict)).items() if len(spoken) >= _LEAST_SPOKEN
     }
     if not roles:
         raise DataError(
             f"expected speeches under lines 'NAME:' at {place}, with a role of {_LEAST_SPOKEN} characters; found none"
         )
+    codec: Codec = Characters() if by_character else gpt2.BytePairs()
     trains, tests, keys = [], [], []
     for number, spoken in enumerate(roles.values()):
         edge = len(spoken) * 9 // 10
-        trains.append(_windows(spoken[:edge], strict))
-        tests.append(_windows(spoken[edge:], strict=True))
+        trains.append(_windows(spoken[:edge], codec, shape, strict))
+        tests.append(_windows(spoken[edge:], codec, shape, strict=True))
         keys += [number] * len(trains[-1])
+    test = _joined(tests)
+    if not by_character and len(test) > _MOST_TESTS:
+        test = test.take(torch.arange(_MOST_TESTS) * len(test) // _MOST_TESTS)
     return Source(
-        name=SourceName.SHAKESPEARE,
-        shape=WINDOWS,
+        name=name,
+        shape=shape,
         train=_joined(trains),
-        test=_joined(tests),
-        declared_records=_SHAKESPEARE_WINDOWS,
+        test=test,
+        declared_records=_plays(name)[1],
         keys=torch.tensor(keys, dtype=torch.int64),
         key_names=tuple(roles),
-        classes=tuple(ALPHABET),
+        classes=tuple(ALPHABET) if by_character else tuple(map(str, range(shape.classes))),
     )
+
+
+def _plays(name: SourceName) -> tuple[Shape, int]:
+    """Returns what is public about windows of plays: their shape, and how many the published text has."""
+    if name is SourceName.SHAKESPEARE:
+        return WINDOWS, _SHAKESPEARE_WINDOWS
+    try:
+        shape = gpt2.shape_of(gpt2.folder())
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    # GPT-2 needs a token for three of the published text's characters.
+    return shape, _SHAKESPEARE_WINDOWS * (LENGTH + 1) // (3 * (shape.inputs[0] + 1))
+
+
+def published(name: SourceName) -> tuple[Shape, int]:
+    """Returns what is public about a text data set, without reading it: its shape, and its number of records.
+
+    Raises:
+        DataError: The shape is that of a local GPT-2, and there is no whole one.
+    """
+    return (SENTENCES, _SST2_SENTENCES) if name is SourceName.SST2 else _plays(name)
 
 
 def _speeches(text: str) -> dict[str, str]:
@@ -138,19 +167,25 @@ def _speeches(text: str) -> dict[str, str]:
     return {name: "\n".join(speeches) for name, speeches in found.items()}
 
 
-def _windows(text: str, strict: bool) -> Records:
-    """Cuts a text into windows of one character more than a record has places, which share none."""
-    step, codec = LENGTH + 1, Characters()
-    pieces = [text[start : start + step] for start in range(0, len(text) - step + 1, step)]
-    records = Records.blank(WINDOWS, len(pieces))
+def _windows(text: str, codec: Codec, shape: Shape, strict: bool) -> Records:
+    """Cuts a text into windows of one token more than a record has places, which share none."""
+    step = shape.inputs[0] + 1
+    # A character is a token, whatever it is, so that a strange one costs its own window and moves no other.
+    pieces: list[str] | list[list[int]]
+    if isinstance(codec, Characters):
+        pieces = [text[start : start + step] for start in range(0, len(text) - step + 1, step)]
+    else:
+        tokens = codec.encode(text)
+        pieces = [tokens[start : start + step] for start in range(0, len(tokens) - step + 1, step)]
+    records = Records.blank(shape, len(pieces))
     for index, piece in enumerate(pieces):
         try:
-            tokens = torch.tensor(codec.encode(piece))
+            window = torch.tensor(codec.encode(piece) if isinstance(piece, str) else piece)
         except ValueError as error:
             if strict:
                 raise DataError(f"{error}, in {piece[:30]!r}; replace it") from error
             continue
-        records.inputs[index], records.targets[index], records.valid[index] = tokens[:-1], tokens[1:], True
+        records.inputs[index], records.targets[index], records.valid[index] = window[:-1], window[1:], True
     return records
 
 

@@ -10,12 +10,14 @@ import importlib
 import os
 import sys
 
-from models import image, language, table, words
+from models import gpt2, image, language, table, words
 from models.task import Task
 
 __all__ = ["TASKS", "find_task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (*table.TASKS, *image.TASKS, *words.TASKS, *language.TASKS)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*table.TASKS, *image.TASKS, *words.TASKS, *language.TASKS, *gpt2.TASKS)
+}
 
 
 def find_task(name: str) -> Task:

@@ -222,7 +222,12 @@ _PLAYS: Final[dict[str, float | int | str]] = {
     "steps-per-round": 1,
     "sample-rate": 0.5,
     "l2-clip": 0.5,
+    "lr": 2.0,
+    "schedule": "cosine",
+    "strategy": "fedavgm",
+    "server-momentum": 0.9,
     "physical-batch": 128,
+    "evaluate-every": 5,
 }
 
 TASKS = (
@@ -235,7 +240,7 @@ TASKS = (
         loss=sequence_cross_entropy,
         metrics=language,
         text=Characters,
-        defaults=_PLAYS | {"lr": 2.0, "strategy": "fedavgm", "server-momentum": 0.9},
+        defaults=_PLAYS,
     ),
     Task(
         name="shakespeare-gpt",
@@ -246,6 +251,6 @@ TASKS = (
         loss=sequence_cross_entropy,
         metrics=language,
         text=Characters,
-        defaults=_PLAYS | {"lr": 2.0, "strategy": "fedavgm", "server-momentum": 0.9},
+        defaults=_PLAYS,
     ),
 )

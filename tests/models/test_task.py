@@ -27,6 +27,8 @@ SHAPES = {
     "sst2": Shape(inputs=(3, 5), classes=2, targets=(3,), tokens=40),
     "shakespeare": Shape(inputs=(9,), classes=12, targets=(9,), tokens=12),
 }
+# GPT-2's weights are a local folder's; its own tests make a tiny one.
+BUILT = [name for name in TASKS if name != "shakespeare-gpt2"]
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
@@ -35,7 +37,7 @@ def a_task(**changes) -> Task:
     return Task(**(fields | changes))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", BUILT)
 def test_every_task_builds_a_model_that_maps_records_to_a_logit_a_class(name):
     task = TASKS[name]
     shape = SHAPES[task.data]
@@ -46,7 +48,7 @@ def test_every_task_builds_a_model_that_maps_records_to_a_logit_a_class(name):
     assert next(iter(task.metrics(output.detach(), targets))) in ("accuracy", "perplexity")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", BUILT)
 def test_the_same_seed_builds_the_same_model(name):
     task = TASKS[name]
     models = []
@@ -56,7 +58,7 @@ def test_the_same_seed_builds_the_same_model(name):
     assert all(torch.equal(first, second) for first, second in zip(*(m.values() for m in models), strict=True))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", BUILT)
 def test_no_model_mixes_examples_or_keeps_statistics(name):
     task = TASKS[name]
     shape = SHAPES[task.data]
