@@ -566,6 +566,13 @@ def _require(sound: bool) -> None:
     assert sound
 
 
+def text(repeat: int) -> dict[str, object]:
+    """Words and characters under privacy, beside the same models without it; an hour or more on two cores."""
+    from bench.text import text
+
+    return text(min(repeat, 3), ROOT / "runs" / "bench-text")
+
+
 BENCHES = {
     "ledger": ledger,
     "report": report,
@@ -573,6 +580,7 @@ BENCHES = {
     "vault": vault,
     "startup": startup,
     "accuracy": accuracy,
+    "text": text,
     "dp-job": dp_job,
     "flower": flower,
     "deployed": deployed,
