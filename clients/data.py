@@ -33,7 +33,7 @@ from clients.places import Place, entries_of, place_of, stream_of
 from clients.records import Records, faults, sanitize
 from clients.tables import SUFFIXES, Schema, Table, encode, parse_schema, read_schema, read_table
 from models.shape import Shape
-from models.task import Task
+from models.task import Features, Task
 from privacy.errors import DataError, TacitError
 
 __all__ = ["Records", "Source", "SourceName", "data_folder", "faults", "load_source", "sanitize"]
@@ -41,6 +41,7 @@ __all__ = ["Records", "Source", "SourceName", "data_folder", "faults", "load_sou
 # An image file that claims more than this is refused unread: a small file can unpack to gigabytes.
 _MOST_PIXELS = 2**26
 _MOST_FILE_BYTES = 2**26
+_PIECE = 256
 # One float32 tensor of a whole image folder; 2**32 values are 16 GB.
 _MOST_VALUES = 2**32
 _CONNECT_S = 20.0
@@ -101,9 +102,10 @@ def load_source(
     Args:
         task: Its ``data`` names a built-in source or is a callable.
         data: Where the data lies: a folder or a schema file for ``table``, a folder for ``image-folder``, the
-            download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, a folder or zip for ``sst2``, a text file,
-            plain or gzipped, for the ``shakespeare`` sources. None or "" for the others. A relative path is looked for
-            in the current folder, then in `data_folder`. Folders of tables, images and texts may be sealed
+            download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, or for the last one a folder of its
+            images, a folder or zip for ``sst2``, a text file, plain or gzipped, for the ``shakespeare`` sources. None
+            or "" for the others. A relative path is looked for in the current folder, then in `data_folder`. Folders
+            of tables, images and texts may be sealed
             (`clients.places`); they are opened in memory.
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
             in the folder's ``images.toml``.
@@ -113,7 +115,38 @@ def load_source(
         DataError: The data is missing, is not what its schema says, or, if strict, holds a bad record.
         VaultError: It is sealed, and there is no key for it or it was altered.
     """
-    options = dict(options or {})
+    source = _loaded(task, data, dict(options or {}), strict)
+    return source if task.features is None else _through(source, task, task.features)
+
+
+def _through(source: Source, task: Task, features: Features) -> Source:
+    """The same source, each record replaced by its features."""
+    return dataclasses.replace(
+        source,
+        shape=_features_shape(task, features, source.shape),
+        train=_features_of(source.train, features),
+        test=_features_of(source.test, features),
+    )
+
+
+def _features_shape(task: Task, features: Features, shape: Shape) -> Shape:
+    try:
+        return features.shape_of(shape)
+    except ValueError as error:
+        raise DataError(f"task {task.name!r}: {error}") from error
+
+
+def _features_of(records: Records, features: Features) -> Records:
+    """Records after a fixed map; those that were faulty give features that are faulty too, or marked as before."""
+    if not len(records):
+        return records
+    # In pieces, so that what the map needs on the way stays small beside the features themselves.
+    pieces = [features(some) for some in torch.split(records.inputs, _PIECE)]
+    return dataclasses.replace(records, inputs=torch.cat(pieces))
+
+
+def _loaded(task: Task, data: str | None, options: Mapping[str, str], strict: bool) -> Source:
+    """A task's records as its source has them, before any features."""
     known = ("size", "mode") if task.data == SourceName.IMAGE_FOLDER else ()
     for option in options:
         if option not in known:
@@ -144,6 +177,8 @@ def load_source(
         case SourceName.IMAGE_FOLDER:
             return _image_folder(_place(task, data), options, strict)
         case SourceName.MNIST | SourceName.FASHION_MNIST | SourceName.CIFAR10:
+            if data and name == SourceName.CIFAR10 and (place := _place(task, data) / "train").is_dir():
+                return _cifar_images(place.parent, strict)
             return _torchvision(name, Path(data).expanduser() if data else data_folder())
         case SourceName.SST2:
             from clients import text
@@ -168,10 +203,17 @@ def published(task: Task, data: str | None = None) -> tuple[Shape | None, int | 
     Raises:
         DataError: A table's schema is damaged.
     """
+    shape, records = _published(task, data)
+    if shape is not None and task.features is not None:
+        shape = _features_shape(task, task.features, shape)
+    return shape, records
+
+
+def _published(task: Task, data: str | None) -> tuple[Shape | None, int | None]:
     if callable(task.data):
         return task.shape, task.declared_records
     if task.data in (SourceName.DIGITS, SourceName.BREAST_CANCER):
-        source = load_source(task)
+        source = _loaded(task, None, {}, True)
         return source.shape, source.declared_records
     if task.data in (SourceName.SST2, SourceName.SHAKESPEARE, SourceName.SHAKESPEARE_GPT2):
         from clients import text
@@ -544,6 +586,40 @@ def _torchvision(name: SourceName, folder: Path) -> Source:
     )
 
 
+_CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _cifar_images(folder: Place, strict: bool) -> Source:
+    """CIFAR-10 as images in train/CLASS and test/CLASS, as some mirrors pack it; lossy where they are JPEG."""
+    published = _PUBLISHED[SourceName.CIFAR10]
+    rules = _ImageRules(size=32, mode="RGB", classes=_CIFAR_CLASSES, records=published.records)
+    mean, deviation = _constants(published)
+    parts = []
+    for part, exact in (("train", strict), ("test", True)):
+        records = _images(folder / part, rules, strict=exact)
+        parts.append(
+            # From [-1, 1] to [0, 1], then by the public constants.
+            dataclasses.replace(records, inputs=records.inputs.add_(1).div_(2).sub_(mean).div_(deviation))
+        )
+    train, test = parts
+    if strict and not len(test):
+        raise DataError(f"{folder}: expected test images in test/CLASS, got none; add them")
+    return Source(
+        name=SourceName.CIFAR10,
+        shape=published.shape,
+        train=train,
+        test=test,
+        declared_records=published.records,
+        classes=_CIFAR_CLASSES,
+    )
+
+
+def _constants(published: _Published) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, each of shape ``(1, C, 1, 1)``."""
+    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in (published.mean, published.deviation))
+    return mean, deviation
+
+
 def _fetch(make: Callable[..., Any], published: _Published, folder: Path, train: bool) -> Any:
     """The training or test part, from the folder or else from the network."""
     try:
@@ -571,8 +647,7 @@ def _pixels(dataset: Any, published: _Published) -> Records:
     """All images at once, normalised by the public constants."""
     raw = torch.as_tensor(dataset.data)
     images = raw.unsqueeze(1) if raw.dim() == 3 else raw.permute(0, 3, 1, 2)  # (N, C, H, W)
-    mean = torch.tensor(published.mean).view(1, -1, 1, 1)
-    deviation = torch.tensor(published.deviation).view(1, -1, 1, 1)
+    mean, deviation = _constants(published)
     inputs = images.float().div_(255).sub_(mean).div_(deviation).contiguous()
     return _all_valid(inputs, torch.as_tensor(dataset.targets).to(torch.int64))
 

@@ -1,4 +1,4 @@
-"""Where a data set lies: in folders, or sealed; a loader reads both through the same few calls.
+"""Where a data set lies: in folders, in a zip archive, or sealed; a loader reads all through the same few calls.
 
 A sealed data set is one file of ``tacit vault encrypt FOLDER``, or a folder in which some files are sealed by
 themselves (``train.csv.sealed`` stands for ``train.csv``). Keys come from the environment (`privacy.vault.unlock`).
@@ -14,6 +14,8 @@ import dataclasses
 import errno
 import io
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias, final
@@ -27,6 +29,8 @@ from privacy.vault.unlock import openers_from
 SUFFIX: Final = ".sealed"
 # What a sealed file must be for: one that a keyring seals for something else is no data set.
 _DATA: Final = Wanted(purpose="data")
+# A member of an archive that unpacks to more is refused by what the archive says of it, and read no further than that.
+_MOST_MEMBER_BYTES: Final = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +173,13 @@ def entries_of(folder: Place) -> list[Place]:
 
 
 def place_of(path: Path) -> Place:
-    """Returns where a data set is to be read: the path itself, or what it holds where it is sealed.
+    """Returns where a data set is to be read: the path itself, or what it holds where it is sealed or a zip archive.
 
     Raises:
         VaultError: It is sealed and no key in the environment opens it, or it was altered; or it is named as a sealed
             one and is none.
-        DataError: A sealed file stands for no folder, or a file is there both sealed and in clear.
+        DataError: A sealed file stands for no folder, a file is there both sealed and in clear, or an archive is
+            damaged.
     """
     if is_sealed(path):
         with Reader(path, openers_from(None), _DATA) as reader:
@@ -190,8 +195,40 @@ def place_of(path: Path) -> Place:
         raise VaultError(f"expected a sealed data set at {path}, got one in clear; restore it, or rename it")
     if path.is_dir():
         return _partly(path) if _has_sealed(path) else path
+    if path.suffix == ".zip":
+        return _zipped(path)
     # A schema that is named itself, in clear beside sealed tables.
     return _partly(path.parent) / path.name if any(path.parent.glob(f"*{SUFFIX}")) else path
+
+
+def _zipped(path: Path) -> Held:
+    """The files of a zip archive, each unpacked into memory when it is read."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"expected a zip archive at {path}, got {error}; fetch it anew") from error
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    for member in members:
+        if member.file_size > _MOST_MEMBER_BYTES:
+            raise DataError(
+                f"{path}: expected files of at most {_MOST_MEMBER_BYTES} bytes, got {member.file_size} for "
+                f"{member.filename}; unpack it and name the folder"
+            )
+    return Held(_Tree.of(str(path), {member.filename: _member(archive, member) for member in members}))
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], memoryview]:
+    def content() -> memoryview:
+        try:
+            # It unpacks no further than the size that was looked at, and a checksum that differs is an error.
+            return memoryview(archive.read(member))
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+            # Damaged, truncated, packed in an unknown way, or under a password.
+            raise DataError(
+                f"{archive.filename}: expected {member.filename} to unpack, got {error}; fetch the archive anew"
+            ) from error
+
+    return content
 
 
 def _given(content: memoryview) -> Callable[[], memoryview]:

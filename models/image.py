@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.scattering import Scattering
 from models.shape import Shape
-from models.table import Activation
+from models.table import Activation, softmax_regression
 from models.task import Task
 
 
@@ -142,6 +143,15 @@ TASKS = (
         data="cifar10",
         build=functools.partial(cnn, widths=(32, 64, 64), hidden=(128,)),
         augment=flip_and_shift,
+        defaults=_LARGE,
+    ),
+    Task(
+        name="cifar10-scattering",
+        summary="softmax regression on fixed wavelet features of CIFAR-10 (downloaded by torchvision, or data=PATH)",
+        record="one colour photograph, 32x32 pixels",
+        data="cifar10",
+        features=Scattering(pool=2),
+        build=softmax_regression,
         defaults=_LARGE,
     ),
     Task(

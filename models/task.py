@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from models.shape import Shape, classification, cross_entropy, random_batch
 
-__all__ = ["Codec", "Shape", "Task"]
+__all__ = ["Codec", "Features", "Shape", "Task"]
 
 Pair = tuple[Dataset[Any], Dataset[Any]]
 
@@ -34,6 +34,24 @@ class Codec(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens."""
+
+
+class Features(Protocol):
+    """A fixed public map from a record to its features: nothing about it is learned from anybody's records.
+
+    It is applied once, when records are loaded, so training sees features only. Each record's features depend on that
+    record alone.
+    """
+
+    @property
+    def name(self) -> str:
+        """Says everything that the map depends on; two maps of one name are the same."""
+
+    def shape_of(self, shape: Shape) -> Shape:
+        """Returns the shape of the features of records of a shape; ValueError where there are none."""
+
+    def __call__(self, inputs: Tensor, /) -> Tensor:
+        """Returns the features, ``(B, *features)``, float32, of records ``(B, *inputs)``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +72,8 @@ class Task:
             first is the headline.
         synthetic: Random public records of a shape, for probes and timing: inputs ``(n, *inputs)``, classes
             ``(n,)``.
+        features: Fixed public map that records go through when they are loaded; ``build`` and ``synthetic`` then get
+            the shape of the features. None to train on the records as they are.
         augment: Random views of one record: gets it K times, shape ``(K, *inputs)`` on the CPU, and returns K views of
             it. It never sees two records, so it cannot mix them. None for no augmentation.
         text: For a language model, whose inputs and classes are tokens of one text: makes its codec. None elsewhere.
@@ -75,6 +95,7 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     metrics: Callable[[Tensor, Tensor], dict[str, float]] = classification
     synthetic: Callable[[Shape, int, torch.Generator], tuple[Tensor, Tensor]] = random_batch
+    features: Features | None = None
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     text: Callable[[], Codec] | None = None
     defaults: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
