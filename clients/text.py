@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Final
+from typing import IO, Final, cast
 
 import torch
 
@@ -202,7 +202,7 @@ def _text_of(place: Place, strict: bool) -> str:
     try:
         with stream_of(place) as stream:
             packed = stream.peek(2)[:2] == b"\x1f\x8b"
-            content = _bounded(gzip.GzipFile(fileobj=stream) if packed else stream, str(place))
+            content = _bounded(cast(IO[bytes], gzip.GzipFile(fileobj=stream) if packed else stream), str(place))
         return content.decode("utf-8", "strict" if strict else "replace")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(

@@ -227,7 +227,8 @@ class _Adapted(nn.Module):
         return functional.layer_norm(x, x.shape[-1:], base[f"{name}_weight"], base[f"{name}_bias"], self._eps)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return x @ self.base[f"{name}_weight"] + self.base[f"{name}_bias"]
+        moved: Tensor = x @ self.base[f"{name}_weight"] + self.base[f"{name}_bias"]
+        return moved
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``(B, L, n_embd)`` for the same."""
@@ -235,7 +236,7 @@ class _Adapted(nn.Module):
         read = self._normal(x, "ln_1")
         projected = self._linear(read, "attn_c_attn") + read @ self.down.t() @ self.up.t()
         query, key, value = (
-            part.unflatten(-1, (self._heads, -1)).transpose(1, 2) for part in projected.chunk(3, -1)
+            part.reshape(*part.shape[:-1], self._heads, -1).transpose(1, 2) for part in projected.chunk(3, -1)
         )  # (B, heads, L, n_embd / heads)
         later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         score = (query @ key.transpose(-1, -2) / math.sqrt(width / self._heads)).masked_fill(later, -math.inf)

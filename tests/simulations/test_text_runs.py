@@ -1,6 +1,8 @@
 """Small slices of the text tasks, trained under DP from the command line's own door, and text drawn from the result."""
 
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from clients.text import sst2
 from models.catalog import TASKS
 from privacy.errors import PlanError, RunError
+from server.app import CHECKPOINT
 from server.checkpoint import load, save
 from simulations.generate import draw, generate
 from simulations.run import simulate
@@ -41,30 +44,23 @@ def run(folder: Path, task: str, **keys):
     return simulate(scenario, out=folder, observer=Silent())
 
 
-@pytest.fixture
-def plays(tmp_path):
-    path = tmp_path / "play.txt"
+@pytest.fixture(scope="module")
+def plays(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plays") / "play.txt"
     path.write_text(play(roles=("ROMEO", "JULIET"), least=10_000))
     return path
 
 
-@pytest.fixture
-def lstm(tmp_path, plays):
-    summary = run(
-        tmp_path / "run",
-        "shakespeare-lstm",
-        data=str(plays),
-        clients=2,
-        **{"records-per-client": 100, "sample-rate": 0.1},
-    )
-    return tmp_path / "run", summary
+@pytest.fixture(scope="module")
+def lstm(tmp_path_factory, plays):
+    folder = tmp_path_factory.mktemp("lstm") / "run"
+    keys = {"records-per-client": 100, "sample-rate": 0.1}
+    return folder, run(folder, "shakespeare-lstm", data=str(plays), clients=2, **keys)
 
 
 @pytest.mark.parametrize("task", ["sst2-embedding", "sst2-transformer"])
 def test_a_slice_of_real_sst2_trains_under_dp(tmp_path, task):
     place = real("sst2.zip")
-    import zipfile
-
     with zipfile.ZipFile(place) as archive:
         for name in ("train.tsv", "dev.tsv"):
             lines = archive.read(f"sst2/{name}").decode().split("\n")[:121]
@@ -84,8 +80,7 @@ def test_a_slice_of_plays_trains_under_dp_and_writes(lstm):
     assert 0 < summary["epsilon"] <= summary["budget"]
     # Even two noised rounds know more than that there are 65 characters.
     assert summary["metrics"]["perplexity"] < 65
-    truth = json.loads((folder / "report.json").read_text())["simulation"]
-    assert truth["class_names"] == ["records"]
+    assert json.loads((folder / "report.json").read_text())["simulation_only"]["class_names"] == ["records"]
     text = generate(folder, prompt="ROMEO:\n", length=80, temperature=0.8, seed=1)
     assert len(text) == 80
     assert text == generate(folder, prompt="ROMEO:\n", length=80, temperature=0.8, seed=1)
@@ -108,14 +103,13 @@ def test_a_prompt_that_makes_no_sense_is_refused(lstm, asked, words):
         generate(lstm[0], **({"prompt": "a", "length": 3, "temperature": 1.0, "seed": 0} | asked))
 
 
-def test_another_models_checkpoint_is_refused(lstm):
-    path = lstm[0] / "checkpoints" / "latest"
-    path = path if path.exists() else next(p for p in (lstm[0] / "checkpoints").iterdir())
-    state = load(path)
+def test_another_models_checkpoint_is_refused(lstm, tmp_path):
+    folder = shutil.copytree(lstm[0], tmp_path / "run")
+    state = load(folder / CHECKPOINT)
     state.model.pop("recurrent")
-    save(state, path)
+    save(state, folder / CHECKPOINT)
     with pytest.raises(RunError, match="another model"):
-        generate(lstm[0], prompt="a", length=3, temperature=1.0, seed=0)
+        generate(folder, prompt="a", length=3, temperature=1.0, seed=0)
 
 
 def test_a_task_that_writes_nothing_is_refused(tmp_path):
