@@ -52,12 +52,14 @@ def plain(task: Task, source: Source, epochs: int, seed: int) -> float:
     optimizer = torch.optim.Adam(trained, lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for rows in torch.randperm(len(source.train), generator=generator).split(64):
+        for rows in torch.split(torch.randperm(len(source.train), generator=generator), 64):
             optimizer.zero_grad()
-            task.loss(model(source.train.inputs[rows]), source.train.targets[rows]).mean().backward()
+            loss = task.loss(model(source.train.inputs[rows]), source.train.targets[rows]).mean()
+            for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                parameter.grad = gradient
             optimizer.step()
     with torch.no_grad():
-        outputs = torch.cat([model.eval()(part) for part in source.test.inputs.split(256)])
+        outputs = torch.cat([model.eval()(part) for part in torch.split(source.test.inputs, 256)])
     return next(iter(task.metrics(outputs, source.test.targets).values()))
 
 

@@ -1,23 +1,22 @@
 """Text as records: sentence groups of SST-2, and windows of Shakespeare's roles.
 
 Files are looked for in their standard layout at the path given, or under `clients.data.data_folder`, and fetched from
-their official address where they are in neither and the machine can. A zip is read in place; nothing is unpacked.
+their official address where they are in neither and the machine can. A zip is read in place (`clients.places`).
 """
 
 from __future__ import annotations
 
 import gzip
 import urllib.request
-import zipfile
 import zlib
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Final, cast
 
 import torch
 
 from clients.data import Source, SourceName, data_folder
-from clients.places import Place, place_of, stream_of
+from clients.places import Place, entries_of, place_of, stream_of
 from clients.records import Records
 from models import gpt2
 from models.language import ALPHABET, LENGTH, WINDOWS, Characters
@@ -312,25 +311,20 @@ def _located(data: str | None, names: Sequence[str], address: str, saved: str) -
         raise DataError(f"expected at most {_MOST_BYTES} bytes at {address}, got more; put the file there by hand")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, content)
-    return target
+    return place_of(target)
 
 
 def _member(place: Place, name: str) -> bytes | None:
-    """The bytes of a file in a folder or in a zip's folder of least depth; None where there is none."""
+    """The bytes of a file in a folder, or in a folder in it; None where there is none."""
     try:
-        if place.is_dir():
-            if not (place / name).is_file():
-                return None
-            with stream_of(place / name) as stream:
-                return _bounded(stream, f"{place}/{name}")
-        with stream_of(place) as stream, zipfile.ZipFile(stream) as archive:
-            inside = [path for path in archive.namelist() if PurePosixPath(path).name == name]
-            if not inside:
-                return None
-            with archive.open(min(inside, key=lambda path: (path.count("/"), path))) as member:
-                return _bounded(member, f"{place}:{name}")
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"expected a folder or a whole zip at {place}, got {error}; fetch it again") from error
+        folders = [place, *(entry for entry in entries_of(place) if entry.is_dir())] if place.is_dir() else []
+        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if found is None:
+            return None
+        with stream_of(found) as stream:
+            return _bounded(stream, str(found))
+    except OSError as error:
+        raise DataError(f"expected to read {name} in {place}, got {error}; mend its permissions") from error
 
 
 def _bounded(stream: IO[bytes], words: str) -> bytes:

@@ -218,7 +218,7 @@ class _Adapted(nn.Module):
         self.base = nn.ParameterDict(
             {name.replace(".", "_"): nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
         )
-        self.down = nn.Parameter(torch.randn(rank, config.n_embd) / math.sqrt(config.n_embd))
+        self.down = nn.Parameter(nn.init.normal_(torch.empty(rank, config.n_embd), std=config.n_embd**-0.5))
         # Zero, so that training starts at GPT-2 itself.
         self.up = nn.Parameter(torch.zeros(3 * config.n_embd, rank))
 

@@ -138,7 +138,7 @@ class CharacterLSTM(nn.Module):
         with torch.no_grad():
             # A door that forgets nothing at first lets gradients reach far back.
             self.gates.weight[:, width : 2 * width] += 1
-        self.recurrent = nn.Parameter(torch.randn(4 * width, width) / math.sqrt(width))
+        self.recurrent = nn.Parameter(nn.init.normal_(torch.empty(4 * width, width), std=width**-0.5))
         self.head = nn.Linear(width, shape.classes)
         self.follows = nn.Embedding(shape.tokens, shape.classes)
         for parameter in (self.head.weight, self.head.bias, self.follows.weight):
@@ -199,7 +199,7 @@ class CharacterGPT(nn.Module):
     def __init__(self, shape: Shape, width: int = 48, layers: int = 1, heads: int = 4) -> None:
         super().__init__()
         self.characters = nn.Embedding(shape.tokens, width)
-        self.places = nn.Parameter(0.3 * torch.randn(shape.inputs[0], width))
+        self.places = nn.Parameter(nn.init.normal_(torch.empty(shape.inputs[0], width), std=0.3))
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, shape.classes)
         nn.init.zeros_(self.head.weight)

@@ -121,7 +121,7 @@ def test_files_that_are_no_sst2_are_named(folder, name, content, words):
 
 def test_a_broken_zip_and_a_missing_place_are_clear_errors(tmp_path, monkeypatch):
     (tmp_path / "sst2.zip").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(DataError, match="whole zip"):
+    with pytest.raises(DataError, match="zip archive"):
         load_source(SST2, data=str(tmp_path / "sst2.zip"))
     with pytest.raises(DataError, match="found neither"):
         load_source(SST2, data=str(tmp_path / "nowhere"))
