@@ -234,6 +234,7 @@ def _dispatch(argv: list[str]) -> int:
         "report": _report,
         "verify": _verify,
         "audit": _audit,
+        "generate": _generate,
         "client": _client,
         "server": _server,
         "vault": _vault,
@@ -251,6 +252,7 @@ def _dispatch(argv: list[str]) -> int:
     _report_page(kinds)
     _verify_page(kinds)
     _audit_page(kinds)
+    _generate_page(kinds)
     _client_page(kinds)
     _server_page(kinds)
     _vault_page(kinds)
@@ -987,6 +989,37 @@ def _audit_closing(console: Console, result: Mapping[str, Any]) -> None:
     console.print(f"{_clock(result['seconds'])}, on {records}; nothing was charged", soft_wrap=True)
     if result["run"] is not None and rows:
         console.print(f"wrote {_short(str(Path(result['run']).resolve() / 'audit.json'))}", soft_wrap=True)
+
+
+def _generate_page(kinds: Any) -> None:
+    page = kinds.add_parser(
+        "generate",
+        help="write text with a run's language model",
+        description="Writes text with the model of a run, such as one of task shakespeare-lstm. It costs no privacy.",
+        formatter_class=_Page,
+        allow_abbrev=False,
+    )
+    page.add_argument("run", metavar="RUN", type=Path, help="run folder of a task that writes text")
+    page.add_argument("--prompt", metavar="TEXT", default="\n", help="what the text begins with (default a line break)")
+    page.add_argument("--length", metavar="N", type=int, default=400, help="how many tokens to write (default 400)")
+    page.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.8,
+        help="1 draws as the model predicts, less is bolder, 0 takes the likeliest (default 0.8)",
+    )
+    page.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed gives the same text (default 0)")
+    page.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from simulations.generate import generate
+
+    asked = {name: getattr(arguments, name) for name in ("prompt", "length", "temperature", "seed")}
+    text = generate(arguments.run, **asked)
+    print(json.dumps({"run": str(arguments.run), **asked, "text": text}) if arguments.json else arguments.prompt + text)
+    return 0
 
 
 def _tasks(arguments: argparse.Namespace) -> int:

@@ -660,6 +660,13 @@ def agent(repeat: int) -> dict[str, object]:
         return rows(("cartpole-dqn", "acrobot-dqn"), repeat, folder, tacit, {})
 
 
+def text(repeat: int) -> dict[str, object]:
+    """Words and characters under privacy, beside the same models without it; an hour or more on two cores."""
+    from bench.text import text
+
+    return text(min(repeat, 3), ROOT / "runs" / "bench-text")
+
+
 BENCHES = {
     "ledger": ledger,
     "report": report,
@@ -668,6 +675,7 @@ BENCHES = {
     "encrypted": encrypted,
     "startup": startup,
     "accuracy": accuracy,
+    "text": text,
     "dp-job": dp_job,
     "flower": flower,
     "deployed": deployed,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import socket
 import tomllib
@@ -60,6 +61,9 @@ class SourceName(StrEnum):
     FASHION_MNIST = "fashion-mnist"
     CIFAR10 = "cifar10"
     MOVIELENS = "movielens-100k"
+    SST2 = "sst2"
+    SHAKESPEARE = "shakespeare"
+    SHAKESPEARE_GPT2 = "shakespeare-gpt2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,8 +112,10 @@ def load_source(
         task: Its ``data`` names a built-in source or is a callable.
         data: Where the data lies: a folder or a schema file for ``table``, a folder for ``image-folder``, the
             download folder for ``mnist``, ``fashion-mnist`` and ``cifar10``, or for the last one a folder of its
-            images; a folder or zip file for ``movielens-100k``. None or "" for the others. A
-            relative path is looked for in the current folder, then in `data_folder`. The first two may be sealed
+            images, a folder or zip for ``movielens-100k`` and ``sst2``, a text file, plain or gzipped, for the
+            ``shakespeare`` sources. None
+            or "" for the others. A relative path is looked for in the current folder, then in `data_folder`. Folders
+            of tables, images and texts may be sealed
             (`clients.places`); they are opened in memory.
         options: For ``image-folder`` only: ``size`` (pixels a side) and ``mode`` ("RGB" or "L"), over those
             in the folder's ``images.toml``.
@@ -187,6 +193,14 @@ def _loaded(task: Task, data: str | None, options: Mapping[str, str], strict: bo
             return _torchvision(name, Path(data).expanduser() if data else data_folder())
         case SourceName.MOVIELENS:
             return _movielens(data, strict)
+        case SourceName.SST2:
+            from clients import text
+
+            return text.sst2(data, strict)
+        case SourceName.SHAKESPEARE | SourceName.SHAKESPEARE_GPT2:
+            from clients import text
+
+            return text.shakespeare(name, data, strict)
 
 
 def published(
@@ -219,6 +233,10 @@ def _published(task: Task, data: str | None, opens: Opens) -> tuple[Shape | None
         return source.shape, source.declared_records
     if task.data == SourceName.MOVIELENS:
         return RATING_SHAPE, _MOVIELENS_RECORDS
+    if task.data in (SourceName.SST2, SourceName.SHAKESPEARE, SourceName.SHAKESPEARE_GPT2):
+        from clients import text
+
+        return text.published(SourceName(task.data))
     if task.data == SourceName.TABLE and data:
         path = _place(task, data, opens)
         schema = read_schema(path / "schema.toml" if path.is_dir() else path)
@@ -743,7 +761,7 @@ def _from_callable(task: Task, make: Callable[[], Any], strict: bool) -> Source:
 
 
 def _stack(dataset: Any, shape: Shape, part: str, strict: bool) -> Records:
-    """A map-style dataset as tensors; each item is an (input, class) pair."""
+    """A map-style dataset as tensors; each item is an (input, class) pair, or (input, classes) of a sequence."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise DataError(
             f"expected a map-style {part} set with a length, got {type(dataset).__name__}; Poisson sampling "
@@ -751,17 +769,15 @@ def _stack(dataset: Any, shape: Shape, part: str, strict: bool) -> Records:
             "records by index, so collect them into a TensorDataset"
         )
     count = len(dataset)
-    inputs = torch.zeros((count, *shape.inputs))
-    targets = torch.zeros(count, dtype=torch.int64)
-    valid = torch.ones(count, dtype=torch.bool)
+    records = Records.blank(shape, count)
     for index, item in enumerate(_items(dataset)):
         try:
-            inputs[index], targets[index] = _pair(item, shape)
+            records.inputs[index], records.targets[index] = _pair(item, shape)
+            records.valid[index] = True
         except DataError as error:
             if strict:
                 raise DataError(f"{part} record {index}: {error}") from error
-            valid[index] = False
-    return Records(inputs, targets, valid)
+    return records
 
 
 def _items(dataset: Any) -> Iterator[Any]:
@@ -776,8 +792,8 @@ def _items(dataset: Any) -> Iterator[Any]:
             yield error
 
 
-def _pair(item: object, shape: Shape) -> tuple[Tensor, int]:
-    """One item as input and class."""
+def _pair(item: object, shape: Shape) -> tuple[Tensor, Tensor]:
+    """One item as input and class, or classes."""
     if isinstance(item, Exception):
         raise DataError(f"expected a readable record, got {type(item).__name__}: {item}")
     if not isinstance(item, tuple | list) or len(item) != 2:
@@ -786,12 +802,20 @@ def _pair(item: object, shape: Shape) -> tuple[Tensor, int]:
         value, label = torch.as_tensor(item[0]), torch.as_tensor(item[1])
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"expected tensors or numbers, got {error}; convert them in the dataset") from error
-    if not value.is_floating_point():
+    if shape.tokens and (value.is_floating_point() or value.is_complex()):
+        raise DataError(f"expected whole numbers as tokens, got {value.dtype}; encode the text in the dataset")
+    if not shape.tokens and not value.is_floating_point():
         raise DataError(
             f"expected floating point inputs, got {value.dtype}; scale them by a public constant, as in pixels / 255"
         )
     if tuple(value.shape) != shape.inputs:
         raise DataError(f"expected an input of shape {shape.inputs}, got {tuple(value.shape)}")
-    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool or label.numel() != 1:
+    whole = not (label.is_floating_point() or label.is_complex() or label.dtype == torch.bool)
+    if not shape.targets and not (whole and label.numel() == 1):
         raise DataError(f"expected one whole number as class, got {label.dtype} of shape {tuple(label.shape)}")
-    return value, int(label)
+    if not whole or label.numel() != math.prod(shape.targets):
+        raise DataError(
+            f"expected whole numbers of shape {shape.targets} as classes, got {label.dtype} of shape "
+            f"{tuple(label.shape)}"
+        )
+    return value, label.reshape(shape.targets)

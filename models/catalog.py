@@ -10,12 +10,13 @@ import importlib
 import os
 import sys
 
-from models import games, image, ratings, table
+from models import games, gpt2, image, language, ratings, table, words
 from models.task import Task
 
 __all__ = ["TASKS", "find_task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (*table.TASKS, *image.TASKS, *ratings.TASKS, *games.TASKS)}
+_FAMILIES = (table, image, words, language, gpt2, ratings, games)
+TASKS: dict[str, Task] = {task.name: task for family in _FAMILIES for task in family.TASKS}
 
 
 def find_task(name: str) -> Task:

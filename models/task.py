@@ -8,7 +8,7 @@ with Tacit lie beside the models of their family, and `models.catalog` lists the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +17,23 @@ from torch.utils.data import Dataset
 
 from models.shape import Shape, classification, cross_entropy, random_batch
 
-__all__ = ["Features", "Pace", "Shape", "Task"]
+__all__ = ["Codec", "Features", "Pace", "Shape", "Task"]
 
 Pair = tuple[Dataset[Any], Dataset[Any]]
+
+
+class Codec(Protocol):
+    """Text as tokens and back, by a public rule: what a language model's numbers mean."""
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Returns tokens in ``[0, size)``; raises ValueError, with one sentence, for text that has none."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens."""
 
 
 class Features(Protocol):
@@ -68,10 +82,11 @@ class Task:
         summary: One line for ``tacit tasks``.
         record: What one record is, in words: the unit that record-level privacy protects.
         data: Name of a built-in data source, or a callable that returns a training and a public test set as
-            map-style torch datasets of ``(input, class)`` pairs.
+            map-style torch datasets of ``(input, class)`` pairs, or ``(input, classes)`` of sequences.
         build: Makes the model for records of a shape. Its randomness comes from torch's global generator, so
             the same ``torch.manual_seed`` gives the same initial parameters.
-        loss: Per-example loss: logits ``(B, classes)`` and classes ``(B,)`` to losses ``(B,)``.
+        loss: Per-example loss: logits ``(B, classes)`` and classes ``(B,)`` to losses ``(B,)``; of sequences, logits
+            ``(B, L, classes)`` and classes ``(B, L)`` to losses ``(B,)``, one a record.
         metrics: Figures over the whole public test set from logits ``(N, classes)`` and classes ``(N,)``; the
             first is the headline.
         synthetic: Random public records of a shape, for probes and timing: inputs ``(n, *inputs)``, classes
@@ -86,6 +101,7 @@ class Task:
             update is clipped afterwards, whatever the rule did. None for plain steps.
         evaluate: Figures of a model over the whole public test set, the headline first, where they are no function of
             one output a record; gets the model, inputs ``(N, *inputs)`` and classes ``(N,)``. None for ``metrics``.
+        text: For a language model, whose inputs and classes are tokens of one text: makes its codec. None elsewhere.
         defaults: Scenario keys that this task sets, by their kebab-case names; flags and files override them.
         shape: Public shape of the records; required where ``data`` is a callable, ignored for built-in
             sources, which know their own.
@@ -108,6 +124,7 @@ class Task:
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     local: Callable[[nn.Module, Tensor, Tensor, Pace], None] | None = None
     evaluate: Callable[[nn.Module, Tensor, Tensor], dict[str, float]] | None = None
+    text: Callable[[], Codec] | None = None
     defaults: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
     shape: Shape | None = None
     declared_records: int | None = None

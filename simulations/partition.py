@@ -125,7 +125,7 @@ def split(kind: Split, targets: Tensor, keys: Tensor | None, *, clients: int, se
         kind: IID; DIRICHLET, where each class is shared out by proportions from Dirichlet(alpha); QUANTITY,
             where IID records are dealt in sizes proportional to a draw from Dirichlet(alpha); NATURAL, one
             client a key.
-        targets: Class of each record, shape ``(N,)``, int64.
+        targets: Class of each record, shape ``(N,)``, int64; of sequences, shape ``(N, L)``, which DIRICHLET refuses.
         keys: Natural key of each record, shape ``(N,)``, int64; needed for NATURAL only. Client i holds the
             i-th smallest key.
         clients: Number of clients, 1 <= clients <= N.
@@ -153,6 +153,10 @@ def split(kind: Split, targets: Tensor, keys: Tensor | None, *, clients: int, se
         raise PlanError(f"expected a finite alpha > 0 for partition {kind}, got {alpha}")
     if kind is Split.NATURAL:
         return _natural(keys, clients)
+    if kind is Split.DIRICHLET and targets.dim() > 1:
+        raise PlanError(
+            "expected one class a record for partition dirichlet, got records with many; use quantity or iid"
+        )
     if count < clients:
         raise DataError(
             f"expected at least one record for each of {clients} clients, got {count} records, so client "

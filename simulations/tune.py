@@ -52,7 +52,15 @@ _MOST_CANDIDATES: Final = 1000
 
 # Data sets that anybody can download, and that come from nowhere else: no holder has a budget for them.
 _PUBLIC: Final = frozenset(
-    {SourceName.DIGITS, SourceName.BREAST_CANCER, SourceName.MNIST, SourceName.FASHION_MNIST, SourceName.CIFAR10}
+    {
+        SourceName.DIGITS,
+        SourceName.BREAST_CANCER,
+        SourceName.MNIST,
+        SourceName.FASHION_MNIST,
+        SourceName.CIFAR10,
+        SourceName.SST2,
+        SourceName.SHAKESPEARE,
+    }
 )
 # Settled for a whole search: whose data it is, what may be spent on it, and for whom.
 _SETTLED: Final = frozenset(

@@ -375,10 +375,14 @@ class World:
         """Returns exact counts for the report's section "simulation only"; None for a virtual population."""
         if self.source is None or not isinstance(self.population, SplitPopulation):
             return None
-        table = label_table(self.population.parts, self.source.train.targets, self.source.shape.classes)
+        targets, names = self.source.train.targets, list(self.source.classes)
+        if self.source.shape.targets:
+            # A sequence has no one class to count it by.
+            targets, names = torch.zeros(len(targets), dtype=torch.int64), ["records"]
+        table = label_table(self.population.parts, targets, len(names))
         return {
             "label_table": table,
-            "class_names": list(self.source.classes),
+            "class_names": names,
             "sizes": [sum(row) for row in table],
             "partition": _partition_words(self.scenario),
             "truth": "Exact counts of every client; a deployment has no such section.",

@@ -25,9 +25,12 @@ SHAPES = {
     "table": Shape(inputs=(7,), classes=3),
     "image-folder": Shape(inputs=(1, 20, 31), classes=5),
     "movielens-100k": Shape(inputs=(46,), classes=5),
+    "sst2": Shape(inputs=(3, 5), classes=2, targets=(3,), tokens=40),
+    "shakespeare": Shape(inputs=(9,), classes=20, targets=(9,), tokens=20),
 }
-# A task that judges a whole test set by itself has a model that says more, or other things, than one logit a class.
-PLAIN = [name for name, task in TASKS.items() if task.evaluate is None]
+# A task that judges a whole test set by itself has a model that says more, or other things, than one logit a class; and
+# GPT-2's weights are a local folder's: their own tests look at them.
+PLAIN = [name for name, task in TASKS.items() if task.evaluate is None and name != "shakespeare-gpt2"]
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
@@ -43,17 +46,17 @@ def a_task(**changes) -> Task:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_every_task_builds_a_model_that_maps_records_to_one_logit_a_class(name):
+def test_every_task_builds_a_model_that_maps_records_to_a_logit_a_class(name):
     task = TASKS[name]
     shape = shape_of(task)
     inputs, targets = task.synthetic(shape, 3, torch.Generator().manual_seed(1))
     output = task.build(shape)(inputs)
-    assert output.shape == (3, shape.classes)
+    assert output.shape == (3, *shape.targets, shape.classes)
     assert task.loss(output, targets).shape == (3,)
-    assert next(iter(task.metrics(output.detach(), targets))) == "accuracy"
+    assert next(iter(task.metrics(output.detach(), targets))) in ("accuracy", "perplexity")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_same_seed_builds_the_same_model(name):
     task = TASKS[name]
     models = []
