@@ -2847,9 +2847,10 @@ def _infer_query(arguments: argparse.Namespace) -> int:
         raise PlanError("expected records to ask about, got none; give files, or --test INDEX")
     asker = load(path, home, [home.settings.task, *arguments.task])
     offer = asker.offer
-    named = [(place, read_record(place, offer.inputs, offer.prepare)) for place in arguments.records]
+    task = find_task(offer.task)  # One of those that `load` accepts.
+    named = [(place, read_record(place, offer.inputs, offer.prepare, task.features)) for place in arguments.records]
     if arguments.test:
-        source = load_source(find_task(offer.task), data=home.settings.data or None)
+        source = load_source(task, data=home.settings.data or None)
         named += [(f"test {index}", public_record(source, index)) for index in arguments.test]
     began = time.perf_counter()
     with closing(asker.service):

@@ -590,6 +590,11 @@ def schema_of(task: Task, data: str) -> Schema:
     return read_schema(path / "schema.toml" if path.is_dir() else path)
 
 
+def size_of(task: Task) -> int:
+    """Returns how many pixels a side the images of a task's published data set have, before any features."""
+    return next(facts.shape.inputs[1] for name, facts in _PUBLISHED.items() if name == task.data)
+
+
 def constants_of(task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and deviation of each channel, as published for a task's data set.
 

@@ -167,7 +167,8 @@ def backbone_of(offer: Offer, tasks: Collection[str] = ()) -> Split:
         )
     shape = Shape(inputs=offer.inputs, classes=len(offer.classes))
     try:
-        parts = split(find_task(offer.task).fresh(shape, offer.seed), shape)
+        task = find_task(offer.task)
+        parts = split(task.fresh(shape, offer.seed), shape, task.features)
     except (LookupError, ValueError) as error:
         raise PlanError(f"expected the feature map of task {offer.task!r}, got none: {error}") from None
     if parts.digest != offer.features:

@@ -15,14 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.data import Source, SourceName, breast_cancer_schema, constants_of, image_of, image_rules_of, schema_of
+from clients.data import (
+    Source,
+    SourceName,
+    breast_cancer_schema,
+    constants_of,
+    image_of,
+    image_rules_of,
+    schema_of,
+    size_of,
+)
 from clients.places import place_of
 from clients.tables import Category, Number, Schema, encode, parse_schema, read_cells
-from models.task import Task
+from models.task import Features, Task
 from privacy.errors import DataError
 
 IMAGES: Final = (".png", ".jpg", ".jpeg")
 TABLES: Final = (".csv", ".parquet")
+_MOST_PIXELS: Final = 1024
 
 
 def preparation(task: Task, data: str) -> dict[str, Any]:
@@ -49,19 +59,23 @@ def preparation(task: Task, data: str) -> dict[str, Any]:
     mean, deviation = constants_of(task)
     return {
         "kind": "image",
+        "size": size_of(task),
         "mode": "RGB" if len(mean) == 3 else "L",
         "mean": list(mean),
         "deviation": list(deviation),
     }
 
 
-def read_record(place: str, inputs: tuple[int, ...], prepare: Mapping[str, Any]) -> Tensor:
+def read_record(
+    place: str, inputs: tuple[int, ...], prepare: Mapping[str, Any], features: Features | None = None
+) -> Tensor:
     """Reads one record.
 
     Args:
         place: An image file; or a table's file and a row, counted from 0, as ``FILE:ROW``; or a ``.npy`` file.
-        inputs: Shape of a record.
+        inputs: Shape of what the model gets.
         prepare: Of the published head.
+        features: The fixed map that the task's records go through; an array is taken to have been through it.
 
     Returns:
         Shape ``(1, *inputs)``, float32, finite.
@@ -80,6 +94,8 @@ def read_record(place: str, inputs: tuple[int, ...], prepare: Mapping[str, Any])
     else:
         wanted = {"image": "an image (PNG or JPEG)", "table": "FILE.csv:ROW or FILE.parquet:ROW"}.get(str(kind), "")
         raise DataError(f"expected {wanted + ' or ' if wanted else ''}an array (.npy), got {place!r}; give such a file")
+    if features is not None and path.suffix != ".npy":
+        record = features(record)
     if tuple(record.shape) != (1, *inputs):
         raise DataError(f"expected a record of shape {inputs}, got {tuple(record.shape[1:])} from {place}")
     if not bool(record.isfinite().all()):
@@ -107,9 +123,11 @@ def _array(path: Path, inputs: tuple[int, ...]) -> Tensor:
 
 def _image(path: Path, inputs: tuple[int, ...], prepare: Mapping[str, Any]) -> Tensor:
     mode = prepare.get("mode")
-    if len(inputs) != 3 or mode not in ("L", "RGB") or inputs[1] != inputs[2]:
+    size = prepare.get("size", inputs[1] if len(inputs) == 3 and inputs[1] == inputs[2] else 0)
+    # As untrusted as the rest of what a server publishes.
+    if mode not in ("L", "RGB") or not isinstance(size, int) or not 1 <= size <= _MOST_PIXELS:
         raise DataError(f"expected a head for square images, got one for records of shape {inputs}")
-    pixels = image_of(place_of(path), inputs[1], str(mode)) / 255  # (C, H, W)
+    pixels = image_of(place_of(path), size, str(mode)) / 255  # (C, H, W)
     try:
         mean, deviation = (torch.tensor(prepare[name], dtype=torch.float32) for name in ("mean", "deviation"))
         return ((pixels - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1)).unsqueeze(0)

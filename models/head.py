@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.shape import Shape
+from models.task import Features
 
 _DOMAIN: Final = b"tacit/features/1\n"
 # Layers that pass on each value, or some of them, or means of them: no output lies outside the range of the inputs.
@@ -51,12 +52,13 @@ class Split:
         return found
 
 
-def split(model: nn.Module, shape: Shape) -> Split:
+def split(model: nn.Module, shape: Shape, through: Features | None = None) -> Split:
     """Takes a model apart into its frozen features and its linear head.
 
     Args:
         model: An ``nn.Sequential`` that ends in ``nn.Linear``, of which nothing before that is trained.
-        shape: Public shape of a record.
+        shape: Public shape of what the model gets.
+        through: The fixed map that records go through before the model sees them, whose name is part of the digest.
 
     Raises:
         ValueError: It is another kind of model; one sentence that says what stands in the way.
@@ -86,17 +88,20 @@ def split(model: nn.Module, shape: Shape) -> Split:
         )
     weights = head.weight.detach().double().cpu().numpy()
     bias = np.zeros(head.out_features) if head.bias is None else head.bias.detach().double().cpu().numpy()
-    return Split(features, weights, bias, digest_of(features, shape), _bound_of(features))
+    bound = _RECORD_RANGE if through is None else through.bound_of(shape)
+    return Split(features, weights, bias, digest_of(features, shape, through), _bound_of(features, bound))
 
 
-def digest_of(features: nn.Module, shape: Shape) -> str:
-    """Returns the identity of a feature map: SHA-256 over its layers, their settings, every number in them, and the
-    record's shape.
+def digest_of(features: nn.Module, shape: Shape, through: Features | None = None) -> str:
+    """Returns the identity of a feature map: SHA-256 over its layers, their settings, every number in them, the shape
+    of what they get, and the name of the fixed map before them.
 
     Two maps of one digest compute the same function where their layers' code is the same: code is not hashed, the
     package that brings it must be the same on both sides.
     """
     digest = hashlib.sha256(_DOMAIN + repr(shape).encode())
+    if through is not None:
+        digest.update(f"\n{through.name}".encode())
     for name, module in features.named_modules():
         digest.update(f"\n{name}:{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})".encode())
     for name, value in sorted(features.state_dict().items()):
@@ -106,9 +111,10 @@ def digest_of(features: nn.Module, shape: Shape) -> str:
     return digest.hexdigest()
 
 
-def _bound_of(features: nn.Module) -> float | None:
-    """Returns a bound on every feature that follows from the layers alone, by no look at a record."""
-    bound: float | None = _RECORD_RANGE
+def _bound_of(features: nn.Module, bound: float | None) -> float | None:
+    """Returns a bound on every feature that follows from the layers and from one on what they get, by no look at a
+    record.
+    """
     for layer in features.children():
         if isinstance(layer, nn.LayerNorm) and layer.weight is None:
             # n values of mean 0 and mean square at most 1: the largest is at most sqrt(n - 1).

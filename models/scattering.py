@@ -73,6 +73,13 @@ class Scattering:
             raise ValueError(f"expected {self.groups} groups to divide {count} coefficients; choose another number")
         return dataclasses.replace(shape, inputs=(count, height // stride, width // stride))
 
+    def bound_of(self, shape: Shape) -> float | None:
+        """Returns what no feature exceeds, from the features' shape; None where they are not standardised.
+
+        n values of mean 0 and mean square at most 1: the largest is at most sqrt(n - 1).
+        """
+        return math.sqrt(max(math.prod(shape.inputs) // self.groups - 1, 1)) if self.groups else None
+
     def __call__(self, images: Tensor) -> Tensor:
         """Returns the features of images, each by itself.
 

@@ -50,6 +50,9 @@ class Features(Protocol):
     def shape_of(self, shape: Shape) -> Shape:
         """Returns the shape of the features of records of a shape; ValueError where there are none."""
 
+    def bound_of(self, shape: Shape) -> float | None:
+        """Returns what no feature exceeds in absolute value, given the shape of the features; None where unknown."""
+
     def __call__(self, inputs: Tensor, /) -> Tensor:
         """Returns the features, ``(B, *features)``, float32, of records ``(B, *inputs)``."""
 

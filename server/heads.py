@@ -187,7 +187,7 @@ def split_of(task: Task, shape: Shape, seed: int, state: State) -> Split:
                 raise RunError("expected finite parameters in the checkpoint, got NaN or infinity; train it again")
             trained[name].copy_(torch.from_numpy(value))
     try:
-        return split(model, shape)
+        return split(model, shape, task.features)
     except ValueError as error:
         raise PlanError(str(error)) from None
 

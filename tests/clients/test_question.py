@@ -93,3 +93,19 @@ def test_a_task_of_somebodys_own_says_that_arrays_are_asked_about():
     )
     assert preparation(task, "") == {"kind": "array"}
     assert preparation(TASKS["mnist-cnn"], "")["mean"] == [0.1307]
+
+
+def test_an_image_goes_through_the_tasks_features_and_an_array_has_been(tmp_path):
+    task = TASKS["cifar10-scattering"]
+    made = preparation(task, "")
+    assert made["size"] == 32
+    pixels = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3) % 251
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "x.png")
+    found = read_record(str(tmp_path / "x.png"), (243, 4, 4), made, task.features)
+    plain = read_record(str(tmp_path / "x.png"), (3, 32, 32), made)
+    torch.testing.assert_close(found, task.features(plain))
+    np.save(tmp_path / "x.npy", found.numpy())
+    assert read_record(str(tmp_path / "x.npy"), (243, 4, 4), made, task.features).equal(found)
+    for size in (0, -1, 10**9, "32", None):
+        with pytest.raises(DataError, match="square images"):
+            read_record(str(tmp_path / "x.png"), (243, 4, 4), made | {"size": size}, task.features)

@@ -8,6 +8,7 @@ from torch import nn
 
 from models.catalog import TASKS
 from models.head import digest_of, split
+from models.scattering import Scattering
 from models.shape import Shape
 from models.table import mlp, softmax_regression
 
@@ -50,6 +51,19 @@ def test_frozen_layers_are_features_and_their_numbers_are_in_the_digest():
     assert first.digest == same.digest != other.digest
     assert first.bound == 1.0
     assert first(torch.rand(3, 1, 8, 8)).shape == (3, 96)
+
+
+def test_the_fixed_map_before_a_model_is_in_the_digest_and_gives_the_bound():
+    through = Scattering(pool=2)
+    shape = through.shape_of(Shape(inputs=(3, 16, 16), classes=4))
+    parts = split(softmax_regression(shape), shape, through)
+    assert parts.digest != split(softmax_regression(shape), shape).digest
+    assert parts.digest != split(softmax_regression(shape), shape, Scattering(pool=2, angles=4)).digest
+    spike = torch.zeros(1, 3, 16, 16)
+    spike[0, :, 7, 7] = 1e4
+    largest = abs(parts(through(torch.cat([spike, 100 * torch.rand(20, 3, 16, 16)])))).max()
+    assert 0.3 * parts.bound < largest <= parts.bound == math.sqrt(9 * 4 - 1)
+    assert split(softmax_regression(shape), shape, Scattering(pool=2, groups=0)).bound is None
 
 
 @pytest.mark.parametrize(
