@@ -251,6 +251,6 @@ TASKS = (
         loss=sequence_cross_entropy,
         metrics=language,
         text=Characters,
-        defaults=_PLAYS,
+        defaults=_PLAYS | {"lr": 3.0},
     ),
 )
