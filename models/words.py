@@ -37,7 +37,7 @@ PHRASES: Final = 12
 WORDS: Final = 24
 BUCKETS: Final = 8192
 # Four letters join what belongs together (charm, charming, charmless), of which each alone is rare: fewer noised
-# numbers have to be learned. It is the largest single step of all that was tried at epsilon 3.
+# numbers have to be learned.
 _LETTERS: Final = 4
 
 SENTENCES: Final = Shape(inputs=(PHRASES, WORDS), classes=2, targets=(PHRASES,), tokens=BUCKETS)
