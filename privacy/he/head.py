@@ -95,14 +95,17 @@ class EncryptedHead:
             raise PlanError("expected a head with a weight that is not zero, got none; train it first")
         scale = plan.largest_weight / largest
         trial = HeadDescription(plan=plan, low=low, high=high, weight_scale=scale)
+        # Python's own numbers, which overflow to infinity without a word, and then a check.
+        centred = [value + trial.centre * math.fsum(row) for row, value in zip(matrix, offset.tolist(), strict=True)]
+        if not all(math.isfinite(value * trial.feature_scale * scale) for value in centred):
+            raise PlanError("expected biases that a head of these weights can have, got far larger ones; check them")
         if plan.scheme is Scheme.FLOAT:
             sums = np.abs(matrix).sum(1) * plan.largest_feature
-            shifts = np.abs(offset + trial.centre * matrix.sum(1)) * trial.feature_scale
+            shifts = np.abs(centred) * trial.feature_scale
             scale = min(scale, 0.9 * plan.modulus_room() / float((sums + shifts).max()))
             trial = HeadDescription(plan=plan, low=low, high=high, weight_scale=scale)
         integers = np.rint(matrix * scale).astype(np.int64)
-        centred = offset + trial.centre * matrix.sum(1)
-        whole = tuple(round(float(value) * trial.feature_scale * scale) for value in centred)
+        whole = tuple(round(value * trial.feature_scale * scale) for value in centred)
         return cls(trial, integers, whole, _check(plan, integers, whole))
 
     def answer(self, query: bytes | bytearray | memoryview) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from privacy.errors import HeadError
+from privacy.errors import HeadError, PlanError
 from privacy.he.planner import HEAD_BYTES, HeadPlan
 from privacy.he.ring import Integers
 from privacy.he.stream import bounded, context, dumps, loads
@@ -88,6 +88,8 @@ class PlainEvaluator:
                     continue
                 self._evaluator.transform_to_ntt_inplace(made, identity)
                 row.append(made)
+            if not any(made is not None for made in row):
+                raise PlanError("expected classes with a weight that is not zero, got none; train the head again")
             self._weights.append(row)
             offsets = [0] * n
             for place, label in enumerate(kept):
@@ -137,8 +139,6 @@ class PlainEvaluator:
                         total = product
                     else:
                         self._evaluator.add_inplace(total, product)
-                if total is None:
-                    raise HeadError("expected a class with a weight that is not zero, got none; train the head again")
                 self._evaluator.transform_from_ntt_inplace(total)
                 self._evaluator.add_plain_inplace(total, offset)
                 made.append(total)

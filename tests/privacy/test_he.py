@@ -565,11 +565,26 @@ def test_g24_seals_errors_are_what_the_bounds_take_them_for() -> None:
         (np.ones((2, 3)), np.zeros(2), (math.nan, 1.0)),
         ([["a", "b", "c"]] * 2, np.zeros(2), RANGE),
         (np.ones((2, 3)) * 1e-200, np.zeros(2), RANGE),
+        (np.ones((2, 3)) * 1e-90, np.array([0, 1e300]), RANGE),
+        (np.ones((2, 3)) * 1e308, np.zeros(2), (1.0, 9.0)),
     ],
 )
 def test_a_head_that_is_none_is_refused(weights: Any, bias: Any, feature_range: tuple[float, float]) -> None:
     with pytest.raises(PlanError):
         EncryptedHead.load(plan_head(features=3, classes=2), weights, bias, feature_range)
+
+
+def test_a_class_that_is_all_zero_is_refused_only_where_seal_refuses_it() -> None:
+    weights = np.zeros((3, 2000))
+    weights[0] = 1.0
+    packed = EncryptedHead.load(plan_head(features=2000, classes=3), weights, np.arange(3.0), RANGE)
+    key, x = QueryKey.fresh(packed.public), records(packed, 1)
+    got = key.integers(packed.answer(key.encrypt(x[0])))
+    assert got.tolist() == integer_logits(packed.public, weights, np.arange(3.0), x)
+    # One class to an output, so that an output has no weight at all.
+    plan = dataclasses.replace(plan_head(features=2000, classes=3, wire=Wire.SEAL), block=2000)
+    with pytest.raises(PlanError, match="not zero"):
+        EncryptedHead.load(plan, weights, np.arange(3.0), RANGE)
 
 
 # Features.
