@@ -2647,7 +2647,7 @@ def _infer_page(kinds: Any) -> None:
     serve.add_argument(
         "--allowance", type=int, default=100_000, help="queries of one client per model, ever (default 100000)"
     )
-    serve.add_argument("--feature-bits", type=int, default=10, help="precision of a feature (default 10)")
+    serve.add_argument("--feature-bits", type=int, default=0, help="precision of a feature (default 10 to 12)")
     serve.add_argument("--weight-bits", type=int, default=10, help="precision of a weight (default 10)")
     serve.add_argument("--feature-range", type=float, help="bound on the features, where the layers give none")
     serve.add_argument("--float", action="store_true", help="CKKS floating point instead of exact integers")

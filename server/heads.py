@@ -8,6 +8,7 @@ the model in the checkpoint. Anything else is refused, unless the operator insis
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import hmac
@@ -32,6 +33,8 @@ from privacy.verify import Result, passed, verify_files
 from server.checkpoint import State, load
 from server.evaluator import Loaded
 
+# Guarantee G24 asks for ten at least.
+_FEATURE_BITS: Final = (10, 11, 12)
 _NO_GUARANTEE: Final = "No privacy guarantee: the operator published this head though no report vouches for it."
 
 
@@ -44,7 +47,7 @@ class Terms:
         session_s: Most seconds of one session.
         rate: Queries a second that one client may ask, on average.
         allowance: Queries that one client may ask of the head, ever; sessions are charged to it when they are opened.
-        feature_bits: Bits of a feature's integer.
+        feature_bits: Bits of a feature's integer; 0 for as many, from 10 to 12, as cost no byte more than 10.
         weight_bits: Bits of a weight's.
         scheme: "exact" for integers, "float" for floating point.
         hide_weights: Whether answers are flooded, so that they tell the logits and nothing else; slower and larger.
@@ -54,7 +57,7 @@ class Terms:
     session_s: int = 3600
     rate: float = 50.0
     allowance: int = 100_000
-    feature_bits: int = 10
+    feature_bits: int = 0
     weight_bits: int = 10
     scheme: str = "exact"
     hide_weights: bool = False
@@ -259,18 +262,27 @@ def planned(parts: Split, terms: Terms, bound: float) -> tuple[Loaded, bytes, An
     Raises:
         PlanError: No safe parameters carry such a head, or its numbers break a bound (guarantee G24).
     """
-    from privacy.he import EncryptedHead, Scheme, plan_head
+    from privacy.he import EncryptedHead, HeadPlan, Scheme, plan_head
 
     classes, features = parts.weights.shape
-    plan = plan_head(
-        features=features,
-        classes=classes,
-        batch=1,
-        feature_bits=terms.feature_bits,
-        weight_bits=terms.weight_bits,
-        scheme=Scheme(terms.scheme),
-        hide_weights=terms.hide_weights,
-    )
+
+    def of(bits: int) -> HeadPlan:
+        return plan_head(
+            features=features,
+            classes=classes,
+            batch=1,
+            feature_bits=bits,
+            weight_bits=terms.weight_bits,
+            scheme=Scheme(terms.scheme),
+            hide_weights=terms.hide_weights,
+        )
+
+    plan = of(terms.feature_bits or _FEATURE_BITS[0])
+    for bits in () if terms.feature_bits else _FEATURE_BITS[1:]:
+        with contextlib.suppress(PlanError):
+            finer = of(bits)
+            if (finer.query_bytes, finer.answer_bytes) == (plan.query_bytes, plan.answer_bytes):
+                plan = finer
     head = EncryptedHead.load(plan, parts.weights, parts.bias, (-bound, bound))
     loaded = Loaded(plan.to_bytes(), parts.weights, parts.bias, bound)
     return loaded, head.public.to_bytes(), plan

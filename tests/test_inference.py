@@ -117,7 +117,8 @@ def test_encrypted_answers_are_the_plaintext_integers_and_predict_the_same(stage
     floats = features @ parts.weights.T + parts.bias
     # The head as integers, by arithmetic of this test's own.
     terms, bound = stage.world.published.terms, stage.world.published.offer.feature_range
-    steps = (2 ** (terms.feature_bits - 1) - 1) / bound
+    bits = json.loads(stage.world.published.loaded.plan)["feature-bits"]
+    steps = (2 ** (bits - 1) - 1) / bound
     scale = (2 ** (terms.weight_bits - 1) - 1) / np.abs(parts.weights).max()
     whole = np.rint(features * steps) @ np.rint(parts.weights * scale).T + np.rint(parts.bias * steps * scale)
     logits = np.stack([reply.logits for reply in replies])
