@@ -457,6 +457,8 @@ def report(repeat: int) -> dict[str, object]:
 
 def long_run(folder: Path, clients: int, rounds: int) -> None:
     """Makes the folder of a run that is as long as one likes: all charges and receipts of it, and no training."""
+    import numpy as np
+
     from privacy.files import write_whole
     from privacy.identity import Secret
     from privacy.ledger import ChargeRequest, Receipt
@@ -490,7 +492,12 @@ def long_run(folder: Path, clients: int, rounds: int) -> None:
         write_lines(folder / METRICS, [json.dumps(line | {"epsilon": max(each.spent for each in receipts)})])
     (folder / CHECKPOINT).parent.mkdir(exist_ok=True)
     save(
-        State(job=settled.id, round=rounds, model={}, lines={METRICS: rounds, RECEIPTS: clients * rounds}),
+        State(
+            job=settled.id,
+            round=rounds,
+            model={"w": np.zeros(1, np.float32)},
+            lines={METRICS: rounds, RECEIPTS: clients * rounds},
+        ),
         folder / CHECKPOINT,
     )
     write_whole(folder / STATUS, json.dumps({"status": "completed"}).encode())
