@@ -258,23 +258,23 @@ def user_row(age: float, gender: str, occupation: str, where: str) -> Tensor:
 
 def _texts(place: Place, wanted: tuple[str, ...] = _FILES) -> dict[str, str]:
     """The files as text; film titles are in Latin-1, and every byte is a letter of it."""
-    if place.is_dir():
-        inside = {entry.name: entry for entry in entries_of(place)}
-        if missing := [name for name in wanted if name not in inside]:
-            raise DataError(
-                f"{place}: expected the files {', '.join(_FILES)}, found no {missing[0]}; unpack ml-100k.zip"
-            )
-        return {name: inside[name].read_text(encoding="latin-1") for name in wanted}
-    try:
-        with stream_of(place) as stream, zipfile.ZipFile(stream) as packed:
-            found = {Path(info.filename).name: info for info in packed.infolist() if not info.is_dir()}
-            if missing := [name for name in wanted if name not in found]:
-                raise DataError(f"{place}: expected the files {', '.join(_FILES)} in it, found no {missing[0]}")
-            if any(found[name].file_size > _MOST_BYTES for name in wanted):
-                raise DataError(f"{place}: expected files of at most {_MOST_BYTES} bytes, got a larger one")
-            return {name: packed.read(found[name]).decode("latin-1") for name in wanted}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"expected a folder or a zip file at {place}, got {error}; unpack ml-100k.zip there") from None
+    if not place.is_dir():
+        raise DataError(f"expected a folder or a zip file at {place}, got another file; name ml-100k.zip or its folder")
+    # The published archive has them in a folder of its own.
+    if (place / "ml-100k").is_dir() and not (place / wanted[0]).exists():
+        place = place / "ml-100k"
+    inside = {entry.name: entry for entry in entries_of(place)}
+    if missing := [name for name in wanted if name not in inside]:
+        raise DataError(f"{place}: expected the files {', '.join(_FILES)}, found no {missing[0]}; unpack ml-100k.zip")
+    return {name: str(_bytes(inside[name]), "latin-1") for name in wanted}
+
+
+def _bytes(file: Place) -> bytes:
+    with stream_of(file) as stream:
+        content = stream.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise DataError(f"{file}: expected a file of at most {_MOST_BYTES} bytes, got a larger one")
+    return content
 
 
 def _lines(text: str, separator: str, columns: int, where: str) -> list[list[str]]:

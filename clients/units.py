@@ -39,7 +39,8 @@ _NUMBERS: Final = {TUNNEL: 10011, FLOWER: 10012}
 _SOCKET: Final = "/run/tacit-worker/worker.sock"
 # Seconds: a round that is on is finished before its courier ends.
 _ROUND_S: Final = 600
-# What opens the home's keyring, where it has a passphrase, stands in a file that only root reads.
+# What opens the home's keyring, where it has a passphrase, stands in a file that only root reads. So does which GPU the
+# worker takes (CUDA_VISIBLE_DEVICES), and how many cores (OMP_NUM_THREADS): the holder's to say.
 _OPENS: Final = "EnvironmentFile=-/etc/tacit/client.env"
 GIFTS: Final = [
     *(
@@ -110,8 +111,6 @@ def files_of(
                 "RuntimeDirectory=tacit-worker",
                 # Others may pass; the socket itself is for its group.
                 "RuntimeDirectoryMode=0711",
-                # Which GPU it takes (CUDA_VISIBLE_DEVICES), how many cores (OMP_NUM_THREADS): the holder's to say.
-                "EnvironmentFile=-/etc/tacit/client.env",
                 *(f"ReadOnlyPaths={path}" for path in secret[len(writes) :]),
             ],
         ),

@@ -89,19 +89,19 @@ def published_of(
         name=name,
         terms=terms,
         feature_range=feature_range,
-        keys=_openers(scenario, home),
+        keys=_openers(folder, scenario, home),
         signer=Secret.load_or_create(own).identity("server").public_key if own.exists() else home.settings.application,
         force=force,
     )
 
 
-def _openers(scenario: Scenario, home: ServerHome) -> list[Opener]:
-    """What opens the checkpoint of a run: its own keyring, or the home's, or what the environment names."""
-    ring = keyring_at(scenario.vault) if scenario.vault else None
-    deployed = home.folder / "application" / "vault.keys"
-    if ring is None and not scenario.vault and deployed.exists():
-        ring = keyring_at(str(deployed))
-    return vault_of(scenario) if scenario.vault else [ring] if ring is not None else []
+def _openers(folder: Path, scenario: Scenario, home: ServerHome) -> list[Opener]:
+    """What must open the checkpoint of a run: its own keyring, or for a deployed run the home's; none if not sealed."""
+    if scenario.vault:
+        return vault_of(scenario)
+    # A simulated run has a key of its own, and its checkpoint is in clear.
+    ring = None if (folder / SERVER_KEY).exists() else keyring_at(str(home.folder / "application" / "vault.keys"))
+    return [] if ring is None else [ring]
 
 
 def service_of(
@@ -256,7 +256,7 @@ def demonstrate(
         note(f"asking about {count} records of the public test set, one encrypted query each")
         replies, parts = _asked(asker, inputs)
         service.close()
-    state = load(run / "checkpoints" / "latest.ckpt", _openers(scenario, home))
+    state = load(run / "checkpoints" / "latest.ckpt", _openers(run, scenario, home))
     plain = split_of(task, source.shape, scenario.seed, state)
     features = plain(inputs)
     floats = features @ plain.weights.T + plain.bias

@@ -102,7 +102,8 @@ class Life:
             worker = services.worker_of(places, code=code_hash())
             machines = Machines.__new__(Machines)
             machines.folder, machines.home, machines.workers = folder, self.server, {501: worker}
-            machines.enrolled, machines.runs, machines.away = {"hospital-1": 501}, 6, set()
+            machines.enrolled, machines.away = {"hospital-1": 501}, set()
+            machines.runs, machines.over, machines.lose = 6, 0, False
             self.machines = machines
             self.summary = machines.deploy(scenario=dataclasses.replace(SCENARIO, data=str(public)))
             log.error(FAULT)

@@ -92,7 +92,10 @@ def test_a_courier_that_is_told_to_stop_ends_its_message_and_leaves_time_to_send
 
 
 def test_the_courier_gets_a_round_to_end_and_is_ended_before_what_it_needs(tmp_path):
-    places = Places(ClientHome(tmp_path))
+    home = ClientHome(tmp_path)
+    home.make()
+    home.make_keys()
+    places = Places(home)
     places.prepare()
     parts = parts_of(places)
     assert [part.name for part in parts] == ["worker", "tunnel", "supernode", "courier"]

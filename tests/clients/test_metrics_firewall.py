@@ -568,9 +568,10 @@ class _Remembers(nn.Module):
         self.last = 0.0
 
     def forward(self, x):
-        out = self.linear(x.flatten(1)) + self.last
+        # A factor: one number added to all logits would change no softmax.
+        out = self.linear(x.flatten(1)) * (1 + self.last)
         self.last = float(x.mean())
-        return out * (1 + self.last)
+        return out
 
 
 def test_g10_a_model_that_remembers_is_refused_before_any_charge(tmp_path):

@@ -87,7 +87,7 @@ def test_other_columns_a_missing_file_or_nothing_there_is_an_error_for_everybody
     with pytest.raises(DataError, match=r"found no u\.item"):
         load(folder, strict=strict)
     (tmp_path / "b.zip").write_bytes(b"no archive")
-    with pytest.raises(DataError, match="folder or a zip file"):
+    with pytest.raises(DataError, match="expected a zip archive"):
         load(tmp_path / "b.zip", strict=strict)
     with pytest.raises(DataError, match="found neither"):
         load(tmp_path / "nowhere", strict=strict)

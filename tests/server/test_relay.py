@@ -26,6 +26,7 @@ from flwr.superlink.grid import HttpGrid
 
 from privacy.errors import IdentityError, RunError
 from privacy.identity.loopback import write_loopback
+from privacy.vault import private
 from server import relay, services
 from server.enrol import State
 from server.relay import Control, Relay, make_bundle
@@ -349,11 +350,12 @@ def test_a_server_listens_for_its_relay_on_a_port_that_stays(tmp_path: Path) -> 
     with pytest.raises(RunError, match="tacit server start"):
         _ = places.port
     places.prepare()
-    port, secret = places.port, places.secret.read_bytes()
+    port, secret = places.port, private.read(places.secret)
     assert places.secret.stat().st_mode & 0o777 == 0o600
     places.prepare()
-    assert (places.port, places.secret.read_bytes()) == (port, secret)
+    assert (places.port, private.read(places.secret)) == (port, secret)
     assert len(secret) == 32
+    assert secret not in places.secret.read_bytes()
     import socket
 
     with socket.socket() as taken:
