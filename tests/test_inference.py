@@ -51,7 +51,7 @@ from privacy.errors import (
 from privacy.hop import Refused
 from privacy.identity import Secret
 from privacy.plan import canonical
-from privacy.vault import read_log
+from privacy.vault import private, read_log
 from privacy.vault.container import is_sealed
 from server.checkpoint import load as load_state
 from server.checkpoint import save as save_state
@@ -214,7 +214,9 @@ def test_unknown_foreign_and_absent_certificates_are_not_answered(stage: Staged,
     foreign = Foreign(tmp_path / "foreign")
     assert _status(stage, None) in ("refused", "closed")
     assert _status(stage, foreign.leaf("clinic-a")) in ("refused", "closed")
-    member = stage.world.clients[0].tls
+    member = tmp_path / "member.pem"
+    # It is sealed at home.
+    member.write_bytes(private.read(stage.world.clients[0].tls))
     assert _status(stage, (member, member)) == "200"
 
 
@@ -992,9 +994,10 @@ def test_a_deployed_run_is_published_by_its_own_server_alone(world: World, tmp_p
     made = published_of(run, home, terms=QUICK)
     assert made.offer.privacy == world.published.offer.privacy
     assert made.offer.model != world.published.offer.model, "versions are told apart under each server's own secret"
-    # Another server has neither the keys nor the signature.
-    with pytest.raises(VaultError):
-        published_of(run, world.home, terms=QUICK)
-    shutil.copy(world.run / "checkpoints" / "latest.ckpt", run / "checkpoints" / "latest.ckpt")
+    # Another server that has the keys, of a copy of the home, has not signed it.
     with pytest.raises(RunError, match="signed by this server"):
         published_of(run, world.home, terms=QUICK)
+    # Whoever has no keys cannot put a model of his own in its place.
+    shutil.copy(world.run / "checkpoints" / "latest.ckpt", run / "checkpoints" / "latest.ckpt")
+    with pytest.raises(VaultError, match="got one in clear"):
+        published_of(run, home, terms=QUICK)

@@ -323,6 +323,9 @@ def test_a_home_of_an_older_tacit_is_sealed_at_its_next_start_and_is_the_same_cl
 
     settings = dataclasses.replace(copy.client.settings, ledger=str(copy.client.folder / "ledger"))
     copy.client.save(settings)
+    # An older Tacit had no shelf.
+    for path in (copy.client.folder / "jobs").iterdir():
+        path.unlink()
     unseal(copy.client.folder)
     unseal(copy.server.folder)
     shown = copy.at_a_thief()

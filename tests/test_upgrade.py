@@ -9,12 +9,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients import courier
 from clients.courier import Courier
-from clients.home import ClientHome
 from clients.services import ROUND_S, Places, parts_of
 from server import sealed
 from server.app import Ending, run
 from server.sealed import SealedGrid
 from tests.test_sealed_federation import SERVER, FakeRelay, make_job, make_terms, make_worker, members_of
+from tests.test_units import client_home
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +92,7 @@ def test_a_courier_that_is_told_to_stop_ends_its_message_and_leaves_time_to_send
 
 
 def test_the_courier_gets_a_round_to_end_and_is_ended_before_what_it_needs(tmp_path):
-    home = ClientHome(tmp_path)
-    home.make()
-    home.make_keys()
-    places = Places(home)
+    places = Places(client_home(tmp_path))
     places.prepare()
     parts = parts_of(places)
     assert [part.name for part in parts] == ["worker", "tunnel", "supernode", "courier"]
