@@ -161,6 +161,12 @@ class Jobs:
         """
         self._folder = folder
         ring = private.ring_beside(folder / "job")
+        if ring is None and any(folder.glob("*.sealed")):
+            # Without it the folder would count as one in clear, and what a person decided as never said.
+            raise VaultError(
+                f"expected {private.RING} in {folder}, which opens the decisions there, got none; restore it from a "
+                "backup, with its links"
+            )
         self._shelf = Shelf(folder, [ring]) if ring is not None else None
 
     def take_in(self) -> None:

@@ -219,10 +219,17 @@ def _zipped(path: Path) -> Held:
     """The files of a zip archive, each unpacked into memory when it is read."""
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"expected a zip archive at {path}, got {error}; fetch it anew") from error
     members = [member for member in archive.infolist() if not member.is_dir()]
     for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # Others unpack without a bound.
+            raise DataError(
+                f"{path}: expected files that are stored or deflated, got another way of packing; repack it"
+            )
+        if not all(part not in ("", ".", "..") for part in member.filename.split("/")):
+            raise DataError(f"{path}: expected names of files in folders, got {member.filename!r}; repack it")
         if member.file_size > _MOST_MEMBER_BYTES:
             raise DataError(
                 f"{path}: expected files of at most {_MOST_MEMBER_BYTES} bytes, got {member.file_size} for "
@@ -234,8 +241,12 @@ def _zipped(path: Path) -> Held:
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], memoryview]:
     def content() -> memoryview:
         try:
-            # It unpacks no further than the size that was looked at, and a checksum that differs is an error.
-            return memoryview(archive.read(member))
+            # It unpacks hardly further than the size that was looked at; another checksum is an error.
+            with archive.open(member) as stream:
+                content = stream.read(member.file_size + 1)
+            if len(content) != member.file_size:
+                raise zipfile.BadZipFile(f"another size than {member.file_size} bytes")
+            return memoryview(content)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
             # Damaged, truncated, packed in an unknown way, or under a password.
             raise DataError(

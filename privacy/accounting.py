@@ -646,13 +646,23 @@ def _pld_epsilon(
 ) -> float:
     # The masses of one step add up to 1 but for rounding, and k steps repeat it k times: measured, 1e-11 of delta at a
     # million steps, which made a figure at delta 1e-10 too small by 0.02.
-    lost = sum(event.steps if event.sample_rate < 1 else 1 for event in history) * 2.0**-52
+    lost = _lost(history)
     if lost < 1e-5 * delta:
         return float(_pld(history, adjacency, records, interval).get_epsilon(delta))
     bound = _rdp_bound(history, delta, adjacency) if records == 1 else math.inf
     if lost >= delta:
         return bound
     return min(bound, float(_pld(history, adjacency, records, interval).get_epsilon(delta - lost)))
+
+
+def _lost(history: Sequence[Event]) -> float:
+    """How much of delta the rounding of probability masses may cost a schedule."""
+    return sum(event.steps if event.sample_rate < 1 else 1 for event in history) * 2.0**-52
+
+
+def pld_is_loose(history: Sequence[Event], delta: float) -> bool:
+    """Says whether delta is so small that `pld_epsilon` pays for its own rounding: a bound then, and not tight."""
+    return _lost(history) >= 1e-5 * delta
 
 
 def _rdp_bound(history: tuple[Event, ...], delta: float, adjacency: Adjacency) -> float:

@@ -295,6 +295,7 @@ class RunFacts:
         settings: Digest that each client's ledger should name as the job's settings; see `privacy.wire`.
         product: Who is responsible, what for, and on what data, in the curator's words: curator, purpose, data.
         audit: What an empirical audit of this run found, as it wrote it down; None where there was none.
+        model: SHA-256 of the model after the last of the rounds, in hex; empty where there is none.
 
     Raises:
         PlanError: ``multiplicity`` is below 1.
@@ -331,6 +332,7 @@ class RunFacts:
     settings: str = ""
     product: Mapping[str, str] = dataclasses.field(default_factory=dict)
     audit: Mapping[str, Any] | None = None
+    model: str = ""
 
     def __post_init__(self) -> None:
         require(
@@ -369,6 +371,7 @@ def build(facts: RunFacts) -> dict[str, Any]:
             "status": facts.status,
             "covers": facts.covers,
             "setting": _setting(facts),
+            "model": facts.model,
         },
         "product": {name: str(facts.product.get(name) or "not stated") for name in ("curator", "purpose", "data")},
         "warnings": _warnings(facts),

@@ -682,6 +682,8 @@ def _top(report: Mapping[str, Any]) -> str:
         ("Status", _safe(run["status"])),
         ("Time", f"{_moment(run['started'])} to {_moment(run['finished'])}"),
         ("Covers", f"<strong>{_safe(run['covers'])}</strong>"),
+        # Reports of before there was one have no such line.
+        *((("Model", f"<code>{_safe(run['model'])}</code>"),) if run.get("model") else ()),
         *((_name(key).capitalize(), _safe(text)) for key, text in report["product"].items() if text != "not stated"),
     ]
     return (

@@ -33,6 +33,7 @@ from privacy.accounting import (
     events_from_json,
     group_epsilon,
     pld_epsilon,
+    pld_is_loose,
     prv_epsilon,
     rdp,
     second_filter,
@@ -971,7 +972,9 @@ def _tight(prices: Mapping[str, Any], history: Sequence[Event], delta: float, be
         sound = _near(prices["pld"], anew, 1e-4) and prices["pld"] <= best * (1 + _SAME)
         second = f"Opacus' PRV says {prv:.4g}" if prv is not None else f"PRV was {note}"
         if prv is not None:
-            sound = sound and abs(prv - prices["pld"]) <= _AGREEMENT + 0.02 * prices["pld"]
+            slack = _AGREEMENT + 0.02 * prices["pld"]
+            above = math.inf if pld_is_loose(history, delta) else slack
+            sound = sound and -slack <= prices["pld"] - prv <= above
         words = f"{prices['pld']:.4g} by PLD anew; {second}; RDP bounds it by {best:.4g}"
         yield _checked("PLD price", sound, words)
         sound = all(_near(epsilon, pld_epsilon(history, at), 1e-4) for at, epsilon in curve)
@@ -1009,8 +1012,11 @@ def _replaced(printed: float, history: Sequence[Event], delta: float) -> tuple[b
     most = replace_rdp_epsilon(history, delta)
     other, note = replace_epsilon(history, delta)
     # Proven in `privacy.replacement`: adding or removing is a kind of replacing, and RDP is a bound.
-    sound = _near(printed, anew, 1e-4) and least * (1 - _SAME) <= printed <= most * (1 + _SAME) + _SAME
-    sound = sound and (other is None or same_replace_one(printed, other))
+    # At a tiny delta PLD's figures are bounds, which may be above the second one, and each in another measure.
+    loose = pld_is_loose(history, delta)
+    sound = _near(printed, anew, 1e-4) and printed <= most * (1 + _SAME) + _SAME
+    sound = sound and (loose or least * (1 - _SAME) <= printed)
+    sound = sound and (other is None or same_replace_one(printed, other) or (loose and printed > other))
     second = f"the {note} says {other:.4g}" if other is not None else f"a second tight figure was {note}"
     words = (
         f"{printed:.4g} for replacing a {history[0].unit}, by PLD anew; {second}; it lies between {least:.4g}, for "

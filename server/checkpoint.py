@@ -25,6 +25,7 @@ from privacy.vault.container import Header, Reader, Wanted, is_sealed, write_fil
 from privacy.vault.keys import Keyring, Opener
 from privacy.vault.shelf import Shelf
 from privacy.vault.unlock import openers_from
+from privacy.wire import model_digest
 from server.aggregate import Arrays
 
 _MAGIC: Final = b"tacit/checkpoint/1\n"
@@ -137,6 +138,14 @@ class State:
     vault: Keyring | None = dataclasses.field(default=None, repr=False, compare=False)
     newest: Newest | None = dataclasses.field(default=None, repr=False, compare=False)
     generation: int = 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the trained numbers with their names and shapes, in hex: a report names its model by it."""
+        return model_digest(
+            (name, "float32", tuple(value.shape), np.ascontiguousarray(value, dtype="<f4").tobytes())
+            for name, value in sorted(self.model.items())
+        )
 
 
 def save(state: State, path: Path) -> None:

@@ -198,8 +198,8 @@ def split_of(task: Task, shape: Shape, seed: int, state: State) -> Split:
 def privacy_of(folder: Path, state: State, *, signer: str = "", force: bool = False) -> dict[str, Any]:
     """Returns what a run's report promises about the model of a checkpoint (guarantee G23).
 
-    The report is checked as ``tacit verify`` does: signatures, receipts, every epsilon anew. It must be of the same job
-    and tell of exactly the rounds that the model saw, and its headline must be finite.
+    The report is checked as ``tacit verify`` does: signatures, receipts, every epsilon anew. It must be of the same
+    job, name these very numbers, and tell of exactly the rounds that the model saw, and its headline must be finite.
 
     Args:
         folder: The run folder.
@@ -235,6 +235,7 @@ def _vouched(folder: Path, state: State, signer: str) -> dict[str, Any]:
         job, rounds, headline = report["run"]["job"], report["rounds"], report["headline"]
         epsilon, delta = headline["epsilon"], headline["delta"]
         last = max((int(line["round"]) for line in rounds), default=0)
+        model, simulated = report["run"].get("model"), "simulation_only" in report
         words, unit = str(headline["sentence"]), str(headline["unit"])
     except (KeyError, TypeError, ValueError):
         raise RunError(f"expected a whole report in {folder}, got a damaged one; {remedy}") from None
@@ -243,8 +244,15 @@ def _vouched(folder: Path, state: State, signer: str) -> dict[str, Any]:
             f"expected a report of the model of round {state.round} in {folder}, got one of another job or of round "
             f"{last}; {remedy}"
         )
+    if model != state.digest:
+        raise RunError(
+            f"expected the model that the report in {folder} is of ({str(model)[:16] or 'none'}...), got another one "
+            f"({state.digest[:16]}...); {remedy}"
+        )
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not math.isfinite(epsilon):
         raise RunError(f"expected a finite epsilon in the report of {folder}, got {epsilon!r}; {remedy}")
+    if simulated:
+        words = f"Of a simulation on one machine, whose operator holds every key: {words}"
     return {"guarantee": True, "unit": unit, "epsilon": float(epsilon), "delta": float(delta), "words": words}
 
 

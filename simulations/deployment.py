@@ -361,6 +361,7 @@ def facts_of_deployed(folder: Path, home: ServerHome, persons: Sequence[int] = (
     same = home.relay_is_server()
     return RunFacts(
         job=settled.id,
+        model=state.digest,
         task=task.name,
         task_summary=task.summary,
         record=task.record,

@@ -118,6 +118,7 @@ def facts_of(world: World, persons: Sequence[int] = ()) -> RunFacts:
     status = json.loads((folder / STATUS).read_text()) if (folder / STATUS).exists() else {}
     return RunFacts(
         job=settled.id,
+        model=state.digest,
         task=world.task.name,
         task_summary=world.task.summary,
         record=world.task.record,

@@ -739,6 +739,19 @@ def test_g23_a_report_of_another_round_vouches_for_nothing(world: World, tmp_pat
         _republished(world, run)
 
 
+def test_g23_another_model_of_the_same_job_and_round_is_not_vouched_for(world: World, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(world.run, run)
+    state = load_state(run / "checkpoints" / "latest.ckpt")
+    name = next(iter(state.model))
+    state.model[name].flat[0] = np.nextafter(state.model[name].flat[0], np.float32(1e3))
+    save_state(state, run / "checkpoints" / "latest.ckpt")
+    with pytest.raises(RunError, match="got another one"):
+        _republished(world, run)
+    # Clients are told whose keys these were.
+    assert "simulation" in world.published.offer.privacy["words"]
+
+
 def test_g23_planted_bug_a_publisher_that_believes_any_report_is_found(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -53,8 +53,12 @@ class Secret:
         from privacy.vault import private
 
         if not path.exists() and private.ring_beside(path) is not None:
-            with contextlib.suppress(VaultError):
+            try:
                 private.write(path, os.urandom(32), replace=False)
+            except VaultError:
+                # Another process was first, and its key is there. Anything else must not end in a key in clear.
+                if not path.exists():
+                    raise
         if not path.exists():
             # Whole or not at all: a crash or a second process must never meet a key file that is still empty.
             draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")

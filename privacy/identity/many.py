@@ -32,6 +32,8 @@ _WORTH: Final = 8000
 _WORTH_SIGNING: Final = 3 * _WORTH
 _CHUNK: Final = 500
 _MOST_PROCESSES: Final = 8
+# A chunk takes a twentieth of a second; whoever needs longer than this hangs.
+_PATIENCE_S: Final = 60.0
 
 
 def first_unsigned(signed: Iterable[Signed]) -> int | None:
@@ -88,10 +90,14 @@ def answer_as(key_file: str, name: str) -> None:
 
 
 def _answer(holds: Callable[[Signed], bool]) -> None:
+    # Whatever else prints in this process (a start-up file, a library) must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin.buffer:
-        chunk = [(key, message.encode("latin-1"), signature) for key, message, signature in json.loads(line)]
+        number, signed = json.loads(line)
+        chunk = [(key, message.encode("latin-1"), signature) for key, message, signature in signed]
         place = _first(chunk, holds)
-        print(-1 if place is None else place, flush=True)
+        print(number, -1 if place is None else place, file=answers, flush=True)
 
 
 def _is_signed(one: Signed) -> bool:
@@ -131,7 +137,7 @@ def _first_of_many(signed: Iterable[Signed], holds: Callable[[Signed], bool], pr
                 return None
             chunk, answered = waiting.popleft()
             try:
-                place = answered.result()
+                place = answered.result(_PATIENCE_S)
                 wrong = place is not None and holds(chunk[place])
             except (OSError, ValueError):
                 wrong = True
@@ -152,29 +158,43 @@ class _Crew:
         self._threads = ThreadPoolExecutor(processes)
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
         self._started: list[subprocess.Popen[bytes]] = []
+        self._numbers = itertools.count(1)
         for _ in range(processes):
             self._idle.put(None)
 
     def ask(self, chunk: Sequence[Signed]) -> Future[int | None]:
         """Has a chunk checked; the result raises OSError or ValueError where no process answered."""
-        return self._threads.submit(self._asked, chunk)
+        try:
+            return self._threads.submit(self._asked, chunk)
+        except RuntimeError as error:
+            # No thread could be started.
+            nobody: Future[int | None] = Future()
+            nobody.set_exception(OSError(str(error)))
+            return nobody
 
     def _asked(self, chunk: Sequence[Signed]) -> int | None:
         process = self._idle.get()
+        sound = False
         try:
             if process is None:
                 process = self._start()
             if process.stdin is None or process.stdout is None:
                 raise OSError("no pipes")
             question = [(key, message.decode("latin-1"), signature) for key, message, signature in chunk]
-            process.stdin.write(json.dumps(question).encode() + b"\n")
+            number = next(self._numbers)
+            process.stdin.write(json.dumps([number, question]).encode() + b"\n")
             process.stdin.flush()
-            place = int(process.stdout.readline())
-            if not -1 <= place < len(chunk):
-                raise ValueError("not the place of one of them")
+            # The number says that this answers this question: an answer to an earlier one is nothing.
+            answered, place = map(int, process.stdout.readline().split())
+            if answered != number or not -1 <= place < len(chunk):
+                raise ValueError("no answer to this question")
+            sound = True
             return None if place < 0 else place
         finally:
-            self._idle.put(process)
+            # One that failed once is out of step, and is asked no more.
+            if process is not None and not sound:
+                process.kill()
+            self._idle.put(process if sound else None)
 
     def _start(self) -> subprocess.Popen[bytes]:
         # The same places as here, and none of its own: the folder that is worked in may hold anybody's files.

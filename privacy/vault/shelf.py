@@ -35,6 +35,8 @@ from privacy.vault.keys import Opener, Recipient
 _MANIFEST: Final = "manifest.sealed"
 _FILE: Final = re.compile(r"[0-9a-f]{32}-[1-9][0-9]{0,15}\.sealed")
 _MOST: Final = 64 * 1024 * 1024
+# Each is lost only where a put comes in the few microseconds of a read.
+_TRIES: Final = 5
 _FIELDS: Final = {"generation", "object", "purpose", "run", "tag"}
 
 Entry = dict[str, Any]
@@ -136,8 +138,15 @@ class Shelf:
         Raises:
             VaultError: There is nothing of that name, or it was altered, swapped or put back.
         """
-        with self._opened(name, purpose) as reader:
-            return reader.read()
+        for attempt in range(_TRIES):
+            try:
+                with self._opened(name, purpose) as reader:
+                    return reader.read()
+            except VaultError:
+                # A newer version may have been put between the manifest and the file: the manifest says so by now.
+                if attempt == _TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     def check(self) -> None:
         """Reads everything.

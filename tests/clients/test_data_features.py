@@ -107,3 +107,30 @@ def test_a_member_that_would_unpack_to_more_than_the_limit_is_refused_unread(arc
     monkeypatch.setattr("clients.places._MOST_MEMBER_BYTES", 50)
     with pytest.raises(DataError, match="expected files of at most 50 bytes"):
         load_source(TASK, data=str(archive))
+
+
+def test_an_archive_unpacks_no_further_than_it_says_and_has_plain_names(tmp_path):
+    for name, packing in (("b", zipfile.ZIP_BZIP2), ("l", zipfile.ZIP_LZMA)):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w", packing) as writer:
+            writer.writestr("train/cat/1.png", bytes(10**6))
+        with pytest.raises(DataError, match="stored or deflated"):
+            load_source(TASK, data=str(tmp_path / f"{name}.zip"))
+    for number, name in enumerate(("/train/cat/1.png", "train/../cat/1.png", "train//1.png")):
+        path = tmp_path / f"{number}.zip"
+        with zipfile.ZipFile(path, "w") as writer:
+            writer.writestr(name, b"")
+        with pytest.raises(DataError, match="names of files in folders"):
+            load_source(TASK, data=str(path))
+
+
+def test_a_member_that_lies_about_its_size_is_refused(tmp_path):
+    path = tmp_path / "lies.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as writer:
+        writer.mkdir("train")
+        writer.writestr("train/cat/1.png", bytes(10**6))
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")  # The last entry of the central directory; its size is at 24.
+    content[at + 24 : at + 28] = (10).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="to unpack"):
+        load_source(TASK, data=str(path))

@@ -15,7 +15,7 @@ import pytest
 from clients import jobs as module
 from clients.jobs import Decision, Jobs, Policy
 from privacy.accounting import Event, Grant, rdp, solve_noise
-from privacy.errors import PlanError, RunError
+from privacy.errors import PlanError, RunError, VaultError
 from privacy.ledger import Account, Book, ChargeRequest, Receipt
 from privacy.plan import Adjacency, Local, Metric, Metrics, Mode, Plan, Unit, canonical
 from privacy.terms import Terms, cost_of
@@ -438,6 +438,12 @@ def test_jobs_are_sealed_where_a_keyring_is_and_a_decision_cannot_be_put_back(tm
     with pytest.raises(RunError, match="another version"):
         Jobs(folder).get(terms.job)
     newest.write_bytes(withdrawn)
+    # Without its keyring the folder is none in clear, where nobody had decided anything.
+    ring = folder / private.RING
+    ring.rename(tmp_path / "away")
+    with pytest.raises(VaultError, match="restore it"):
+        Jobs(folder)
+    (tmp_path / "away").rename(ring)
     # Two jobs exchanged.
     (others,) = [path for path in folder.glob("*-*.sealed") if path not in (newest, gone)]
     newest.write_bytes(others.read_bytes())

@@ -75,10 +75,14 @@ def test_what_is_no_key_and_no_signature_is_a_bad_one(shared: None, one: Signed)
         "print('?', flush=True); import time; time.sleep(60)",
         "import sys\nfor line in sys.stdin: print(99, flush=True)",
         # Whoever calls a sound signature bad is not believed.
-        "import sys\nfor line in sys.stdin: print(0, flush=True)",
+        "import sys, json\nfor line in sys.stdin: print(json.loads(line)[0], 0, flush=True)",
+        # Out of step by one line, as after a start-up file that prints: each answer is to the question before.
+        "print('welcome', flush=True)\nfrom privacy.identity.many import answer; answer()",
+        "print(0, -1, flush=True)\nfrom privacy.identity.many import answer; answer()",
+        "print('1 -1', flush=True)\nimport time; time.sleep(60)",
     ],
 )
-@pytest.mark.parametrize("bad", [None, 13])
+@pytest.mark.parametrize("bad", [None, 13, COUNT - 1])
 def test_processes_that_fail_or_talk_nonsense_change_nothing(
     shared: None, program: str, bad: int | None, here: list[int]
 ) -> None:
@@ -96,7 +100,7 @@ def test_without_an_interpreter_to_start_this_process_checks_all(
 
 def test_planted_bug_processes_that_hold_everything_would_be_believed(shared: None) -> None:
     """Shows that it is their answers that count: a program that says yes to all finds nothing."""
-    program = "import sys\nfor line in sys.stdin: print(-1, flush=True)"
+    program = "import sys, json\nfor line in sys.stdin: print(json.loads(line)[0], -1, flush=True)"
     assert many._first_of_many(signatures(13), many._is_signed, program, 10) is None
 
 

@@ -245,3 +245,22 @@ def test_a_manifest_that_is_none_is_refused(folder: Path, content: bytes) -> Non
     with pytest.raises(VaultError, match="got something else"):
         Shelf(folder, [RING])
     assert shelf_module._FILE.fullmatch("ab" * 16 + "-1.sealed")
+
+
+def test_a_reader_is_not_disturbed_by_who_puts_the_same_name(folder: Path) -> None:
+    shelf = filled(folder)
+    done = threading.Event()
+
+    def putting() -> None:
+        for number in range(60):
+            shelf.put("model", b"%d" % number, purpose="checkpoint", run="run-1")
+        done.set()
+
+    writer = threading.Thread(target=putting)
+    writer.start()
+    reads = 0
+    while not done.is_set():
+        assert bytes(Shelf(folder, [RING]).read("model", purpose="checkpoint"))
+        reads += 1
+    writer.join()
+    assert reads
