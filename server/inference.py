@@ -51,6 +51,7 @@ from server.door import Doorway, Threshold, Visitor
 from server.evaluator import Evaluator
 from server.heads import Published
 
+# Open sessions of one client and of all: one client never holds more than a small part of the room.
 _OPEN_SESSIONS: Final = 16
 _ALL_SESSIONS: Final = 4096
 # The longest that a query may wait for an evaluator.
@@ -256,7 +257,8 @@ class Service(Doorway):
         self._versions = {one.offer.version: index for index, one in enumerate(published)}
         self._identity, self._key_of, self._clock = identity, key_of, clock
         self._sessions: dict[str, _Session] = {}
-        self._ended: collections.OrderedDict[str, None] = collections.OrderedDict()
+        # Of each ended session: whose it was, and the word that a late query of it gets.
+        self._ended: collections.OrderedDict[str, tuple[str, str]] = collections.OrderedDict()
         self._paces: dict[str, _Pace] = {}
         self._noise: dict[str, tuple[_Pace, int]] = {}
         self._allowances = Allowances(folder / "granted.json")
@@ -365,7 +367,7 @@ class Service(Doorway):
         if opening.session in self._sessions or opening.session in self._ended:
             raise Refused(409, "replayed")
         self._forget(now)
-        mine = sum(session.client == client and session.left > 0 for session in self._sessions.values())
+        mine = sum(session.client == client for session in self._sessions.values())
         if mine >= _OPEN_SESSIONS or len(self._sessions) >= _ALL_SESSIONS:
             raise Refused(429, "sessions")
         if opening.queries > terms.queries:
@@ -380,10 +382,13 @@ class Service(Doorway):
         return tell_opened(body, opening.queries, until, self._identity)
 
     def _forget(self, now: float) -> None:
-        """Forgets sessions that have ended, but for their names: none comes back while clocks may err."""
-        for name in [name for name, session in self._sessions.items() if session.until <= now]:
-            del self._sessions[name]
-            self._ended[name] = None
+        """Forgets sessions that have ended, by time or by count, but for their names: none comes back while clocks err.
+
+        A session without queries left takes no room: who opens and uses up many of them keeps nobody else out.
+        """
+        for name in [name for name, session in self._sessions.items() if session.until <= now or not session.left]:
+            session = self._sessions.pop(name)
+            self._ended[name] = (session.client, "ended" if session.until <= now else "used up")
         while len(self._ended) > 16 * _ALL_SESSIONS:
             self._ended.popitem(last=False)
 
@@ -398,6 +403,9 @@ class Service(Doorway):
         session = self._sessions.get(name)
         # Another client's session is an unknown one: whether it exists is nobody else's business.
         if session is None or session.client != client:
+            owner, word = self._ended.get(name, ("", ""))
+            if owner == client:
+                raise Refused(403 if word == "ended" else 429, word)
             raise Refused(404, "session")
         offer = self._offers[session.head]
         line |= {"head": offer.name, "version": offer.version[:16]}

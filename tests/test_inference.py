@@ -361,6 +361,47 @@ def test_a_session_ends_by_count_and_by_time(world: World, tmp_path: Path):
         assert word_of(on, other, sealed(other)) == "ended"
 
 
+def test_one_client_cannot_take_the_room_of_all_sessions(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server.inference, "_OPEN_SESSIONS", 2)
+    monkeypatch.setattr(server.inference, "_ALL_SESSIONS", 3)
+    with staged(world, tmp_path) as on:
+        # More sessions than there is room for, each used up at once: none of them is in anybody's way.
+        for _ in range(5):
+            used = on.asker(0, queries=1)
+            used.ask(RECORDS[:1])
+        assert on.asker(1).ask(RECORDS[:1]).name
+        assert len(on.service._sessions) <= 2
+        # A late query still gets its own word, and no other client learns of the session.
+        used.left, used._key = 1, on.asker(1)._key
+        query = sealed(used)
+        assert word_of(on, used, query) == "used up"
+        assert word_of(on, on.asker(0), query) == "used up"
+        on.service._forget(time.time())
+        assert word_of(on, dataclasses.replace(_Pair(used, on.way(1))), query) == "session"  # type: ignore[arg-type]
+
+
+def test_names_of_ended_sessions_are_kept_and_bounded(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server.inference, "_ALL_SESSIONS", 1)
+    with staged(world, tmp_path) as on:
+        for _ in range(20):
+            on.asker(0, queries=1).ask(RECORDS[:1])
+        on.service._forget(time.time())
+        assert (len(on.service._sessions), len(on.service._ended)) == (0, 16)
+
+
+def test_a_client_keeps_within_its_share_of_open_sessions(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(server.inference, "_OPEN_SESSIONS", 2)
+    monkeypatch.setattr(server.inference, "_ALL_SESSIONS", 3)
+    with staged(world, tmp_path) as on:
+        on.asker(0)
+        on.asker(0)
+        with pytest.raises(TacitError, match="few open sessions"):
+            on.asker(0)
+        assert on.asker(1).ask(RECORDS[:1]).name
+
+
 def test_a_client_that_asks_too_often_is_told_and_others_go_on(world: World, tmp_path: Path):
     clock = Clock()
     with staged(world, tmp_path, [with_terms(world.published, rate=3.0)], clock=clock) as on:
