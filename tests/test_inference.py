@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -32,6 +33,7 @@ from privacy.asking import (
     OPEN,
     QUERY_OVERHEAD,
     REMEDIES,
+    SKEW_S,
     Offer,
     Opening,
     Query,
@@ -324,6 +326,7 @@ def test_the_same_opening_opens_once(stage: Staged):
     for changed, sentence in (
         ({}, "replayed"),
         ({"session": os.urandom(16).hex(), "time": 1}, "clock"),
+        ({"session": os.urandom(16).hex(), "time": int(time.time()) + SKEW_S + 60}, "clock"),
         ({"session": os.urandom(16).hex(), "plan": "0" * 64}, "plan"),
         ({"session": os.urandom(16).hex(), "head": "0" * 64}, "head"),
         ({"session": os.urandom(16).hex(), "queries": 10_000}, "syntax"),
@@ -331,6 +334,17 @@ def test_the_same_opening_opens_once(stage: Staged):
         with pytest.raises(TacitError) as told:
             way.post(OPEN, dataclasses.replace(opening, **changed).to_bytes(client.identity()), 4096)  # type: ignore[arg-type]
         assert str(told.value) == REMEDIES[sentence]
+
+
+def test_an_opening_at_a_time_no_float_can_hold_is_refused_by_a_word(stage: Staged, monkeypatch: pytest.MonkeyPatch):
+    offer = stage.way().heads()[0]
+    opening = Opening(
+        head=offer.version, plan=offer.plan, session=os.urandom(16).hex(), key="0" * 64, queries=1, time=10**400
+    )
+    # Whatever the parser lets through.
+    monkeypatch.setattr(server.inference.Opening, "read", lambda *_: opening)
+    with pytest.raises(Refused, match="clock"):
+        stage.do(stage.service.reply("clinic-a", OPEN, b"x"))
 
 
 # How much may be asked.
@@ -457,6 +471,37 @@ def test_a_query_that_cannot_be_logged_is_not_answered(world: World, tmp_path: P
         tmp_path.unlink()
         tmp_path.mkdir()
         assert word_of(on, asker, sealed(asker)) == ""
+
+
+def test_two_services_on_one_folder_share_what_is_left(tmp_path: Path):
+    path = tmp_path / "granted.json"
+    one, other = Allowances(path), Allowances(path)
+    assert one.grant("a", "h", 6, 10)
+    assert not other.grant("a", "h", 6, 10)
+    assert other.grant("a", "h", 4, 10)
+    assert other.grant("b", "h", 1, 10)
+    assert not one.grant("a", "h", 1, 10)
+    assert one.grant("b", "h", 9, 10)
+    assert json.loads(path.read_bytes()) == {"a": {"h": 10}, "b": {"h": 10}}
+    # A file that is lost while a service runs grants nothing anew.
+    path.unlink()
+    assert not one.grant("a", "h", 1, 10)
+
+
+def test_grants_of_many_services_at_a_time_are_never_more_than_the_allowance(tmp_path: Path):
+    path = tmp_path / "granted.json"
+    kept = [Allowances(path) for _ in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        granted = list(pool.map(lambda index: kept[index % 4].grant("a", "h", 1, 30), range(80)))
+    assert sum(granted) == json.loads(path.read_bytes())["a"]["h"] == 30
+
+
+def test_a_clock_that_is_set_back_locks_nobody_out():
+    pace = server.inference._Pace()
+    assert pace.admits(2.0, 1e9)
+    assert pace.admits(2.0, 1e9 - 86_400)
+    assert [pace.admits(2.0, 1e9 - 86_400) for _ in range(3)] == [True, True, False]
+    assert pace.admits(2.0, 1e9 - 86_399)
 
 
 # The evaluator.
