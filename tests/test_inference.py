@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -558,6 +559,29 @@ def test_an_evaluator_that_hangs_is_ended(world: World):
             await asyncio.sleep(0.05)
         assert evaluator.pid != first
         assert await evaluator.evaluate(0, b"x" * 100) is None
+        await evaluator.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_evaluator_that_claims_a_longer_answer_than_there_is_is_ended_unread(world: World):
+    async def scenario() -> None:
+        evaluator = Evaluator([world.published.loaded], patience_s=5)
+        await evaluator.start()
+        first = evaluator.pid
+        most = world.published.offer.answer_bytes
+        assert evaluator._most == most
+        assert await evaluator.evaluate(0, b"x") is None
+        process = evaluator._process
+        assert process is not None
+        assert process.stdout is not None
+        # As a process that was taken over would answer: a length, and then as many bytes as the reader takes.
+        process.stdout.feed_data(struct.pack(">IBI", most + 1, 0, 0) + bytes(most + 1))
+        with pytest.raises(RunError, match="got its end"):
+            await evaluator.evaluate(0, b"x")
+        while not evaluator.ready:
+            await asyncio.sleep(0.05)
+        assert evaluator.pid != first
         await evaluator.close()
 
     asyncio.run(scenario())
