@@ -137,8 +137,9 @@ def _check(plan: HeadPlan, weights: Integers, bias: tuple[int, ...]) -> bool | N
     Raises:
         PlanError: A logit could leave the plaintext's range, or decryption could fail.
     """
-    reach = np.abs(weights).sum(1) * plan.largest_feature
-    largest = max(int(total) + abs(offset) for total, offset in zip(reach, bias, strict=True))
+    # Sums of up to 2**14 weights below 2**29 fit 64 bits; their product with a feature need not, so it is Python's.
+    reach = np.abs(weights).sum(1).tolist()
+    largest = max(total * plan.largest_feature + abs(offset) for total, offset in zip(reach, bias, strict=True))
     absolute, norm = output_norms(plan, weights)
     if plan.scheme is Scheme.FLOAT:
         noise = plan.noise(absolute, norm, certain=True) * plan.parameters.modulus / 2.0**plan.answer_bits

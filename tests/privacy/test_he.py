@@ -336,6 +336,24 @@ def test_the_change_of_modulus_is_within_its_bound(ring: int, count: int) -> Non
             assert distance <= parameters.modulus * (0.5 + 2.0 ** (bits - 51))
 
 
+@pytest.mark.parametrize(("ring", "count"), [(2048, 1), (4096, 2)])
+def test_g24_products_that_are_not_reduced_are_rounded_within_the_same_bound(ring: int, count: int) -> None:
+    # As products arrive from `ring.join`: congruent, and several times as large as the prime.
+    parameters = Parameters.widest(ring, count, 20)
+    rng = np.random.default_rng(1)
+    whole = [rng.integers(-(2**55) + 1, 2**55, 20_000) for _ in parameters.primes]
+    got = wire.switch(np.stack(whole), parameters, 48)
+    q, worst = parameters.modulus, 0
+    for index, rounded in enumerate(got.tolist()):
+        value = 0
+        for row, prime in enumerate(parameters.primes):
+            part = q // prime
+            value += int(whole[row][index]) * pow(part, -1, prime) * part
+        distance = (rounded * q - (value << 48)) % (q << 48)
+        worst = max(worst, min(distance, (q << 48) - distance))
+    assert worst <= q * (0.5 + 2.0 ** (48 - 51))
+
+
 # Parameters.
 
 
@@ -490,6 +508,13 @@ def test_g24_a_head_whose_logits_overflow_is_refused_and_would_be_wrong(monkeypa
     key, x = QueryKey.fresh(head.public), np.full(64, 4.0)
     got = key.integers(head.answer(key.encrypt(x)))
     assert got.tolist() != integer_logits(head.public, weights, bias, x[np.newaxis])
+
+
+def test_g24_logits_beyond_64_bits_are_refused_and_do_not_wrap_around() -> None:
+    # 64 * 2**29 * 2**29 is 2**64: as a 64-bit integer it would be small.
+    plan = plan_head(features=64, classes=1, feature_bits=30, weight_bits=30, plain_bits=30)
+    with pytest.raises(PlanError, match=r"integer logits below 2\*\*29.*plan with plain_bits=65"):
+        EncryptedHead.load(plan, np.ones((1, 64)), np.zeros(1), RANGE)
 
 
 def test_g24_a_bias_counts_toward_the_bound() -> None:
