@@ -109,7 +109,7 @@ def test_g24_exact_mode_equals_the_integers_for_any_shape(
     answer = head.answer(query)
     assert (len(query), len(answer)) == (plan.query_bytes, plan.answer_bytes)
     assert key.integers(answer).tolist() == integer_logits(head.public, weights, bias, x)
-    limit = plan.predict().error * np.abs(weights).max() * (5.0 - low) / 2 + 1e-3
+    limit = plan.predict().error * np.abs(weights).max() * (5.0 - low) / 2
     assert np.abs(key.decrypt(answer) - (x @ weights.T + bias).reshape(key.decrypt(answer).shape)).max() < limit
 
 
@@ -194,6 +194,43 @@ def test_float_mode_is_within_two_in_a_hundred_thousand(features: int, classes: 
     got = key.decrypt(head.answer(key.encrypt(x)))
     assert np.abs(got - (x @ weights.T + bias).reshape(got.shape)).max() <= 2e-5
     assert (head.public.plan.parameters.ring == 2048) == (features < 2500) or features == 2500
+
+
+def measured_and_predicted(features: int, weights: np.ndarray, bias: np.ndarray, **words: Any) -> tuple[float, float]:
+    """Returns the largest error of a float head's logits, and the bound that its plan told beforehand."""
+    plan = plan_head(features=features, classes=len(bias), scheme=Scheme.FLOAT, **words)
+    head = EncryptedHead.load(plan, weights, bias, RANGE)
+    key, worst = QueryKey.fresh(head.public), 0.0
+    scaled = weights * head.public.weight_scale
+    # The records that meet each rounding of a weight at its worst, and one that is drawn.
+    extremes = 4.0 * np.sign(np.rint(scaled) - scaled)
+    for x in (*extremes, records(head, 1)[0]):
+        exact = np.array([math.fsum(row * x) for row in weights]) + bias
+        worst = max(worst, float(np.abs(key.decrypt(head.answer(key.encrypt(x))) - exact).max()))
+    return worst, plan.predict().error * float(np.abs(weights).max()) * 4.0
+
+
+@pytest.mark.parametrize("features", [1, 16, 512, 2048, 2049, 8192, 16_384])
+def test_float_mode_is_as_close_as_its_plan_predicts(features: int) -> None:
+    rng = np.random.default_rng(features)
+    weights = rng.uniform(-1, 1, (2, features))
+    # Units of the largest weight and half the range, one for each feature: the largest bias that is foreseen.
+    unit = features * 4.0 * float(np.abs(weights).max())
+    for bias in (np.zeros(2), np.array([unit, -unit])):
+        worst, told = measured_and_predicted(features, weights, bias)
+        assert worst <= told
+        # And a bound that says something.
+        assert told < 100 * max(worst, 1e-7)
+
+
+@pytest.mark.parametrize("features", [16, 1000])
+def test_float_mode_that_hides_weights_is_as_close_as_its_plan_predicts(features: int) -> None:
+    weights = np.random.default_rng(0).uniform(-1, 1, (2, features))
+    for narrow in (1.0, 1e-2):
+        # Few wide weights among narrow ones get more steps than the plan counts on.
+        weights[:, 1:] *= narrow
+        worst, told = measured_and_predicted(features, weights, np.array([1.0, -1.0]), hide_weights=True)
+        assert worst <= told
 
 
 # Bulk.
