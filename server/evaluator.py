@@ -1,8 +1,13 @@
 """The process that parses ciphertexts: it holds the heads, reads queries from strangers, and may die.
 
 A homomorphic encryption library is a large piece of C++ that was written for friends. Whatever a hostile ciphertext
-does to it happens here: in a process of its own with bounded memory, no files, no keys and no network, which is ended
-and started anew when it dies, hangs or grows. It holds no secret key of anybody and sees no name.
+does to it happens here: in a process of its own, which is ended and started anew when it dies, hangs, grows or answers
+at a length that no answer has. It is given no secret key, no name, no passphrase of our environment and no descriptor
+but its pipes; its memory, its open files and the size of a file it writes are bounded.
+
+It is not a sandbox. It runs as the service's own user, so that code which a ciphertext brought to run there could open
+what that user may open, files and network alike. Who must rule that out runs the service as a user of its own under
+the system's own limits.
 
     service -> evaluator     length | number of the head | ciphertexts
     evaluator -> service     status | microseconds | answer
@@ -31,7 +36,8 @@ _ANSWERED: Final = struct.Struct(">IBI")
 _HEAD: Final = struct.Struct(">IIId")
 _OK: Final = 0
 _REFUSED: Final = 1
-_MOST: Final = 1 << 30
+# The most that it may say about why it does not start.
+_MOST_WORDS: Final = 1000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +80,9 @@ class Evaluator:
         memory_bytes: Most address space of the process.
         patience_s: Seconds that one query may take; a process that takes longer is ended.
         start_s: Seconds that a start may take.
+
+    Raises:
+        PlanError: A head's plan is none.
     """
 
     def __init__(
@@ -84,7 +93,10 @@ class Evaluator:
         patience_s: float = 10.0,
         start_s: float = 60.0,
     ) -> None:
+        from privacy.he import HeadPlan
+
         self._heads = [head.to_bytes() for head in heads]
+        self._most = max(HeadPlan.from_bytes(head.plan).answer_bytes for head in heads)
         self._memory = memory_bytes
         self._patience, self._start_s = patience_s, start_s
         self._process: asyncio.subprocess.Process | None = None
@@ -132,6 +144,7 @@ class Evaluator:
                 # One write after the other: each ends when the process has taken it.
                 words, status, _ = await _exchange(
                     process,
+                    _MOST_WORDS,
                     _ASKED.pack(len(self._heads), 0),
                     *(_ASKED.pack(len(head), 0) + head for head in self._heads),
                 )
@@ -176,7 +189,8 @@ class Evaluator:
                 raise RunError("expected an evaluator, got one that is starting")
             try:
                 async with asyncio.timeout(self._patience):
-                    answer, status, cost = await _exchange(process, _ASKED.pack(len(ciphertexts), head), ciphertexts)
+                    question = (_ASKED.pack(len(ciphertexts), head), ciphertexts)
+                    answer, status, cost = await _exchange(process, self._most, *question)
             except (OSError, asyncio.IncompleteReadError):
                 await self._gone(process)
                 raise RunError("expected the evaluator to answer, got its end") from None
@@ -213,11 +227,12 @@ class Evaluator:
             await asyncio.wait((self._watching,))
 
 
-async def _exchange(process: asyncio.subprocess.Process, *parts: bytes) -> tuple[bytes, int, int]:
+async def _exchange(process: asyncio.subprocess.Process, most: int, *parts: bytes) -> tuple[bytes, int, int]:
     """Sends one message and returns the answer, its status and its cost.
 
     Raises:
-        OSError, asyncio.IncompleteReadError: The process is gone.
+        OSError, asyncio.IncompleteReadError: The process is gone, or says that its answer is longer than ``most``: then
+            it is no longer ours, and nothing of that answer is read.
     """
     if process.stdin is None or process.stdout is None:
         raise BrokenPipeError
@@ -225,6 +240,8 @@ async def _exchange(process: asyncio.subprocess.Process, *parts: bytes) -> tuple
         process.stdin.write(part)
     await process.stdin.drain()
     size, status, cost = _ANSWERED.unpack(await process.stdout.readexactly(_ANSWERED.size))
+    if size > most:
+        raise BrokenPipeError
     return await process.stdout.readexactly(size), status, cost
 
 
@@ -268,7 +285,7 @@ def main() -> None:
             for one in given
         ]
     except Exception as error:
-        words = (str(error) or type(error).__name__).encode()[:1000]
+        words = (str(error) or type(error).__name__).encode()[:_MOST_WORDS]
         out.write(_ANSWERED.pack(len(words), _REFUSED, 0) + words)
         os._exit(1)
     out.write(_ANSWERED.pack(0, _OK, 0))

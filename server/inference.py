@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -51,6 +54,7 @@ from server.door import Doorway, Threshold, Visitor
 from server.evaluator import Evaluator
 from server.heads import Published
 
+# Open sessions of one client and of all: one client never holds more than a small part of the room.
 _OPEN_SESSIONS: Final = 16
 _ALL_SESSIONS: Final = 4096
 # The longest that a query may wait for an evaluator.
@@ -87,7 +91,8 @@ class _Pace:
     def admits(self, rate: float, now: float) -> bool:
         """Says whether one more may pass, and counts it if so."""
         most = max(1.0, 2 * rate)
-        self._spare = min(most, self._spare + (now - self._at) * rate if self._at else most)
+        # A clock that was set back gives nothing and takes nothing.
+        self._spare = min(most, self._spare + max(0.0, now - self._at) * rate if self._at else most)
         self._at = now
         if self._spare < 1:
             return False
@@ -98,6 +103,8 @@ class _Pace:
 class Allowances:
     """What each client was granted of each head, for as long as the folder lasts: a restart grants nothing anew.
 
+    Two services on one folder share what is left: each reads the file again, under a lock, before it grants.
+
     Args:
         path: The file.
 
@@ -107,13 +114,32 @@ class Allowances:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._granted = self._read()
+
+    def _read(self) -> dict[str, dict[str, int]]:
         try:
-            told: Any = json.loads(path.read_bytes()) if path.exists() else {}
-            self._granted: dict[str, dict[str, int]] = {
+            told: Any = json.loads(self._path.read_bytes()) if self._path.exists() else {}
+            return {
                 str(client): {str(head): int(count) for head, count in heads.items()} for client, heads in told.items()
             }
         except (OSError, ValueError, TypeError, AttributeError):
-            raise RunError(f"expected a list of grants in {path}, got something else; restore a backup") from None
+            raise RunError(f"expected a list of grants in {self._path}, got something else; restore a backup") from None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps every other service out of the file while the block lasts."""
+        lock = self._path.with_name(f".{self._path.name}.lock")
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise RunError(f"expected to lock {lock}, got: {error.strerror}; see that the folder can be used") from None
+        try:
+            # Waits as long as another service's write takes; closing the file gives the lock back.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def of(self, client: str, head: str) -> int:
         """Returns what a client was granted of a head."""
@@ -123,15 +149,22 @@ class Allowances:
         """Grants queries, on disk when it returns; or says that there are not so many left.
 
         Raises:
-            RunError: The disk is full; nothing was granted.
+            RunError: The disk is full, or the file damaged; nothing was granted.
         """
-        before = self.of(client, head)
-        if before + queries > allowance:
-            return False
-        granted = {name: dict(heads) for name, heads in self._granted.items()}
-        granted.setdefault(client, {})[head] = before + queries
-        write_whole(self._path, json.dumps(granted, sort_keys=True).encode())
-        self._granted = granted
+        with self._alone():
+            # Grants only grow: whichever of the file and our own memory has more of them is right.
+            granted = self._read()
+            for name, heads in self._granted.items():
+                known = granted.setdefault(name, {})
+                for version, count in heads.items():
+                    known[version] = max(count, known.get(version, 0))
+            self._granted = granted
+            before = self.of(client, head)
+            if before + queries > allowance:
+                return False
+            more = granted | {client: granted.get(client, {}) | {head: before + queries}}
+            write_whole(self._path, json.dumps(more, sort_keys=True).encode())
+            self._granted = more
         return True
 
 
@@ -256,7 +289,8 @@ class Service(Doorway):
         self._versions = {one.offer.version: index for index, one in enumerate(published)}
         self._identity, self._key_of, self._clock = identity, key_of, clock
         self._sessions: dict[str, _Session] = {}
-        self._ended: collections.OrderedDict[str, None] = collections.OrderedDict()
+        # Of each ended session: whose it was, and the word that a late query of it gets.
+        self._ended: collections.OrderedDict[str, tuple[str, str]] = collections.OrderedDict()
         self._paces: dict[str, _Pace] = {}
         self._noise: dict[str, tuple[_Pace, int]] = {}
         self._allowances = Allowances(folder / "granted.json")
@@ -360,12 +394,13 @@ class Service(Doorway):
         line |= {"head": offer.name, "version": offer.version[:16], "session": opening.session[:8]}
         if opening.plan != offer.plan:
             raise Refused(409, "plan")
-        if abs(opening.time - now) > SKEW_S:
+        # Whole numbers: a client's may be too large for a float.
+        if abs(opening.time - int(now)) > SKEW_S:
             raise Refused(400, "clock")
         if opening.session in self._sessions or opening.session in self._ended:
             raise Refused(409, "replayed")
         self._forget(now)
-        mine = sum(session.client == client and session.left > 0 for session in self._sessions.values())
+        mine = sum(session.client == client for session in self._sessions.values())
         if mine >= _OPEN_SESSIONS or len(self._sessions) >= _ALL_SESSIONS:
             raise Refused(429, "sessions")
         if opening.queries > terms.queries:
@@ -380,10 +415,13 @@ class Service(Doorway):
         return tell_opened(body, opening.queries, until, self._identity)
 
     def _forget(self, now: float) -> None:
-        """Forgets sessions that have ended, but for their names: none comes back while clocks may err."""
-        for name in [name for name, session in self._sessions.items() if session.until <= now]:
-            del self._sessions[name]
-            self._ended[name] = None
+        """Forgets sessions that have ended, by time or by count, but for their names: none comes back while clocks err.
+
+        A session without queries left takes no room: who opens and uses up many of them keeps nobody else out.
+        """
+        for name in [name for name, session in self._sessions.items() if session.until <= now or not session.left]:
+            session = self._sessions.pop(name)
+            self._ended[name] = (session.client, "ended" if session.until <= now else "used up")
         while len(self._ended) > 16 * _ALL_SESSIONS:
             self._ended.popitem(last=False)
 
@@ -398,6 +436,9 @@ class Service(Doorway):
         session = self._sessions.get(name)
         # Another client's session is an unknown one: whether it exists is nobody else's business.
         if session is None or session.client != client:
+            owner, word = self._ended.get(name, ("", ""))
+            if owner == client:
+                raise Refused(403 if word == "ended" else 429, word)
             raise Refused(404, "session")
         offer = self._offers[session.head]
         line |= {"head": offer.name, "version": offer.version[:16]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ from privacy.asking import (
     OPEN,
     QUERY_OVERHEAD,
     REMEDIES,
+    SKEW_S,
     Offer,
     Opening,
     Query,
@@ -324,6 +327,7 @@ def test_the_same_opening_opens_once(stage: Staged):
     for changed, sentence in (
         ({}, "replayed"),
         ({"session": os.urandom(16).hex(), "time": 1}, "clock"),
+        ({"session": os.urandom(16).hex(), "time": int(time.time()) + SKEW_S + 60}, "clock"),
         ({"session": os.urandom(16).hex(), "plan": "0" * 64}, "plan"),
         ({"session": os.urandom(16).hex(), "head": "0" * 64}, "head"),
         ({"session": os.urandom(16).hex(), "queries": 10_000}, "syntax"),
@@ -331,6 +335,17 @@ def test_the_same_opening_opens_once(stage: Staged):
         with pytest.raises(TacitError) as told:
             way.post(OPEN, dataclasses.replace(opening, **changed).to_bytes(client.identity()), 4096)  # type: ignore[arg-type]
         assert str(told.value) == REMEDIES[sentence]
+
+
+def test_an_opening_at_a_time_no_float_can_hold_is_refused_by_a_word(stage: Staged, monkeypatch: pytest.MonkeyPatch):
+    offer = stage.way().heads()[0]
+    opening = Opening(
+        head=offer.version, plan=offer.plan, session=os.urandom(16).hex(), key="0" * 64, queries=1, time=10**400
+    )
+    # Whatever the parser lets through.
+    monkeypatch.setattr(server.inference.Opening, "read", lambda *_: opening)
+    with pytest.raises(Refused, match="clock"):
+        stage.do(stage.service.reply("clinic-a", OPEN, b"x"))
 
 
 # How much may be asked.
@@ -359,6 +374,47 @@ def test_a_session_ends_by_count_and_by_time(world: World, tmp_path: Path):
         other = on.asker()
         clock.now += 61
         assert word_of(on, other, sealed(other)) == "ended"
+
+
+def test_one_client_cannot_take_the_room_of_all_sessions(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server.inference, "_OPEN_SESSIONS", 2)
+    monkeypatch.setattr(server.inference, "_ALL_SESSIONS", 3)
+    with staged(world, tmp_path) as on:
+        # More sessions than there is room for, each used up at once: none of them is in anybody's way.
+        for _ in range(5):
+            used = on.asker(0, queries=1)
+            used.ask(RECORDS[:1])
+        assert on.asker(1).ask(RECORDS[:1]).name
+        assert len(on.service._sessions) <= 2
+        # A late query still gets its own word, and no other client learns of the session.
+        used.left, used._key = 1, on.asker(1)._key
+        query = sealed(used)
+        assert word_of(on, used, query) == "used up"
+        assert word_of(on, on.asker(0), query) == "used up"
+        on.service._forget(time.time())
+        assert word_of(on, dataclasses.replace(_Pair(used, on.way(1))), query) == "session"  # type: ignore[arg-type]
+
+
+def test_names_of_ended_sessions_are_kept_and_bounded(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server.inference, "_ALL_SESSIONS", 1)
+    with staged(world, tmp_path) as on:
+        for _ in range(20):
+            on.asker(0, queries=1).ask(RECORDS[:1])
+        on.service._forget(time.time())
+        assert (len(on.service._sessions), len(on.service._ended)) == (0, 16)
+
+
+def test_a_client_keeps_within_its_share_of_open_sessions(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(server.inference, "_OPEN_SESSIONS", 2)
+    monkeypatch.setattr(server.inference, "_ALL_SESSIONS", 3)
+    with staged(world, tmp_path) as on:
+        on.asker(0)
+        on.asker(0)
+        with pytest.raises(TacitError, match="few open sessions"):
+            on.asker(0)
+        assert on.asker(1).ask(RECORDS[:1]).name
 
 
 def test_a_client_that_asks_too_often_is_told_and_others_go_on(world: World, tmp_path: Path):
@@ -418,6 +474,37 @@ def test_a_query_that_cannot_be_logged_is_not_answered(world: World, tmp_path: P
         assert word_of(on, asker, sealed(asker)) == ""
 
 
+def test_two_services_on_one_folder_share_what_is_left(tmp_path: Path):
+    path = tmp_path / "granted.json"
+    one, other = Allowances(path), Allowances(path)
+    assert one.grant("a", "h", 6, 10)
+    assert not other.grant("a", "h", 6, 10)
+    assert other.grant("a", "h", 4, 10)
+    assert other.grant("b", "h", 1, 10)
+    assert not one.grant("a", "h", 1, 10)
+    assert one.grant("b", "h", 9, 10)
+    assert json.loads(path.read_bytes()) == {"a": {"h": 10}, "b": {"h": 10}}
+    # A file that is lost while a service runs grants nothing anew.
+    path.unlink()
+    assert not one.grant("a", "h", 1, 10)
+
+
+def test_grants_of_many_services_at_a_time_are_never_more_than_the_allowance(tmp_path: Path):
+    path = tmp_path / "granted.json"
+    kept = [Allowances(path) for _ in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        granted = list(pool.map(lambda index: kept[index % 4].grant("a", "h", 1, 30), range(80)))
+    assert sum(granted) == json.loads(path.read_bytes())["a"]["h"] == 30
+
+
+def test_a_clock_that_is_set_back_locks_nobody_out():
+    pace = server.inference._Pace()
+    assert pace.admits(2.0, 1e9)
+    assert pace.admits(2.0, 1e9 - 86_400)
+    assert [pace.admits(2.0, 1e9 - 86_400) for _ in range(3)] == [True, True, False]
+    assert pace.admits(2.0, 1e9 - 86_399)
+
+
 # The evaluator.
 
 
@@ -472,6 +559,28 @@ def test_an_evaluator_that_hangs_is_ended(world: World):
             await asyncio.sleep(0.05)
         assert evaluator.pid != first
         assert await evaluator.evaluate(0, b"x" * 100) is None
+        await evaluator.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_evaluator_that_claims_a_longer_answer_than_there_is_is_ended_unread(world: World):
+    async def scenario() -> None:
+        evaluator = Evaluator([world.published.loaded], patience_s=5)
+        await evaluator.start()
+        first = evaluator.pid
+        most = world.published.offer.answer_bytes
+        assert await evaluator.evaluate(0, b"x") is None
+        process = evaluator._process
+        assert process is not None
+        assert process.stdout is not None
+        # As a process that was taken over would answer: a length, and then as many bytes as the reader takes.
+        process.stdout.feed_data(struct.pack(">IBI", most + 1, 0, 0) + bytes(most + 1))
+        with pytest.raises(RunError, match="got its end"):
+            await evaluator.evaluate(0, b"x")
+        while not evaluator.ready:
+            await asyncio.sleep(0.05)
+        assert evaluator.pid != first
         await evaluator.close()
 
     asyncio.run(scenario())

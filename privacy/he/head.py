@@ -24,7 +24,7 @@ from privacy.he.bulk import BulkEvaluator
 from privacy.he.description import HeadDescription, checked
 from privacy.he.parameters import Parameters
 from privacy.he.plain import PlainEvaluator
-from privacy.he.planner import MASK_BITS, HeadPlan, Packing, Scheme, Wire
+from privacy.he.planner import FILLED, MASK_BITS, HeadPlan, Packing, Scheme, Wire
 from privacy.he.ring import Floats, Integers, join, limbs_for, ring, split
 from privacy.he.stream import LARGEST_ERROR
 from privacy.he.wire import pack, read_samples, switch, times
@@ -102,7 +102,7 @@ class EncryptedHead:
         if plan.scheme is Scheme.FLOAT:
             sums = np.abs(matrix).sum(1) * plan.largest_feature
             shifts = np.abs(centred) * trial.feature_scale
-            scale = min(scale, 0.9 * plan.modulus_room() / float((sums + shifts).max()))
+            scale = min(scale, FILLED * plan.modulus_room() / float((sums + shifts).max()))
             trial = HeadDescription(plan=plan, low=low, high=high, weight_scale=scale)
         integers = np.rint(matrix * scale).astype(np.int64)
         whole = tuple(round(value * trial.feature_scale * scale) for value in centred)
@@ -137,8 +137,9 @@ def _check(plan: HeadPlan, weights: Integers, bias: tuple[int, ...]) -> bool | N
     Raises:
         PlanError: A logit could leave the plaintext's range, or decryption could fail.
     """
-    reach = np.abs(weights).sum(1) * plan.largest_feature
-    largest = max(int(total) + abs(offset) for total, offset in zip(reach, bias, strict=True))
+    # Sums of up to 2**14 weights below 2**29 fit 64 bits; their product with a feature need not, so it is Python's.
+    reach = np.abs(weights).sum(1).tolist()
+    largest = max(total * plan.largest_feature + abs(offset) for total, offset in zip(reach, bias, strict=True))
     absolute, norm = output_norms(plan, weights)
     if plan.scheme is Scheme.FLOAT:
         noise = plan.noise(absolute, norm, certain=True) * plan.parameters.modulus / 2.0**plan.answer_bits

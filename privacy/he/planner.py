@@ -59,6 +59,8 @@ _ERROR: Final = stream.LARGEST_ERROR
 _ERROR_VARIANCE: Final = 10.5
 # What floods an answer's noise is so many bits wider than it: at most 2**-48 of a bias for each logit.
 FLOOD_BITS: Final = 48
+# How much of the room for integer logits a head in FLOAT takes, bias included, when it is loaded.
+FILLED: Final = 0.9
 # Width of what an encryption of zero is multiplied by to hide weights; see `head`.
 MASK_BITS: Final = 16
 _MOST_HIDDEN_ROWS: Final = 64
@@ -101,7 +103,8 @@ class Prediction:
         query_bytes: Bytes up, exact.
         answer_bytes: Bytes down, exact.
         error: Largest error of a logit, in units of (largest weight x half the features' range): quantisation, and in
-            FLOAT also noise for the widest weights.
+            FLOAT also noise, for the widest weights and for biases (with what the range's centre adds to them) of at
+            most one such unit for each feature. Larger biases leave less room for weights in FLOAT, so more error.
         certain: Whether decryption cannot fail; else it fails with a probability of at most 2**-100. None in FLOAT.
         security_bits: Bits of security, classical.
         quantum_secure: Whether it has as many against a quantum computer.
@@ -259,7 +262,7 @@ class HeadPlan:
 
     def rounding(self) -> float:
         """Bounds what the change to the answer's modulus adds to a phase, in units of q'."""
-        # The second term is what float64 loses beside the rounding itself; see `head`.
+        # The second term is what float64 loses beside the rounding itself; see `wire.switch`.
         return (self.parameters.ring + 1) * (0.5 + 2.0 ** (self.answer_bits - 51))
 
     def flood(self, absolute: float) -> int:
@@ -319,18 +322,14 @@ class HeadPlan:
             server += 5e-4 * scale * downs
         elif self.wire is Wire.SEAL:
             server, back = 2.5 * server, 4 * back
-        half = self.features * (0.5 / self.largest_feature + 0.5 / self.largest_weight)
         absolute, norm = self.widest()
-        if self.scheme is Scheme.FLOAT:
-            steps = self.modulus_room() / 2
-            half += self.noise(absolute, norm, certain=True) / (steps * 2.0**self.answer_bits / self.parameters.modulus)
         return Prediction(
             client_s=4e-4 * scale * ups + back,
             server_s=server,
             link_s=8 * (self.query_bytes + self.answer_bytes) / link_bits_per_s,
             query_bytes=self.query_bytes,
             answer_bytes=self.answer_bytes,
-            error=half,
+            error=self._error(),
             certain=None if self.scheme is Scheme.FLOAT else self.holds(absolute, norm),
             security_bits=SECURITY_BITS,
             quantum_secure=self.parameters.quantum_secure,
@@ -339,6 +338,22 @@ class HeadPlan:
     def modulus_room(self) -> float:
         """Returns how large an integer logit may be in FLOAT, so that with all noise it stays below q/2."""
         return 0.98 * self.parameters.modulus / 2
+
+    def _error(self) -> float:
+        """Bounds a logit's error, in units of (largest weight x half the features' range); see `Prediction`."""
+        widest, noise = float(self.largest_weight), 0.0
+        if self.scheme is Scheme.FLOAT:
+            # What `EncryptedHead.load` does: where logits and biases would not fit the modulus, weights get fewer
+            # steps. Narrower weights than the widest get more of them, and every term below only falls.
+            widest = min(widest, FILLED * self.modulus_room() / (2 * self.features * self.largest_feature))
+            # The bits of a flood are whole, so it may be twice as wide for weights that are a little wider.
+            absolute = widest * self.features * self.rows * (1 + self.hide_weights)
+            noise = self.noise(absolute, absolute, certain=True) * self.parameters.modulus / 2.0**self.answer_bits
+        # A feature's rounding meets a weight, a weight's a feature, the bias' and the noise neither.
+        error = self.features * (0.5 / self.largest_feature + 0.5 / widest)
+        error += (noise + 0.5) / (self.largest_feature * widest)
+        # Float64 rounds scales, sums and the result: far less than the slack.
+        return error * (1 + 2.0**-16)
 
     # Bytes.
 

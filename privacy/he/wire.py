@@ -90,8 +90,9 @@ def switch(values: Integers, parameters: Parameters, bits: int) -> Integers:
     """
     primes = parameters.primes
     if len(primes) == 1:
-        # No reduction is needed: a multiple of q becomes a multiple of the new modulus.
-        scaled = values[0].astype(np.float64)
+        # Reduced first: then a residue is below 2**53, so exact in float64, and two roundings of a number below the new
+        # modulus are all there are. A product several times as large as q would lose several times as much.
+        scaled = (values[0] % np.int64(primes[0])).astype(np.float64)
         scaled *= 2.0**bits / primes[0]
     else:
         # The Chinese remainder, as a sum of fractions: value / q = sum of (value (q/p)**-1 mod p) / p, modulo 1.
