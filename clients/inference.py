@@ -18,6 +18,7 @@ import dataclasses
 import http.client
 import json
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -61,6 +62,7 @@ from privacy.vault import Safe
 
 _VERSION: Final = 1
 _WAIT_S: Final = 30.0
+_LENGTH: Final = re.compile(r"[0-9]{1,10}")
 # The service stands this many ports above the gateway, unless told otherwise.
 PORT_OFFSET: Final = 2
 
@@ -113,10 +115,13 @@ class Service:
             self._link.request("POST", path.decode(), body, {"Content-Type": CONTENT.decode()})
             answer = self._link.getresponse()
             length = answer.headers.get("content-length", "")
-            # Nothing is read that was not announced, and nothing that is larger than it may be.
-            if not length.isascii() or not length.isdecimal() or int(length) > most:
+            # Nothing is read that was not announced, and nothing that is larger than it may be. A transfer encoding
+            # would stand above the announced length.
+            if "transfer-encoding" in answer.headers or not _LENGTH.fullmatch(length) or int(length) > most:
                 raise http.client.HTTPException("an answer of a size that cannot be")
-            data = answer.read()
+            data = answer.read(most + 1)
+            if len(data) != int(length):
+                raise http.client.HTTPException("an answer that ended early")
         except ssl.SSLCertVerificationError as error:
             self._link.close()
             raise IdentityError(

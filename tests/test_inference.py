@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import http.client
 import json
 import os
 import random
@@ -12,6 +14,7 @@ import shutil
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +26,7 @@ import torch
 
 import server.inference
 from clients.data import load_source
-from clients.inference import Asker, Reply, load, save
+from clients.inference import Asker, Reply, Service, load, save
 from models.catalog import TASKS
 from privacy.asking import (
     ANSWER_OVERHEAD,
@@ -37,6 +40,7 @@ from privacy.asking import (
     Query,
     tell_answer,
 )
+from privacy.enrolment import Address
 from privacy.errors import (
     DataError,
     HeadError,
@@ -663,6 +667,46 @@ def test_only_the_federations_server_is_believed(stage: Staged):
     forged = tell_answer(query, asker.session, asker.number, answer[64:-64], Secret(bytes(32)).identity("server"))
     with pytest.raises(SealError):
         asker.open(query, forged)
+
+
+def _answered(head: str, body: bytes, most: int = 100) -> bytes:
+    """Returns what a client takes of an answer that a server writes as it likes, in clear."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def answer() -> None:
+            with listener.accept()[0] as link:
+                link.recv(4096)
+                # The client may hang up in the middle.
+                with contextlib.suppress(OSError):
+                    link.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + body)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        way = Service.__new__(Service)
+        way.address, way.server = Address("127.0.0.1", port), ""
+        way._link = http.client.HTTPConnection("127.0.0.1", port, timeout=10)  # type: ignore[assignment]
+        try:
+            return way.post(ASK, b"", most)
+        finally:
+            way.close()
+            thread.join(10)
+
+
+def test_an_answer_is_read_up_to_its_bound_whatever_it_announces():
+    assert _answered("content-length: 100", bytes(100)) == bytes(100)
+    chunk = f"{1 << 20:x}\r\n".encode() + bytes(1 << 20) + b"\r\n"
+    for head, body in (
+        ("content-length: 5\r\ntransfer-encoding: chunked", chunk * 4 + b"0\r\n\r\n"),
+        ("transfer-encoding: chunked", chunk + b"0\r\n\r\n"),
+        ("content-length: " + "9" * 5000, b""),
+        ("content-length: 101", bytes(101)),
+        ("content-length: 50", bytes(49)),
+        ("content-length: -1", b""),
+        ("x: y", bytes(10)),
+    ):
+        with pytest.raises(RunError, match="inference service"):
+            _answered(head, body)
 
 
 def test_a_head_of_a_task_that_nobody_here_named_is_not_imported(stage: Staged, tmp_path: Path):
