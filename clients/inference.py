@@ -52,9 +52,9 @@ from privacy.asking import (
     refusal_of,
 )
 from privacy.enrolment import Address
-from privacy.errors import DataError, IdentityError, LedgerError, PlanError, RunError
+from privacy.errors import DataError, HeadError, IdentityError, LedgerError, PlanError, RunError, TacitError
 from privacy.files import write_whole
-from privacy.he import HeadDescription, QueryKey
+from privacy.he import HeadDescription, QueryKey, Scheme, Wire, stream
 from privacy.hop import REFUSAL, present, trust
 from privacy.identity import Identity, Secret
 from privacy.plan import canonical
@@ -63,6 +63,12 @@ from privacy.vault import Safe
 _VERSION: Final = 1
 _WAIT_S: Final = 30.0
 _LENGTH: Final = re.compile(r"[0-9]{1,10}")
+# The most that a key serves unless its owner wants more, whatever the service allows.
+MOST_QUERIES: Final = 10_000
+MOST_LIFE_S: Final = 86_400
+# No honest head comes near: 16,384 features take half a megabyte, 1,000 classes of so many 25 MB.
+_MOST_QUERY_BYTES: Final = 4 << 20
+_MOST_ANSWER_BYTES: Final = 64 << 20
 # The service stands this many ports above the gateway, unless told otherwise.
 PORT_OFFSET: Final = 2
 
@@ -174,14 +180,20 @@ def backbone_of(offer: Offer, tasks: Collection[str] = ()) -> Split:
     try:
         task = find_task(offer.task)
         parts = split(task.fresh(shape, offer.seed), shape, task.features)
-    except (LookupError, ValueError) as error:
-        raise PlanError(f"expected the feature map of task {offer.task!r}, got none: {error}") from None
+    except (LookupError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        # PyTorch's word for shapes that do not fit, or do not fit in memory, is RuntimeError.
+        raise PlanError(f"expected the feature map of task {offer.task!r}, got none: {_shown(error)}") from None
     if parts.digest != offer.features:
         raise PlanError(
             f"expected the published feature map of task {offer.task!r} ({offer.features[:16]}...), got another one "
             f"here ({parts.digest[:16]}...); install the server's version of Tacit and of the task"
         )
     return parts
+
+
+def _shown(error: BaseException) -> str:
+    """Returns the first line of an error's text, cut: it may be many lines of a library's, of sizes that came in."""
+    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,6 +257,7 @@ class Asker:
         head: str = "",
         *,
         queries: int = 0,
+        life_s: int = 0,
         tasks: Collection[str] = (),
         keep: Callable[[Asker], None] = lambda asker: None,
     ) -> Self:
@@ -254,7 +267,9 @@ class Asker:
             service: Where.
             identity: Of the client application, whose public key the server knows since enrolment.
             head: Name of the head; may be left out where there is one only.
-            queries: How many will be asked; the most that the service allows where it is 0.
+            queries: How many will be asked, if the service allows so many; where it is 0, what the service allows, at
+                most `MOST_QUERIES`: how long a key serves is this side's to say, as whoever evaluates gains by it.
+            life_s: For how many seconds, in the same way; where it is 0, at most `MOST_LIFE_S`.
             tasks: As for `backbone_of`.
             keep: As for `Asker`.
 
@@ -270,8 +285,8 @@ class Asker:
         offer = offers[head]
         # Before the session: what cannot be asked should cost no allowance.
         width = backbone_of(offer, tasks).weights.shape[1]
-        wanted = min(queries or offer.queries, offer.queries)
-        key, seed, session = _fresh_key(offer, width, wanted), os.urandom(32), os.urandom(SESSION_BYTES)
+        wanted, life = min(queries or MOST_QUERIES, offer.queries), min(life_s or MOST_LIFE_S, offer.session_s)
+        key, seed, session = _fresh_key(offer, width, wanted, life), os.urandom(32), os.urandom(SESSION_BYTES)
         opening = Opening(
             head=offer.version,
             plan=offer.plan,
@@ -281,7 +296,13 @@ class Asker:
             time=int(time.time()),
         ).to_bytes(identity)
         left, until = read_opened(service.post(OPEN, opening, MOST_OPENING), opening, service.server)
+        left, until = min(left, wanted), min(until, int(key.expires))
         return cls(service, offer, key, seed, session, left=left, until=until, tasks=tasks, keep=keep)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether answers decrypt to approximate numbers: who sees these can solve for the key (Li & Micciancio)."""
+        return self._key.public.plan.scheme is Scheme.FLOAT
 
     def features(self, records: Tensor) -> NDArray[np.float64]:
         """Returns the features of records: ``(n, *inputs)`` to ``(n, d)``, with the shared frozen map."""
@@ -350,11 +371,22 @@ class Asker:
         return query, self.service.post(ASK, query, self.offer.answer_bytes + ANSWER_OVERHEAD)
 
     def open(self, query: bytes, answer: bytes) -> Reply:
-        """Checks and decrypts an answer. Whatever comes of it, nothing is sent."""
-        logits = np.asarray(
-            self._key.decrypt(read_answer(answer, query, self.offer.answer_bytes, self.service.server)),
-            dtype=np.float64,
-        ).reshape(-1)
+        """Checks and decrypts an answer. Whatever comes of it, nothing is sent.
+
+        Raises:
+            SealError: It is not signed by the server for this query.
+            HeadError: It is signed, and no answer of this head.
+        """
+        content = read_answer(answer, query, self.offer.answer_bytes, self.service.server)
+        try:
+            logits = np.asarray(self._key.decrypt(content), dtype=np.float64).reshape(-1)
+        except TacitError:
+            raise
+        except (ValueError, TypeError, RuntimeError):
+            # SEAL's own streams alone: a ciphertext of another form, such as one in its transformed domain.
+            raise HeadError(
+                "expected an answer of this head's plan, got another ciphertext; do not ask again"
+            ) from None
         label = int(logits.argmax())
         return Reply(label, self.offer.classes[label], logits)
 
@@ -378,15 +410,28 @@ class Asker:
         )
 
 
-def _fresh_key(offer: Offer, width: int, queries: int) -> QueryKey:
+def _fresh_key(offer: Offer, width: int, queries: int, life_s: int) -> QueryKey:
     """Makes the keys of a session; what the server says of its plan is checked, not believed.
 
+    Args:
+        offer: The head.
+        width: Its features, counted here.
+        queries: How many the key will encrypt.
+        life_s: For how many seconds.
+
     Raises:
-        PlanError: The plan's parameters are below 128 bits of security, or the description contradicts the offer.
+        PlanError: The plan's parameters are below 128 bits of security, its messages are larger than any honest head's,
+            it asks for SEAL's own streams where nobody needs them, or the description contradicts the offer.
+        HeadError: More queries or seconds are asked for than a key may serve, or SEAL cannot make such a key.
     """
     description = HeadDescription.from_bytes(offer.description)
     plan = description.plan
     most = offer.feature_range
+    if plan.query_bytes > _MOST_QUERY_BYTES or plan.answer_bytes > _MOST_ANSWER_BYTES:
+        raise PlanError(
+            f"expected queries of at most {_MOST_QUERY_BYTES:,} bytes and answers of at most {_MOST_ANSWER_BYTES:,}, "
+            f"got a plan with {plan.query_bytes:,} and {plan.answer_bytes:,}; tell the operator"
+        )
     described = (plan.digest, plan.query_bytes, plan.answer_bytes, description.low, description.high)
     shaped = (plan.features, plan.classes, plan.batch)
     if described != (offer.plan, offer.query_bytes, offer.answer_bytes, -most, most) or shaped != (
@@ -395,7 +440,20 @@ def _fresh_key(offer: Offer, width: int, queries: int) -> QueryKey:
         1,
     ):
         raise PlanError("expected a description that fits its offer, got another; tell the operator")
-    return QueryKey.fresh(description, queries=queries, session_s=float(offer.session_s))
+    # SEAL's parser is the largest piece of code that a server's bytes could reach.
+    if plan.wire is Wire.SEAL and stream.sound():
+        raise PlanError(
+            "expected a plan in the packed layout, which works here, got one that asks for SEAL's own streams; tell "
+            "the operator to publish the head again"
+        )
+    try:
+        return QueryKey.fresh(description, queries=queries, session_s=float(life_s))
+    except TacitError:
+        raise
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise HeadError(
+            f"expected a plan that SEAL can make keys for, got: {_shown(error)}; tell the operator"
+        ) from None
 
 
 def save(asker: Asker, path: Path, secret: Secret) -> None:

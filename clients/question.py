@@ -91,11 +91,7 @@ def read_record(
     elif kind == "image" and path.suffix.lower() in IMAGES:
         record = _image(path, inputs, prepare)
     elif kind == "table" and path.suffix.lower() in TABLES:
-        try:
-            record = _row(path, row, prepare)
-        except DataError as error:
-            # The sentence quotes the published schema: a server's text, and a terminal obeys escape sequences.
-            raise DataError("".join(c if c.isprintable() else "?" for c in str(error))) from None
+        record = _row(path, row, prepare)
     else:
         wanted = {"image": "an image (PNG or JPEG)", "table": "FILE.csv:ROW or FILE.parquet:ROW"}.get(str(kind), "")
         raise DataError(f"expected {wanted + ' or ' if wanted else ''}an array (.npy), got {place!r}; give such a file")

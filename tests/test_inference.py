@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tenseal.sealapi as seal
 import torch
 
 import server.inference
 from clients.data import load_source
-from clients.inference import Asker, Reply, Service, load, save
+from clients.inference import Asker, Reply, Service, backbone_of, load, save
 from models.catalog import TASKS
+from models.head import Split
 from privacy.asking import (
     ANSWER_OVERHEAD,
     ASK,
@@ -52,6 +54,8 @@ from privacy.errors import (
     TacitError,
     VaultError,
 )
+from privacy.he import EncryptedHead, HeadDescription, Parameters, QueryKey, Wire, plan_head, stream
+from privacy.he.plain import filled
 from privacy.hop import Refused
 from privacy.identity import Secret
 from privacy.plan import canonical
@@ -1020,6 +1024,83 @@ def test_a_client_is_not_talked_into_weaker_parameters(stage: Staged, monkeypatc
     begun(offered(feature_range=honest.feature_range / 2))
     begun(offered(query_bytes=honest.query_bytes + 1))
     begun(offered(inputs=(1, 8, 7)))
+    # Where the packed layout works, nobody needs the parser of SEAL's own streams; and no honest query is so large.
+    parts = stage.world.published.split
+    begun(_planned(honest, parts, wire=Wire.SEAL))
+    small = HeadDescription.from_bytes(honest.description)
+    wide = dataclasses.replace(small.plan, parameters=Parameters.widest(32768, 1, 28), block=1)
+    assert wide.query_bytes > 4 << 20
+    huge = _with_description(honest, dataclasses.replace(small, plan=wide))
+    begun(huge)
+
+
+def _with_description(offer: Offer, description: HeadDescription) -> Offer:
+    plan = description.plan
+    return dataclasses.replace(
+        offer,
+        description=description.to_bytes(),
+        plan=plan.digest,
+        query_bytes=plan.query_bytes,
+        answer_bytes=plan.answer_bytes,
+    )
+
+
+def _planned(offer: Offer, parts: Split, **wanted: Any) -> Offer:
+    """Returns the offer of the same head under another plan."""
+    plan = plan_head(features=parts.weights.shape[1], classes=len(parts.weights), **wanted)
+    bound = offer.feature_range
+    head = EncryptedHead.load(plan, parts.weights.tolist(), parts.bias.tolist(), (-bound, bound))
+    return _with_description(offer, head.public)
+
+
+def test_how_long_a_key_serves_is_the_clients_to_say(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    generous = with_terms(world.published, queries=500_000, session_s=30 * 86400)
+    with staged(world, tmp_path, [generous]) as on:
+        identity = world.clients[0].identity()
+        asker = Asker.begin(on.way(), identity)
+        assert (asker.left, asker._key.remaining) == (10_000, 10_000)
+        assert asker._key.expires <= time.time() + 86_400
+        assert asker.until <= time.time() + 86_400
+        longer = Asker.begin(on.way(), identity, queries=20_000, life_s=2 * 86400)
+        assert (longer.left, longer._key.remaining) == (20_000, 20_000)
+        assert time.time() + 86_400 < longer.until <= time.time() + 2 * 86_400
+        # A session that is longer than was asked for is not.
+        monkeypatch.setattr("clients.inference.read_opened", lambda *_: (1 << 20, 1 << 40))
+        asker = Asker.begin(on.way(), identity, queries=5, life_s=60)
+        assert asker.left == 5
+        assert asker.until <= time.time() + 60
+
+
+def test_whatever_seal_says_of_an_answer_is_one_of_our_errors(world: World):
+    offer = _planned(world.published.offer, world.published.split, wire=Wire.SEAL)
+    description = HeadDescription.from_bytes(offer.description)
+    plan, of = description.plan, stream.context(description.plan.parameters)
+    key = seal.KeyGenerator(of).secret_key()
+    transformed = seal.Ciphertext()
+    seal.Encryptor(of, key).encrypt_symmetric(seal.Plaintext("1"), transformed)
+    seal.Evaluator(of).transform_to_ntt_inplace(transformed)
+    assert transformed.is_ntt_form()
+    slot = (plan.answer_bytes - len(description.mark)) // plan.outputs
+    answer = description.mark + filled(stream.dumps(transformed), slot) * plan.outputs
+    hostile = Hostile(offer, lambda _: answer, Secret(bytes([7] * 32)).identity("server"))
+    asker = Asker(
+        hostile,
+        offer,
+        QueryKey.fresh(description),
+        bytes(32),
+        bytes(16),
+        left=9,
+        until=1 << 40,  # type: ignore[arg-type]
+    )
+    with pytest.raises(HeadError, match="another ciphertext"):
+        asker.ask_features(np.zeros((1, plan.features)))
+
+
+def test_a_feature_map_that_pytorch_cannot_build_is_refused_with_a_sentence(stage: Staged):
+    # Its convolutions leave nothing of so small a record.
+    offer = dataclasses.replace(stage.world.published.offer, task="mnist-cnn", inputs=(1, 1, 1))
+    with pytest.raises(PlanError, match="feature map of task"):
+        backbone_of(offer)
 
 
 def test_a_deployed_run_is_published_by_its_own_server_alone(world: World, tmp_path: Path):

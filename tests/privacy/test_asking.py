@@ -164,7 +164,14 @@ def test_an_opening_is_the_clients_own():
     assert Opening.read(data, CLIENT.public_key) == OPENING
     with pytest.raises(SealError):
         Opening.read(data, SERVER.public_key)
-    for change in ({"queries": 0}, {"queries": 2.5}, {"key": "x"}, {"session": "E" * 32}, {"time": 10**400}, {"time": -1}):
+    for change in (
+        {"queries": 0},
+        {"queries": 2.5},
+        {"key": "x"},
+        {"session": "E" * 32},
+        {"time": 10**400},
+        {"time": -1},
+    ):
         with pytest.raises(SealError):
             Opening.read(dataclasses.replace(OPENING, **change).to_bytes(CLIENT), CLIENT.public_key)  # type: ignore[arg-type]
 
