@@ -2654,7 +2654,7 @@ def _infer_page(kinds: Any) -> None:
     serve.add_argument(
         "--hide-weights",
         action="store_true",
-        help="answers tell what logits tell: the head from d + 1 honest queries, or fewer chosen ones; larger and slower",
+        help="answers tell what logits tell (d + 1 honest ones, or fewer chosen ones, tell the head); slower",
     )
     serve.add_argument("--evaluators", type=int, default=1, help="processes that evaluate (default 1)")
     serve.add_argument(
@@ -2814,7 +2814,7 @@ def _infer_session(arguments: argparse.Namespace, named: Path | None) -> tuple[A
 def _infer_keygen(arguments: argparse.Namespace) -> int:
     from contextlib import closing
 
-    from clients.inference import Asker, Service, save
+    from clients.inference import Asker, Service, require_free, save
     from privacy.enrolment import Address
     from privacy.errors import PlanError
 
@@ -2824,6 +2824,7 @@ def _infer_keygen(arguments: argparse.Namespace) -> int:
     life_s = max(1, int(_seconds(arguments.life))) if arguments.life else 0
     if arguments.queries < 0:
         raise PlanError(f"expected a number of queries, got {arguments.queries}; give 1 or more")
+    require_free(path)
     with closing(service):
         asker = Asker.begin(
             service, home.identity(), arguments.head, queries=arguments.queries, life_s=life_s, tasks=tasks
@@ -2860,15 +2861,15 @@ def _infer_query(arguments: argparse.Namespace) -> int:
     home, path = _infer_session(arguments, arguments.session)
     if not arguments.records and not arguments.test:
         raise PlanError("expected records to ask about, got none; give files, or --test INDEX")
-    asker = load(path, home, [home.settings.task, *arguments.task])
-    offer = asker.offer
-    task = find_task(offer.task)  # One of those that `load` accepts.
-    named = [(place, read_record(place, offer.inputs, offer.prepare, task.features)) for place in arguments.records]
-    if arguments.test:
-        source = load_source(task, data=home.settings.data or None)
-        named += [(f"test {index}", public_record(source, index)) for index in arguments.test]
-    began = time.perf_counter()
-    with closing(asker.service):
+    # Nothing else uses the session until its connection was closed and its answers were decrypted, in this order.
+    with closing(load(path, home, [home.settings.task, *arguments.task])) as asker:
+        offer = asker.offer
+        task = find_task(offer.task)  # One of those that `load` accepts.
+        named = [(place, read_record(place, offer.inputs, offer.prepare, task.features)) for place in arguments.records]
+        if arguments.test:
+            source = load_source(task, data=home.settings.data or None)
+            named += [(f"test {index}", public_record(source, index)) for index in arguments.test]
+        began = time.perf_counter()
         replies = asker.ask_many(torch.cat([record for _, record in named]))
     seconds = time.perf_counter() - began
     if arguments.json:

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import fcntl
 import http.client
 import json
 import os
 import re
 import ssl
 import time
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
@@ -244,6 +246,8 @@ class Asker:
         self.service, self.offer, self.left, self.until = service, offer, left, until
         self.number, self.session = number, session
         self.keep = keep
+        # Lets go of the session's file; see `load`.
+        self.held: weakref.finalize[..., Asker] | None = None
         self._key, self._seed = key, seed
         self._identity = Secret(seed).identity("session")
         self._head, self._plan = bytes.fromhex(offer.version), bytes.fromhex(offer.plan)
@@ -323,7 +327,7 @@ class Asker:
         return self.ask_features(self.features(records))
 
     def ask_features(self, features: NDArray[np.float64]) -> list[Reply]:
-        """Asks about features, all queries first; then decrypts all answers.
+        """Asks about features, all queries first; then closes the connection, and then decrypts all answers.
 
         Args:
             features: Shape ``(n, d)``; finite, none larger than the head's range in absolute value.
@@ -340,7 +344,11 @@ class Asker:
                 f"expected {len(features)} queries left in a session that is still good, got {self.left}; begin "
                 "another one (tacit infer keygen)"
             )
-        answers = [self.exchange(self.seal(row)) for row in features]
+        try:
+            answers = [self.exchange(self.seal(row)) for row in features]
+        finally:
+            # Before anything is decrypted: when a connection ends, or that it ends, can be seen as well.
+            self.service.close()
         return [self.open(*pair) for pair in answers]
 
     def require_features(self, features: NDArray[np.float64]) -> None:
@@ -391,6 +399,12 @@ class Asker:
         return Reply(label, self.offer.classes[label], logits)
 
     # At rest.
+
+    def close(self) -> None:
+        """Closes the connection, and lets others use the session's file where there is one."""
+        self.service.close()
+        if self.held is not None:
+            self.held()
 
     def to_bytes(self) -> bytes:
         """Returns the session with its secret keys; only a `Safe` should see this."""
@@ -456,23 +470,83 @@ def _fresh_key(offer: Offer, width: int, queries: int, life_s: int) -> QueryKey:
         ) from None
 
 
-def save(asker: Asker, path: Path, secret: Secret) -> None:
-    """Writes a session to a file that only this client's secret opens, 0600, whole or not at all.
+def _hold(path: Path) -> int:
+    """Takes the lock of a session: a file beside it, as the session's own is replaced at every query.
+
+    Two processes with one session would each count down from the same number, and one key would serve more queries
+    than it may (guarantee G25).
+
+    Returns:
+        The descriptor whose closing ends the lock.
 
     Raises:
-        RunError: The disk is full.
+        RunError: Another process holds it, or it cannot be made.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise RunError(f"expected to lock the session {path}, got: {error.strerror}; choose another place") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RunError(
+            f"expected a session that nobody uses at {path}, got one in use; wait until that has ended, or make "
+            "another one (tacit infer keygen --out)"
+        ) from None
+    return descriptor
+
+
+def require_free(path: Path) -> None:
+    """Refuses a place whose session is in use, before another one is opened for it; raises RunError."""
+    os.close(_hold(path))
+
+
+def save(asker: Asker, path: Path, secret: Secret) -> None:
+    """Writes a new session to a file that only this client's secret opens, 0600, whole or not at all.
+
+    Raises:
+        RunError: The disk is full, or the session that is there is in use.
+    """
+    held = _hold(path)
+    try:
+        _write(asker, path, secret)
+    finally:
+        os.close(held)
+
+
+def _write(asker: Asker, path: Path, secret: Secret) -> None:
     write_whole(path, Safe(secret, "inference session").seal(path.name, asker.to_bytes()))
 
 
 def load(path: Path, home: ClientHome, tasks: Sequence[str] = ()) -> Asker:
     """Reads a session; every query is noted in the file before it is sent. One that has ended is deleted.
 
+    It is this process's alone until `Asker.close`, or until nobody has the asker any more.
+
     Raises:
-        RunError: There is none, or it has ended.
+        RunError: There is none, it has ended, or somebody else uses it.
         LedgerError: The file is not as this client wrote it.
     """
+    held = _hold(path) if path.exists() else os.open(os.devnull, os.O_RDONLY)
+    try:
+        asker = _loaded(path, home, tasks)
+    except BaseException:
+        os.close(held)
+        raise
+    asker.held = weakref.finalize(asker, os.close, held)
+    return asker
+
+
+def _loaded(path: Path, home: ClientHome, tasks: Sequence[str]) -> Asker:
     secret = home.secret()
+
+    def keep(asker: Asker) -> None:
+        if asker.held is None or not asker.held.alive:
+            raise RunError("expected a session that is in use here, got one that was closed; load it again")
+        _write(asker, path, secret)
+
     try:
         sealed = path.read_bytes()
     except OSError as error:
@@ -498,5 +572,5 @@ def load(path: Path, home: ClientHome, tasks: Sequence[str] = ()) -> Asker:
         until=fields["until"],
         number=fields["number"],
         tasks=tasks,
-        keep=lambda asker: save(asker, path, secret),
+        keep=keep,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import http.client
 import json
 import os
@@ -731,11 +732,11 @@ def test_a_session_at_rest_is_sealed_and_private_and_counts_before_it_sends(stag
     assert asker.ask(RECORDS[:1]).name
     # The process ends between noting a query and sending it: it is lost, and its number is not used again.
     asker.seal(asker.features(RECORDS[:1])[0])
+    asker.close()
     again = load(path, home)
     assert (again.left, again.number) == (1, 2)
     assert again.ask(RECORDS[:1]).name
-    for one in (asker, again):
-        one.service.close()
+    again.close()
     with pytest.raises(RunError, match="ended"):
         load(path, home)
     assert not path.exists()
@@ -745,6 +746,40 @@ def test_a_session_at_rest_is_sealed_and_private_and_counts_before_it_sends(stag
     path.chmod(0o644)
     with pytest.raises(LedgerError, match="0600"):
         load(path, home)
+
+
+def _asked_by_two(stage: Staged, path: Path) -> None:
+    """Two processes open one session at a time: one lock for each, as for any two descriptors."""
+    home = stage.world.clients[0]
+    save(stage.asker(queries=3), path, home.secret())
+    first = load(path, home)
+    with pytest.raises(RunError, match="in use"):
+        load(path, home)
+    with pytest.raises(RunError, match="in use"):
+        save(stage.asker(queries=3), path, home.secret())
+    first.ask_many(RECORDS[:2])
+    first.close()
+    # Who let go of it does not count down what somebody else has now.
+    with pytest.raises(RunError, match="closed"):
+        first.seal(first.features(RECORDS[:1])[0])
+    second = load(path, home)
+    assert (second.left, second.number) == (1, 2)
+    # Nobody has it any more, and so nobody holds it.
+    del second
+    gc.collect()
+    load(path, home).close()
+
+
+def test_g25_two_that_share_a_sessions_file_do_not_ask_twice_as_often(stage: Staged, tmp_path: Path):
+    _asked_by_two(stage, tmp_path / "session")
+
+
+def test_g25_planted_bug_a_session_without_a_lock_is_found(
+    stage: Staged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception):
+        _asked_by_two(stage, tmp_path / "session")
 
 
 # Guarantees by name.
@@ -822,6 +857,9 @@ class Hostile:
         self.offer, self.craft, self.key = offer, craft, key
         self.server, self.address = key.public_key, "nowhere"
         self.seen: list[tuple[bytes, int]] = []
+
+    def close(self) -> None:
+        self.seen.append((b"close", 0))
 
     def post(self, path: bytes, body: bytes, most: int) -> bytes:
         self.seen.append((path, len(body)))
@@ -912,7 +950,7 @@ def _run_attack(world: World, leak: Callable[[Reply], np.ndarray[Any, Any] | Non
     unit = description.feature_scale * description.weight_scale
     features = np.zeros((len(polynomials), plan.features))
     replies = asker.ask_features(features)
-    assert hostile.seen == [(ASK, hostile.seen[0][1])] * len(polynomials)
+    assert hostile.seen == [*[(ASK, hostile.seen[0][1])] * len(polynomials), (b"close", 0)]
     told = [leak(reply) for reply in replies[:-1]]
     key = _recovered(world, lambda index: None if told[index] is None else told[index] * unit)  # type: ignore[operator]
     product = np.zeros(n, dtype=np.int64)
@@ -953,7 +991,33 @@ def test_g25_what_the_service_sees_is_the_same_whatever_the_answers_decrypt_to(w
             pass
         transcripts.append(list(hostile.seen))
     assert transcripts[0] == transcripts[1] == transcripts[2]
-    assert len(transcripts[0]) == 20
+    assert len(transcripts[0]) == 21
+    assert transcripts[0][-1] == (b"close", 0)
+
+
+def test_g25_the_connection_ends_before_anything_is_decrypted(world: World, monkeypatch: pytest.MonkeyPatch):
+    plan = _probes(world)[2]
+    asker, hostile = _victim(world, lambda _: _answer(world, np.zeros(plan.parameters.ring)))
+    honest = Asker.open
+
+    def noted(self: Asker, query: bytes, answer: bytes) -> Reply:
+        hostile.seen.append((b"decrypted", 0))
+        return honest(self, query, answer)
+
+    monkeypatch.setattr(Asker, "open", noted)
+    asker.ask_features(np.zeros((3, plan.features)))
+    assert [what for what, _ in hostile.seen] == [ASK] * 3 + [b"close"] + [b"decrypted"] * 3
+
+
+def test_g25_planted_bug_a_client_that_hangs_up_after_decrypting_is_seen(world: World, monkeypatch: pytest.MonkeyPatch):
+    def late(self: Asker, features: np.ndarray[Any, Any]) -> list[Reply]:
+        replies = [self.open(*pair) for pair in [self.exchange(self.seal(row)) for row in features]]
+        self.service.close()
+        return replies
+
+    monkeypatch.setattr(Asker, "ask_features", late)
+    with pytest.raises(AssertionError):
+        test_g25_the_connection_ends_before_anything_is_decrypted(world, monkeypatch)
 
 
 def test_g25_planted_bug_a_client_that_asks_again_after_a_bad_answer_is_seen(

@@ -153,7 +153,7 @@ def test_an_offer_that_cannot_be_is_refused_though_signed(change: dict[str, obje
     # By a client too, with one of our sentences and none of its words.
     body = json.dumps({"v": 1, "heads": [OFFER.fields() | change]}).encode()
     signed = body + b"\n" + SERVER.sign(module._HEADS + bytes(32) + body).encode()
-    with pytest.raises(SealError, match="^expected a list of heads"):
+    with pytest.raises(SealError, match=r"^expected a list of heads"):
         read_heads(signed, bytes(32), SERVER.public_key)
     with pytest.raises(ValueError, match="other fields"):
         Offer.parse(OFFER.fields() | {"weights": []})
