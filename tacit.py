@@ -2651,7 +2651,11 @@ def _infer_page(kinds: Any) -> None:
     serve.add_argument("--weight-bits", type=int, default=10, help="precision of a weight (default 10)")
     serve.add_argument("--feature-range", type=float, help="bound on the features, where the layers give none")
     serve.add_argument("--float", action="store_true", help="CKKS floating point instead of exact integers")
-    serve.add_argument("--hide-weights", action="store_true", help="answers tell the logits alone; larger and slower")
+    serve.add_argument(
+        "--hide-weights",
+        action="store_true",
+        help="answers tell what logits tell (d + 1 honest ones, or fewer chosen ones, tell the head); slower",
+    )
     serve.add_argument("--evaluators", type=int, default=1, help="processes that evaluate (default 1)")
     serve.add_argument(
         "--force-unprotected",
@@ -2662,7 +2666,10 @@ def _infer_page(kinds: Any) -> None:
     log.add_argument("--last", type=int, default=50, help="so many lines (default 50)")
     keygen = act("keygen", "make secret keys and open a session: so many queries, and an end", "client")
     _infer_at(keygen)
-    keygen.add_argument("--queries", type=int, default=0, help="how many (default: what the service allows)")
+    keygen.add_argument(
+        "--queries", type=int, default=0, help="how many (default: what the service allows, at most 10000)"
+    )
+    keygen.add_argument("--life", metavar="TIME", default="", help="how long (default: the same way, at most 24h)")
     keygen.add_argument("--out", metavar="FILE", type=Path, help="the session's file (default: HOME/infer/session)")
     query = act("query", "ask about records: an image, a table's row, an array; they stay here", "client")
     query.add_argument("records", metavar="RECORD", nargs="*", help="FILE.png, FILE.csv:ROW, FILE.npy")
@@ -2807,19 +2814,26 @@ def _infer_session(arguments: argparse.Namespace, named: Path | None) -> tuple[A
 def _infer_keygen(arguments: argparse.Namespace) -> int:
     from contextlib import closing
 
-    from clients.inference import Asker, Service, save
+    from clients.inference import Asker, Service, require_free, save
     from privacy.enrolment import Address
+    from privacy.errors import PlanError
 
     home, path = _infer_session(arguments, arguments.out)
     service = Service.of(home, Address.parse(arguments.at) if arguments.at else None)
     tasks = [home.settings.task, *arguments.task]
+    life_s = max(1, int(_seconds(arguments.life))) if arguments.life else 0
+    if arguments.queries < 0:
+        raise PlanError(f"expected a number of queries, got {arguments.queries}; give 1 or more")
+    require_free(path)
     with closing(service):
-        asker = Asker.begin(service, home.identity(), arguments.head, queries=arguments.queries, tasks=tasks)
+        asker = Asker.begin(
+            service, home.identity(), arguments.head, queries=arguments.queries, life_s=life_s, tasks=tasks
+        )
     save(asker, path, home.secret())
     offer = asker.offer
     if arguments.json:
         told = {"session": str(path), "head": offer.name, "queries": asker.left, "until": asker.until}
-        print(json.dumps(_finite(told | {"privacy": dict(offer.privacy)})))
+        print(json.dumps(_finite(told | {"approximate": asker.approximate, "privacy": dict(offer.privacy)})))
         return 0
     until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(asker.until))
     rows: dict[str, object] = {
@@ -2827,6 +2841,8 @@ def _infer_keygen(arguments: argparse.Namespace) -> int:
         "trained": str(offer.privacy.get("words", "")),
         "session": f"{asker.left} queries, until {until}; secret keys in {_short(str(path))}, sealed",
     }
+    if asker.approximate:
+        rows["warning"] = "answers are approximate: never share these numbers, they tell the key to who computed them"
     _print_rows(_console(), rows)
     return 0
 
@@ -2845,15 +2861,15 @@ def _infer_query(arguments: argparse.Namespace) -> int:
     home, path = _infer_session(arguments, arguments.session)
     if not arguments.records and not arguments.test:
         raise PlanError("expected records to ask about, got none; give files, or --test INDEX")
-    asker = load(path, home, [home.settings.task, *arguments.task])
-    offer = asker.offer
-    task = find_task(offer.task)  # One of those that `load` accepts.
-    named = [(place, read_record(place, offer.inputs, offer.prepare, task.features)) for place in arguments.records]
-    if arguments.test:
-        source = load_source(task, data=home.settings.data or None)
-        named += [(f"test {index}", public_record(source, index)) for index in arguments.test]
-    began = time.perf_counter()
-    with closing(asker.service):
+    # Nothing else uses the session until its connection was closed and its answers were decrypted, in this order.
+    with closing(load(path, home, [home.settings.task, *arguments.task])) as asker:
+        offer = asker.offer
+        task = find_task(offer.task)  # One of those that `load` accepts.
+        named = [(place, read_record(place, offer.inputs, offer.prepare, task.features)) for place in arguments.records]
+        if arguments.test:
+            source = load_source(task, data=home.settings.data or None)
+            named += [(f"test {index}", public_record(source, index)) for index in arguments.test]
+        began = time.perf_counter()
         replies = asker.ask_many(torch.cat([record for _, record in named]))
     seconds = time.perf_counter() - began
     if arguments.json:

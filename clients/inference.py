@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import fcntl
 import http.client
 import json
 import os
+import re
 import ssl
 import time
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
@@ -51,9 +54,9 @@ from privacy.asking import (
     refusal_of,
 )
 from privacy.enrolment import Address
-from privacy.errors import DataError, IdentityError, LedgerError, PlanError, RunError
+from privacy.errors import DataError, HeadError, IdentityError, LedgerError, PlanError, RunError, TacitError
 from privacy.files import write_whole
-from privacy.he import HeadDescription, QueryKey
+from privacy.he import HeadDescription, QueryKey, Scheme, Wire, stream
 from privacy.hop import REFUSAL, present, trust
 from privacy.identity import Identity, Secret
 from privacy.plan import canonical
@@ -61,6 +64,13 @@ from privacy.vault import Safe
 
 _VERSION: Final = 1
 _WAIT_S: Final = 30.0
+_LENGTH: Final = re.compile(r"[0-9]{1,10}")
+# The most that a key serves unless its owner wants more, whatever the service allows.
+MOST_QUERIES: Final = 10_000
+MOST_LIFE_S: Final = 86_400
+# No honest head comes near: 16,384 features take half a megabyte, 1,000 classes of so many 25 MB.
+_MOST_QUERY_BYTES: Final = 4 << 20
+_MOST_ANSWER_BYTES: Final = 64 << 20
 # The service stands this many ports above the gateway, unless told otherwise.
 PORT_OFFSET: Final = 2
 
@@ -113,10 +123,13 @@ class Service:
             self._link.request("POST", path.decode(), body, {"Content-Type": CONTENT.decode()})
             answer = self._link.getresponse()
             length = answer.headers.get("content-length", "")
-            # Nothing is read that was not announced, and nothing that is larger than it may be.
-            if not length.isascii() or not length.isdecimal() or int(length) > most:
+            # Nothing is read that was not announced, and nothing that is larger than it may be. A transfer encoding
+            # would stand above the announced length.
+            if "transfer-encoding" in answer.headers or not _LENGTH.fullmatch(length) or int(length) > most:
                 raise http.client.HTTPException("an answer of a size that cannot be")
-            data = answer.read()
+            data = answer.read(most + 1)
+            if len(data) != int(length):
+                raise http.client.HTTPException("an answer that ended early")
         except ssl.SSLCertVerificationError as error:
             self._link.close()
             raise IdentityError(
@@ -169,14 +182,20 @@ def backbone_of(offer: Offer, tasks: Collection[str] = ()) -> Split:
     try:
         task = find_task(offer.task)
         parts = split(task.fresh(shape, offer.seed), shape, task.features)
-    except (LookupError, ValueError) as error:
-        raise PlanError(f"expected the feature map of task {offer.task!r}, got none: {error}") from None
+    except (LookupError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        # PyTorch's word for shapes that do not fit, or do not fit in memory, is RuntimeError.
+        raise PlanError(f"expected the feature map of task {offer.task!r}, got none: {_shown(error)}") from None
     if parts.digest != offer.features:
         raise PlanError(
             f"expected the published feature map of task {offer.task!r} ({offer.features[:16]}...), got another one "
             f"here ({parts.digest[:16]}...); install the server's version of Tacit and of the task"
         )
     return parts
+
+
+def _shown(error: BaseException) -> str:
+    """Returns the first line of an error's text, cut: it may be many lines of a library's, of sizes that came in."""
+    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -227,6 +246,8 @@ class Asker:
         self.service, self.offer, self.left, self.until = service, offer, left, until
         self.number, self.session = number, session
         self.keep = keep
+        # Lets go of the session's file; see `load`.
+        self.held: weakref.finalize[..., Asker] | None = None
         self._key, self._seed = key, seed
         self._identity = Secret(seed).identity("session")
         self._head, self._plan = bytes.fromhex(offer.version), bytes.fromhex(offer.plan)
@@ -240,6 +261,7 @@ class Asker:
         head: str = "",
         *,
         queries: int = 0,
+        life_s: int = 0,
         tasks: Collection[str] = (),
         keep: Callable[[Asker], None] = lambda asker: None,
     ) -> Self:
@@ -249,7 +271,9 @@ class Asker:
             service: Where.
             identity: Of the client application, whose public key the server knows since enrolment.
             head: Name of the head; may be left out where there is one only.
-            queries: How many will be asked; the most that the service allows where it is 0.
+            queries: How many will be asked, if the service allows so many; where it is 0, what the service allows, at
+                most `MOST_QUERIES`: how long a key serves is this side's to say, as whoever evaluates gains by it.
+            life_s: For how many seconds, in the same way; where it is 0, at most `MOST_LIFE_S`.
             tasks: As for `backbone_of`.
             keep: As for `Asker`.
 
@@ -265,8 +289,8 @@ class Asker:
         offer = offers[head]
         # Before the session: what cannot be asked should cost no allowance.
         width = backbone_of(offer, tasks).weights.shape[1]
-        wanted = min(queries or offer.queries, offer.queries)
-        key, seed, session = _fresh_key(offer, width, wanted), os.urandom(32), os.urandom(SESSION_BYTES)
+        wanted, life = min(queries or MOST_QUERIES, offer.queries), min(life_s or MOST_LIFE_S, offer.session_s)
+        key, seed, session = _fresh_key(offer, width, wanted, life), os.urandom(32), os.urandom(SESSION_BYTES)
         opening = Opening(
             head=offer.version,
             plan=offer.plan,
@@ -276,7 +300,13 @@ class Asker:
             time=int(time.time()),
         ).to_bytes(identity)
         left, until = read_opened(service.post(OPEN, opening, MOST_OPENING), opening, service.server)
+        left, until = min(left, wanted), min(until, int(key.expires))
         return cls(service, offer, key, seed, session, left=left, until=until, tasks=tasks, keep=keep)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether answers decrypt to approximate numbers: who sees these can solve for the key (Li & Micciancio)."""
+        return self._key.public.plan.scheme is Scheme.FLOAT
 
     def features(self, records: Tensor) -> NDArray[np.float64]:
         """Returns the features of records: ``(n, *inputs)`` to ``(n, d)``, with the shared frozen map."""
@@ -297,7 +327,7 @@ class Asker:
         return self.ask_features(self.features(records))
 
     def ask_features(self, features: NDArray[np.float64]) -> list[Reply]:
-        """Asks about features, all queries first; then decrypts all answers.
+        """Asks about features, all queries first; then closes the connection, and then decrypts all answers.
 
         Args:
             features: Shape ``(n, d)``; finite, none larger than the head's range in absolute value.
@@ -314,7 +344,11 @@ class Asker:
                 f"expected {len(features)} queries left in a session that is still good, got {self.left}; begin "
                 "another one (tacit infer keygen)"
             )
-        answers = [self.exchange(self.seal(row)) for row in features]
+        try:
+            answers = [self.exchange(self.seal(row)) for row in features]
+        finally:
+            # Before anything is decrypted: when a connection ends, or that it ends, can be seen as well.
+            self.service.close()
         return [self.open(*pair) for pair in answers]
 
     def require_features(self, features: NDArray[np.float64]) -> None:
@@ -345,15 +379,32 @@ class Asker:
         return query, self.service.post(ASK, query, self.offer.answer_bytes + ANSWER_OVERHEAD)
 
     def open(self, query: bytes, answer: bytes) -> Reply:
-        """Checks and decrypts an answer. Whatever comes of it, nothing is sent."""
-        logits = np.asarray(
-            self._key.decrypt(read_answer(answer, query, self.offer.answer_bytes, self.service.server)),
-            dtype=np.float64,
-        ).reshape(-1)
+        """Checks and decrypts an answer. Whatever comes of it, nothing is sent.
+
+        Raises:
+            SealError: It is not signed by the server for this query.
+            HeadError: It is signed, and no answer of this head.
+        """
+        content = read_answer(answer, query, self.offer.answer_bytes, self.service.server)
+        try:
+            logits = np.asarray(self._key.decrypt(content), dtype=np.float64).reshape(-1)
+        except TacitError:
+            raise
+        except (ValueError, TypeError, RuntimeError):
+            # SEAL's own streams alone: a ciphertext of another form, such as one in its transformed domain.
+            raise HeadError(
+                "expected an answer of this head's plan, got another ciphertext; do not ask again"
+            ) from None
         label = int(logits.argmax())
         return Reply(label, self.offer.classes[label], logits)
 
     # At rest.
+
+    def close(self) -> None:
+        """Closes the connection, and lets others use the session's file where there is one."""
+        self.service.close()
+        if self.held is not None:
+            self.held()
 
     def to_bytes(self) -> bytes:
         """Returns the session with its secret keys; only a `Safe` should see this."""
@@ -373,15 +424,28 @@ class Asker:
         )
 
 
-def _fresh_key(offer: Offer, width: int, queries: int) -> QueryKey:
+def _fresh_key(offer: Offer, width: int, queries: int, life_s: int) -> QueryKey:
     """Makes the keys of a session; what the server says of its plan is checked, not believed.
 
+    Args:
+        offer: The head.
+        width: Its features, counted here.
+        queries: How many the key will encrypt.
+        life_s: For how many seconds.
+
     Raises:
-        PlanError: The plan's parameters are below 128 bits of security, or the description contradicts the offer.
+        PlanError: The plan's parameters are below 128 bits of security, its messages are larger than any honest head's,
+            it asks for SEAL's own streams where nobody needs them, or the description contradicts the offer.
+        HeadError: More queries or seconds are asked for than a key may serve, or SEAL cannot make such a key.
     """
     description = HeadDescription.from_bytes(offer.description)
     plan = description.plan
     most = offer.feature_range
+    if plan.query_bytes > _MOST_QUERY_BYTES or plan.answer_bytes > _MOST_ANSWER_BYTES:
+        raise PlanError(
+            f"expected queries of at most {_MOST_QUERY_BYTES:,} bytes and answers of at most {_MOST_ANSWER_BYTES:,}, "
+            f"got a plan with {plan.query_bytes:,} and {plan.answer_bytes:,}; tell the operator"
+        )
     described = (plan.digest, plan.query_bytes, plan.answer_bytes, description.low, description.high)
     shaped = (plan.features, plan.classes, plan.batch)
     if described != (offer.plan, offer.query_bytes, offer.answer_bytes, -most, most) or shaped != (
@@ -390,26 +454,99 @@ def _fresh_key(offer: Offer, width: int, queries: int) -> QueryKey:
         1,
     ):
         raise PlanError("expected a description that fits its offer, got another; tell the operator")
-    return QueryKey.fresh(description, queries=queries, session_s=float(offer.session_s))
+    # SEAL's parser is the largest piece of code that a server's bytes could reach.
+    if plan.wire is Wire.SEAL and stream.sound():
+        raise PlanError(
+            "expected a plan in the packed layout, which works here, got one that asks for SEAL's own streams; tell "
+            "the operator to publish the head again"
+        )
+    try:
+        return QueryKey.fresh(description, queries=queries, session_s=float(life_s))
+    except TacitError:
+        raise
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise HeadError(
+            f"expected a plan that SEAL can make keys for, got: {_shown(error)}; tell the operator"
+        ) from None
+
+
+def _hold(path: Path) -> int:
+    """Takes the lock of a session: a file beside it, as the session's own is replaced at every query.
+
+    Two processes with one session would each count down from the same number, and one key would serve more queries
+    than it may (guarantee G25).
+
+    Returns:
+        The descriptor whose closing ends the lock.
+
+    Raises:
+        RunError: Another process holds it, or it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise RunError(f"expected to lock the session {path}, got: {error.strerror}; choose another place") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RunError(
+            f"expected a session that nobody uses at {path}, got one in use; wait until that has ended, or make "
+            "another one (tacit infer keygen --out)"
+        ) from None
+    return descriptor
+
+
+def require_free(path: Path) -> None:
+    """Refuses a place whose session is in use, before another one is opened for it; raises RunError."""
+    os.close(_hold(path))
 
 
 def save(asker: Asker, path: Path, secret: Secret) -> None:
-    """Writes a session to a file that only this client's secret opens, 0600, whole or not at all.
+    """Writes a new session to a file that only this client's secret opens, 0600, whole or not at all.
 
     Raises:
-        RunError: The disk is full.
+        RunError: The disk is full, or the session that is there is in use.
     """
+    held = _hold(path)
+    try:
+        _write(asker, path, secret)
+    finally:
+        os.close(held)
+
+
+def _write(asker: Asker, path: Path, secret: Secret) -> None:
     write_whole(path, Safe(secret, "inference session").seal(path.name, asker.to_bytes()))
 
 
 def load(path: Path, home: ClientHome, tasks: Sequence[str] = ()) -> Asker:
     """Reads a session; every query is noted in the file before it is sent. One that has ended is deleted.
 
+    It is this process's alone until `Asker.close`, or until nobody has the asker any more.
+
     Raises:
-        RunError: There is none, or it has ended.
+        RunError: There is none, it has ended, or somebody else uses it.
         LedgerError: The file is not as this client wrote it.
     """
+    held = _hold(path) if path.exists() else os.open(os.devnull, os.O_RDONLY)
+    try:
+        asker = _loaded(path, home, tasks)
+    except BaseException:
+        os.close(held)
+        raise
+    asker.held = weakref.finalize(asker, os.close, held)
+    return asker
+
+
+def _loaded(path: Path, home: ClientHome, tasks: Sequence[str]) -> Asker:
     secret = home.secret()
+
+    def keep(asker: Asker) -> None:
+        if asker.held is None or not asker.held.alive:
+            raise RunError("expected a session that is in use here, got one that was closed; load it again")
+        _write(asker, path, secret)
+
     try:
         sealed = path.read_bytes()
     except OSError as error:
@@ -435,5 +572,5 @@ def load(path: Path, home: ClientHome, tasks: Sequence[str] = ()) -> Asker:
         until=fields["until"],
         number=fields["number"],
         tasks=tasks,
-        keep=lambda asker: save(asker, path, secret),
+        keep=keep,
     )

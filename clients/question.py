@@ -29,6 +29,7 @@ from clients.places import place_of
 from clients.tables import Category, Number, Schema, encode, parse_schema, read_cells
 from models.task import Features, Task
 from privacy.errors import DataError
+from privacy.plan import is_number
 
 IMAGES: Final = (".png", ".jpg", ".jpeg")
 TABLES: Final = (".csv", ".parquet")
@@ -127,12 +128,17 @@ def _image(path: Path, inputs: tuple[int, ...], prepare: Mapping[str, Any]) -> T
     # As untrusted as the rest of what a server publishes.
     if mode not in ("L", "RGB") or not isinstance(size, int) or not 1 <= size <= _MOST_PIXELS:
         raise DataError(f"expected a head for square images, got one for records of shape {inputs}")
+    constants = [prepare.get(name) for name in ("mean", "deviation")]
+    channels = 3 if mode == "RGB" else 1
+    # More of them would make as many channels of an image as the server likes.
+    if not all(
+        isinstance(numbers, list | tuple) and len(numbers) == channels and all(map(is_number, numbers))
+        for numbers in constants
+    ):
+        raise DataError("expected a mean and a deviation for each channel in the published head, got others")
     pixels = image_of(place_of(path), size, str(mode)) / 255  # (C, H, W)
-    try:
-        mean, deviation = (torch.tensor(prepare[name], dtype=torch.float32) for name in ("mean", "deviation"))
-        return ((pixels - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1)).unsqueeze(0)
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        raise DataError("expected a mean and a deviation for each channel in the published head, got others") from None
+    mean, deviation = (torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1) for numbers in constants)
+    return ((pixels - mean) / deviation).unsqueeze(0)
 
 
 def _row(path: Path, row: int, prepare: Mapping[str, Any]) -> Tensor:

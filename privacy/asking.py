@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from typing import Any, Final, Self
 from privacy.errors import DataError, IdentityError, LedgerError, RunError, SealError, TacitError
 from privacy.hop import Crossing
 from privacy.identity import Identity, verify
+from privacy.identity.authority import valid_name
 from privacy.plan import canonical
 
 HEADS: Final = b"/v1/infer/heads"
@@ -56,6 +58,15 @@ QUERY_OVERHEAD: Final = _ASKED.size + _SIGNATURE_BYTES
 ANSWER_OVERHEAD: Final = _ANSWERED.size + _SIGNATURE_BYTES
 MOST_OPENING: Final = 4096
 MOST_HEADS: Final = 4 << 20
+# An offer has no more than this; `privacy.he` has the same bound on classes.
+_MOST_CLASSES: Final = 1000
+_MOST_AXES: Final = 8
+_MOST_INPUTS: Final = 1 << 20
+_MOST_TEXT: Final = 200
+_MOST_WORDS: Final = 2000
+# A session has no more queries, and ends no later: both are printed, and one is compared with a clock.
+_MOST_QUERIES: Final = 1 << 30
+_LAST_S: Final = 1 << 40
 # A clock may differ from the server's by so much when a session is opened.
 SKEW_S: Final = 120
 _HEX16: Final = re.compile(r"[0-9a-f]{32}")
@@ -155,29 +166,51 @@ class Offer:
         """Reads it.
 
         Raises:
-            ValueError, TypeError, KeyError: It holds something else.
+            ValueError, TypeError, KeyError: It holds something else, or more than a head can have. What is made of an
+                offer later - arrays, lines on a terminal - is as large as it says, so it is bounded here.
         """
         kinds = {item.name: str(item.type) for item in dataclasses.fields(cls)}
         if set(fields) != set(kinds):
             raise ValueError("other fields")
         for name, kind in kinds.items():
             value = fields[name]
-            wanted: Any = {"str": str, "int": int, "float": (int, float), "bytes": str}.get(kind, (list, dict))
+            wanted: Any = {"str": str, "int": int, "float": (int, float), "bytes": str}.get(kind)
+            wanted = wanted or (list if kind.startswith("tuple") else dict)
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise TypeError(f"{name} of another type")
+        inputs, classes = fields["inputs"], fields["classes"]
+        if not (1 <= len(inputs) <= _MOST_AXES and 1 <= len(classes) <= _MOST_CLASSES):
+            raise ValueError("sizes out of range")
+        if not all(type(size) is int and 1 <= size <= _MOST_INPUTS for size in inputs):
+            raise ValueError("sizes out of range")
+        sizes = [fields[name] for name in ("query_bytes", "answer_bytes", "queries", "session_s")]
+        if min(sizes) < 1 or max(sizes) > 1 << 30 or math.prod(inputs) > _MOST_INPUTS:
+            raise ValueError("sizes out of range")
+        if not (0 <= fields["seed"] < 1 << 63 and 0 <= fields["round"] < 1 << 31):
+            raise ValueError("numbers out of range")
+        valid_name(fields["name"])
+        # A server's texts reach a terminal: no escape sequence does.
+        texts = (*classes, fields["task"], fields["job"])
+        if not all(isinstance(text, str) and len(text) <= _MOST_TEXT and text.isprintable() for text in texts):
+            raise ValueError("texts that cannot be shown")
+        for text in (value for value in fields["privacy"].values() if isinstance(value, str)):
+            if len(text) > _MOST_WORDS or not text.isprintable():
+                raise ValueError("words that cannot be shown")
+        if not isinstance(fields["privacy"].get("words", ""), str):
+            raise TypeError("words of another type")
         offer = cls(
             **dict(fields)
             | {
                 "description": base64.b64decode(fields["description"], validate=True),
-                "inputs": tuple(int(size) for size in fields["inputs"]),
-                "classes": tuple(str(name) for name in fields["classes"]),
+                "inputs": tuple(inputs),
+                "classes": tuple(classes),
                 "feature_range": float(fields["feature_range"]),
                 "rate": float(fields["rate"]),
             }
         )
-        sizes = (offer.query_bytes, offer.answer_bytes, offer.queries, offer.session_s, *offer.inputs)
-        if min(sizes) < 1 or max(sizes) > 1 << 30 or not 0 < offer.feature_range < 1e9:
-            raise ValueError("sizes out of range")
+        # Written so that NaN is out of range too.
+        if not (0 < offer.feature_range < 1e9 and 0 < offer.rate < 1e9):
+            raise ValueError("numbers out of range")
         if not all(_HEX32.fullmatch(text) for text in (offer.features, offer.plan, offer.model)):
             raise ValueError("digests of another form")
         return offer
@@ -210,7 +243,7 @@ def read_heads(data: bytes, nonce: bytes, server: str) -> list[Offer]:
         if fields["v"] != _VERSION:
             raise ValueError("another version")
         return [Offer.parse(one) for one in fields["heads"]]
-    except (LedgerError, ValueError, TypeError, KeyError, RecursionError):
+    except (LedgerError, IdentityError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise SealError(
             "expected a list of heads signed by the federation's server for this question, got something else"
         ) from None
@@ -265,8 +298,10 @@ class Opening:
             texts = {opening.session: _HEX16, opening.head: _HEX32, opening.plan: _HEX32, opening.key: _HEX32}
             if not all(isinstance(text, str) and form.fullmatch(text) for text, form in texts.items()):
                 raise ValueError("names of another form")
-            if type(opening.queries) is not int or type(opening.time) is not int or opening.queries < 1:
-                raise ValueError("numbers of another form")
+            if type(opening.queries) is not int or type(opening.time) is not int:
+                raise TypeError("numbers of another form")
+            if not (1 <= opening.queries <= _MOST_QUERIES and 0 <= opening.time <= _LAST_S):
+                raise ValueError("numbers out of range")
         except (LedgerError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise SealError("expected an opening signed by the client, got something else") from None
         return opening
@@ -291,6 +326,8 @@ def read_opened(data: bytes, opening: bytes, server: str) -> tuple[int, int]:
         queries, until = fields["queries"], fields["until"]
         if fields["v"] != _VERSION or type(queries) is not int or type(until) is not int:
             raise ValueError("another form")
+        if not (1 <= queries <= _MOST_QUERIES and 0 <= until <= _LAST_S):
+            raise ValueError("numbers out of range")
     except (LedgerError, ValueError, TypeError, KeyError, RecursionError):
         raise SealError("expected a session signed by the federation's server, got something else") from None
     return queries, until

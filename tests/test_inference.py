@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+<<<<<<< ours
 import concurrent.futures
+=======
+import contextlib
+>>>>>>> theirs
 import dataclasses
+import gc
+import http.client
 import json
 import os
 import random
@@ -13,7 +19,11 @@ import shutil
 import signal
 import socket
 import ssl
+<<<<<<< ours
 import struct
+=======
+import threading
+>>>>>>> theirs
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +31,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tenseal.sealapi as seal
 import torch
 
 import server.inference
 from clients.data import load_source
-from clients.inference import Asker, Reply, load, save
+from clients.inference import Asker, Reply, Service, backbone_of, load, save
 from models.catalog import TASKS
+from models.head import Split
 from privacy.asking import (
     ANSWER_OVERHEAD,
     ASK,
@@ -40,6 +52,7 @@ from privacy.asking import (
     Query,
     tell_answer,
 )
+from privacy.enrolment import Address
 from privacy.errors import (
     DataError,
     HeadError,
@@ -51,6 +64,8 @@ from privacy.errors import (
     TacitError,
     VaultError,
 )
+from privacy.he import EncryptedHead, HeadDescription, Parameters, QueryKey, Wire, plan_head, stream
+from privacy.he.plain import filled
 from privacy.hop import Refused
 from privacy.identity import Secret
 from privacy.plan import canonical
@@ -774,6 +789,46 @@ def test_only_the_federations_server_is_believed(stage: Staged):
         asker.open(query, forged)
 
 
+def _answered(head: str, body: bytes, most: int = 100) -> bytes:
+    """Returns what a client takes of an answer that a server writes as it likes, in clear."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def answer() -> None:
+            with listener.accept()[0] as link:
+                link.recv(4096)
+                # The client may hang up in the middle.
+                with contextlib.suppress(OSError):
+                    link.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + body)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        way = Service.__new__(Service)
+        way.address, way.server = Address("127.0.0.1", port), ""
+        way._link = http.client.HTTPConnection("127.0.0.1", port, timeout=10)  # type: ignore[assignment]
+        try:
+            return way.post(ASK, b"", most)
+        finally:
+            way.close()
+            thread.join(10)
+
+
+def test_an_answer_is_read_up_to_its_bound_whatever_it_announces():
+    assert _answered("content-length: 100", bytes(100)) == bytes(100)
+    chunk = f"{1 << 20:x}\r\n".encode() + bytes(1 << 20) + b"\r\n"
+    for head, body in (
+        ("content-length: 5\r\ntransfer-encoding: chunked", chunk * 4 + b"0\r\n\r\n"),
+        ("transfer-encoding: chunked", chunk + b"0\r\n\r\n"),
+        ("content-length: " + "9" * 5000, b""),
+        ("content-length: 101", bytes(101)),
+        ("content-length: 50", bytes(49)),
+        ("content-length: -1", b""),
+        ("x: y", bytes(10)),
+    ):
+        with pytest.raises(RunError, match="inference service"):
+            _answered(head, body)
+
+
 def test_a_head_of_a_task_that_nobody_here_named_is_not_imported(stage: Staged, tmp_path: Path):
     offer = dataclasses.replace(stage.world.published.offer, task="evil.module:TASK")
     with pytest.raises(PlanError, match="built-in"):
@@ -792,11 +847,11 @@ def test_a_session_at_rest_is_sealed_and_private_and_counts_before_it_sends(stag
     assert asker.ask(RECORDS[:1]).name
     # The process ends between noting a query and sending it: it is lost, and its number is not used again.
     asker.seal(asker.features(RECORDS[:1])[0])
+    asker.close()
     again = load(path, home)
     assert (again.left, again.number) == (1, 2)
     assert again.ask(RECORDS[:1]).name
-    for one in (asker, again):
-        one.service.close()
+    again.close()
     with pytest.raises(RunError, match="ended"):
         load(path, home)
     assert not path.exists()
@@ -806,6 +861,40 @@ def test_a_session_at_rest_is_sealed_and_private_and_counts_before_it_sends(stag
     path.chmod(0o644)
     with pytest.raises(LedgerError, match="0600"):
         load(path, home)
+
+
+def _asked_by_two(stage: Staged, path: Path) -> None:
+    """Two processes open one session at a time: one lock for each, as for any two descriptors."""
+    home = stage.world.clients[0]
+    save(stage.asker(queries=3), path, home.secret())
+    first = load(path, home)
+    with pytest.raises(RunError, match="in use"):
+        load(path, home)
+    with pytest.raises(RunError, match="in use"):
+        save(stage.asker(queries=3), path, home.secret())
+    first.ask_many(RECORDS[:2])
+    first.close()
+    # Who let go of it does not count down what somebody else has now.
+    with pytest.raises(RunError, match="closed"):
+        first.seal(first.features(RECORDS[:1])[0])
+    second = load(path, home)
+    assert (second.left, second.number) == (1, 2)
+    # Nobody has it any more, and so nobody holds it.
+    del second
+    gc.collect()
+    load(path, home).close()
+
+
+def test_g25_two_that_share_a_sessions_file_do_not_ask_twice_as_often(stage: Staged, tmp_path: Path):
+    _asked_by_two(stage, tmp_path / "session")
+
+
+def test_g25_planted_bug_a_session_without_a_lock_is_found(
+    stage: Staged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception):
+        _asked_by_two(stage, tmp_path / "session")
 
 
 # Guarantees by name.
@@ -897,6 +986,9 @@ class Hostile:
         self.server, self.address = key.public_key, "nowhere"
         self.seen: list[tuple[bytes, int]] = []
 
+    def close(self) -> None:
+        self.seen.append((b"close", 0))
+
     def post(self, path: bytes, body: bytes, most: int) -> bytes:
         self.seen.append((path, len(body)))
         query = Query.read(body)
@@ -986,7 +1078,7 @@ def _run_attack(world: World, leak: Callable[[Reply], np.ndarray[Any, Any] | Non
     unit = description.feature_scale * description.weight_scale
     features = np.zeros((len(polynomials), plan.features))
     replies = asker.ask_features(features)
-    assert hostile.seen == [(ASK, hostile.seen[0][1])] * len(polynomials)
+    assert hostile.seen == [*[(ASK, hostile.seen[0][1])] * len(polynomials), (b"close", 0)]
     told = [leak(reply) for reply in replies[:-1]]
     key = _recovered(world, lambda index: None if told[index] is None else told[index] * unit)  # type: ignore[operator]
     product = np.zeros(n, dtype=np.int64)
@@ -1027,7 +1119,33 @@ def test_g25_what_the_service_sees_is_the_same_whatever_the_answers_decrypt_to(w
             pass
         transcripts.append(list(hostile.seen))
     assert transcripts[0] == transcripts[1] == transcripts[2]
-    assert len(transcripts[0]) == 20
+    assert len(transcripts[0]) == 21
+    assert transcripts[0][-1] == (b"close", 0)
+
+
+def test_g25_the_connection_ends_before_anything_is_decrypted(world: World, monkeypatch: pytest.MonkeyPatch):
+    plan = _probes(world)[2]
+    asker, hostile = _victim(world, lambda _: _answer(world, np.zeros(plan.parameters.ring)))
+    honest = Asker.open
+
+    def noted(self: Asker, query: bytes, answer: bytes) -> Reply:
+        hostile.seen.append((b"decrypted", 0))
+        return honest(self, query, answer)
+
+    monkeypatch.setattr(Asker, "open", noted)
+    asker.ask_features(np.zeros((3, plan.features)))
+    assert [what for what, _ in hostile.seen] == [ASK] * 3 + [b"close"] + [b"decrypted"] * 3
+
+
+def test_g25_planted_bug_a_client_that_hangs_up_after_decrypting_is_seen(world: World, monkeypatch: pytest.MonkeyPatch):
+    def late(self: Asker, features: np.ndarray[Any, Any]) -> list[Reply]:
+        replies = [self.open(*pair) for pair in [self.exchange(self.seal(row)) for row in features]]
+        self.service.close()
+        return replies
+
+    monkeypatch.setattr(Asker, "ask_features", late)
+    with pytest.raises(AssertionError):
+        test_g25_the_connection_ends_before_anything_is_decrypted(world, monkeypatch)
 
 
 def test_g25_planted_bug_a_client_that_asks_again_after_a_bad_answer_is_seen(
@@ -1098,6 +1216,83 @@ def test_a_client_is_not_talked_into_weaker_parameters(stage: Staged, monkeypatc
     begun(offered(feature_range=honest.feature_range / 2))
     begun(offered(query_bytes=honest.query_bytes + 1))
     begun(offered(inputs=(1, 8, 7)))
+    # Where the packed layout works, nobody needs the parser of SEAL's own streams; and no honest query is so large.
+    parts = stage.world.published.split
+    begun(_planned(honest, parts, wire=Wire.SEAL))
+    small = HeadDescription.from_bytes(honest.description)
+    wide = dataclasses.replace(small.plan, parameters=Parameters.widest(32768, 1, 28), block=1)
+    assert wide.query_bytes > 4 << 20
+    huge = _with_description(honest, dataclasses.replace(small, plan=wide))
+    begun(huge)
+
+
+def _with_description(offer: Offer, description: HeadDescription) -> Offer:
+    plan = description.plan
+    return dataclasses.replace(
+        offer,
+        description=description.to_bytes(),
+        plan=plan.digest,
+        query_bytes=plan.query_bytes,
+        answer_bytes=plan.answer_bytes,
+    )
+
+
+def _planned(offer: Offer, parts: Split, **wanted: Any) -> Offer:
+    """Returns the offer of the same head under another plan."""
+    plan = plan_head(features=parts.weights.shape[1], classes=len(parts.weights), **wanted)
+    bound = offer.feature_range
+    head = EncryptedHead.load(plan, parts.weights.tolist(), parts.bias.tolist(), (-bound, bound))
+    return _with_description(offer, head.public)
+
+
+def test_how_long_a_key_serves_is_the_clients_to_say(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    generous = with_terms(world.published, queries=500_000, session_s=30 * 86400)
+    with staged(world, tmp_path, [generous]) as on:
+        identity = world.clients[0].identity()
+        asker = Asker.begin(on.way(), identity)
+        assert (asker.left, asker._key.remaining) == (10_000, 10_000)
+        assert asker._key.expires <= time.time() + 86_400
+        assert asker.until <= time.time() + 86_400
+        longer = Asker.begin(on.way(), identity, queries=20_000, life_s=2 * 86400)
+        assert (longer.left, longer._key.remaining) == (20_000, 20_000)
+        assert time.time() + 86_400 < longer.until <= time.time() + 2 * 86_400
+        # A session that is longer than was asked for is not.
+        monkeypatch.setattr("clients.inference.read_opened", lambda *_: (1 << 20, 1 << 40))
+        asker = Asker.begin(on.way(), identity, queries=5, life_s=60)
+        assert asker.left == 5
+        assert asker.until <= time.time() + 60
+
+
+def test_whatever_seal_says_of_an_answer_is_one_of_our_errors(world: World):
+    offer = _planned(world.published.offer, world.published.split, wire=Wire.SEAL)
+    description = HeadDescription.from_bytes(offer.description)
+    plan, of = description.plan, stream.context(description.plan.parameters)
+    key = seal.KeyGenerator(of).secret_key()
+    transformed = seal.Ciphertext()
+    seal.Encryptor(of, key).encrypt_symmetric(seal.Plaintext("1"), transformed)
+    seal.Evaluator(of).transform_to_ntt_inplace(transformed)
+    assert transformed.is_ntt_form()
+    slot = (plan.answer_bytes - len(description.mark)) // plan.outputs
+    answer = description.mark + filled(stream.dumps(transformed), slot) * plan.outputs
+    hostile = Hostile(offer, lambda _: answer, Secret(bytes([7] * 32)).identity("server"))
+    asker = Asker(
+        hostile,
+        offer,
+        QueryKey.fresh(description),
+        bytes(32),
+        bytes(16),
+        left=9,
+        until=1 << 40,  # type: ignore[arg-type]
+    )
+    with pytest.raises(HeadError, match="another ciphertext"):
+        asker.ask_features(np.zeros((1, plan.features)))
+
+
+def test_a_feature_map_that_pytorch_cannot_build_is_refused_with_a_sentence(stage: Staged):
+    # Its convolutions leave nothing of so small a record.
+    offer = dataclasses.replace(stage.world.published.offer, task="mnist-cnn", inputs=(1, 1, 1))
+    with pytest.raises(PlanError, match="feature map of task"):
+        backbone_of(offer)
 
 
 def test_a_deployed_run_is_published_by_its_own_server_alone(world: World, tmp_path: Path):

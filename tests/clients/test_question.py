@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clients.question as question
 from clients.data import breast_cancer_schema, load_source
 from clients.question import preparation, public_record, read_record, schema_fields
 from clients.tables import parse_schema
@@ -109,3 +110,30 @@ def test_an_image_goes_through_the_tasks_features_and_an_array_has_been(tmp_path
     for size in (0, -1, 10**9, "32", None):
         with pytest.raises(DataError, match="square images"):
             read_record(str(tmp_path / "x.png"), (243, 4, 4), made | {"size": size}, task.features)
+
+
+def test_a_head_with_other_channels_than_its_image_is_refused_before_any_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
+    monkeypatch.setattr(question, "image_of", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("an array was made"))
+    for wrong in ([0.5] * 1_000_000, [0.5] * 3, [], [[0.5] * 1000], [float("nan")], [10**400], ["x"], [True], 0.5, {}):
+        for name in ("mean", "deviation"):
+            with pytest.raises(DataError, match="each channel"):
+                read_record(str(tmp_path / "x.png"), (1, 8, 8), DIGITS | {name: wrong})
+    with pytest.raises(DataError, match="each channel"):
+        read_record(str(tmp_path / "x.png"), (1, 8, 8), {"kind": "image", "mode": "L"})
+
+
+def test_what_is_said_of_a_published_schema_makes_a_terminal_do_nothing(tmp_path: Path):
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    columns = {"\x1b[2J": {"kind": "number", "min": 0, "max": 1}, "b": {"kind": "category", "values": ["x"]}}
+    for schema in (
+        {"target": "b", "classes": ["x", "y"], "columns": columns},
+        {"target": "\x1b[2J", "classes": ["x", "y"], "columns": columns},
+        {"\x1b[2J": 1},
+    ):
+        with pytest.raises(DataError) as told:
+            read_record(f"{tmp_path}/t.csv:0", (1,), {"kind": "table", "schema": schema})
+        assert str(told.value).isprintable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 
@@ -24,7 +25,7 @@ from privacy.asking import (
     tell_heads,
     tell_opened,
 )
-from privacy.errors import SealError, TacitError
+from privacy.errors import IdentityError, SealError, TacitError
 from privacy.identity import Secret
 
 SERVER = Secret(bytes(32)).identity("server")
@@ -115,11 +116,45 @@ def test_every_field_of_an_offer_is_in_its_version():
         {"seed": True},
         {"inputs": [0]},
         {"description": "&"},
+        # What an array, a module or a clock would be made of.
+        {"classes": ["x"] * 1001},
+        {"classes": []},
+        {"classes": {"a": 1}},
+        {"inputs": [1 << 20, 2]},
+        {"inputs": [1] * 9},
+        {"inputs": []},
+        {"inputs": [True]},
+        {"inputs": [1.5]},
+        {"seed": 10**400},
+        {"round": -1},
+        {"rate": 10**400},
+        {"rate": float("inf")},
+        {"rate": float("nan")},
+        {"feature_range": float("nan")},
+        {"feature_range": 10**400},
+        # What a terminal would be made to do.
+        {"name": "\x1b[2J"},
+        {"name": "x" * 64},
+        {"classes": ["a", "\x1b]0;x\x07"]},
+        {"classes": ["a\nb"]},
+        {"classes": ["x" * 201]},
+        {"classes": [5]},
+        {"task": "\x9b2J"},
+        {"job": "\r"},
+        {"privacy": {"words": "\x1b[2J"}},
+        {"privacy": {"words": "x" * 2001}},
+        {"privacy": {"words": ["\x1b[2J"]}},
+        {"privacy": {"unit": "\x1b[2J"}},
     ],
 )
 def test_an_offer_that_cannot_be_is_refused_though_signed(change: dict[str, object]):
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError, OverflowError, IdentityError)):
         Offer.parse(OFFER.fields() | change)
+    # By a client too, with one of our sentences and none of its words.
+    body = json.dumps({"v": 1, "heads": [OFFER.fields() | change]}).encode()
+    signed = body + b"\n" + SERVER.sign(module._HEADS + bytes(32) + body).encode()
+    with pytest.raises(SealError, match=r"^expected a list of heads"):
+        read_heads(signed, bytes(32), SERVER.public_key)
     with pytest.raises(ValueError, match="other fields"):
         Offer.parse(OFFER.fields() | {"weights": []})
 
@@ -129,7 +164,14 @@ def test_an_opening_is_the_clients_own():
     assert Opening.read(data, CLIENT.public_key) == OPENING
     with pytest.raises(SealError):
         Opening.read(data, SERVER.public_key)
-    for change in ({"queries": 0}, {"queries": 2.5}, {"key": "x"}, {"session": "E" * 32}):
+    for change in (
+        {"queries": 0},
+        {"queries": 2.5},
+        {"key": "x"},
+        {"session": "E" * 32},
+        {"time": 10**400},
+        {"time": -1},
+    ):
         with pytest.raises(SealError):
             Opening.read(dataclasses.replace(OPENING, **change).to_bytes(CLIENT), CLIENT.public_key)  # type: ignore[arg-type]
 
@@ -142,6 +184,9 @@ def test_a_session_is_granted_for_one_opening():
         read_opened(told, dataclasses.replace(OPENING, queries=9).to_bytes(CLIENT), SERVER.public_key)
     with pytest.raises(SealError):
         read_opened(told, data, CLIENT.public_key)
+    for queries, until in ((0, 99), (10**400, 99), (10, 10**400), (10, -1)):
+        with pytest.raises(SealError):
+            read_opened(tell_opened(data, queries, until, SERVER), data, SERVER.public_key)
 
 
 def test_a_query_is_bound_to_all_of_its_head():
