@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-<<<<<<< ours
 import concurrent.futures
-=======
 import contextlib
->>>>>>> theirs
 import dataclasses
 import gc
 import http.client
@@ -19,11 +16,8 @@ import shutil
 import signal
 import socket
 import ssl
-<<<<<<< ours
 import struct
-=======
 import threading
->>>>>>> theirs
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
