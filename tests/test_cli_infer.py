@@ -17,6 +17,7 @@ from PIL import Image
 
 from clients.data import load_source
 from clients.home import ClientHome
+from clients.inference import Asker
 from models.catalog import TASKS
 from privacy.enrolment import Address
 from privacy.errors import TacitError
@@ -65,6 +66,7 @@ def test_keys_then_queries_then_the_log(
     assert main(["infer", "keygen", "--home", client, "--at", at, "--queries", "20", "--json"]) == 0
     facts = told(capsys)
     assert facts["queries"] == 20
+    assert facts["approximate"] is False
     assert facts["privacy"]["guarantee"] is True
     session = Path(facts["session"])
     assert session.stat().st_mode & 0o777 == 0o600
@@ -94,6 +96,8 @@ def test_keys_then_queries_then_the_log(
         (["keygen", "--head", "other"], 2, "there are: digits"),
         (["keygen", "--at", "127.0.0.1:1"], 6, "is it running"),
         (["keygen", "--at", "nonsense"], 10, "HOST:PORT"),
+        (["keygen", "--queries", "-1"], 2, "1 or more"),
+        (["keygen", "--life", "soon"], 2, "such as 30m"),
     ],
 )
 def test_what_goes_wrong_is_said_in_a_sentence(
@@ -116,6 +120,17 @@ def test_what_goes_wrong_is_said_in_a_sentence(
     assert "expected " in error
     assert error.count("\n") == 1
     assert words in error
+
+
+def test_approximate_numbers_come_with_a_warning(
+    at: str, homes: tuple[ServerHome, ClientHome], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    words = ["infer", "keygen", "--home", str(homes[1].folder), "--at", at, "--queries", "5", "--life", "5m"]
+    assert main(words) == 0
+    assert "never share these numbers" not in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(Asker, "approximate", True)
+    assert main(words) == 0
+    assert "never share these numbers" in " ".join(capsys.readouterr().out.split())
 
 
 def test_who_has_not_joined_has_nothing_to_ask_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

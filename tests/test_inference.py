@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,9 @@ def test_the_other_modes_answer_too(world: World, tmp_path: Path, change: dict[s
     )
     head = dataclasses.replace(world.published, offer=offer, loaded=loaded, terms=terms)
     with staged(world, tmp_path, [head]) as on:
-        replies = on.asker().ask_many(RECORDS[:20])
+        asker = on.asker()
+        assert asker.approximate is ("scheme" in change)
+        replies = asker.ask_many(RECORDS[:20])
     features = parts(RECORDS[:20])
     floats = features @ parts.weights.T + parts.bias
     error = np.abs(np.stack([reply.logits for reply in replies]) - floats).max()
@@ -1270,23 +1273,28 @@ def test_whatever_seal_says_of_an_answer_is_one_of_our_errors(world: World):
     answer = description.mark + filled(stream.dumps(transformed), slot) * plan.outputs
     hostile = Hostile(offer, lambda _: answer, Secret(bytes([7] * 32)).identity("server"))
     asker = Asker(
-        hostile,
+        hostile,  # type: ignore[arg-type]
         offer,
         QueryKey.fresh(description),
         bytes(32),
         bytes(16),
         left=9,
-        until=1 << 40,  # type: ignore[arg-type]
+        until=1 << 40,
     )
     with pytest.raises(HeadError, match="another ciphertext"):
         asker.ask_features(np.zeros((1, plan.features)))
 
 
-def test_a_feature_map_that_pytorch_cannot_build_is_refused_with_a_sentence(stage: Staged):
-    # Its convolutions leave nothing of so small a record.
-    offer = dataclasses.replace(stage.world.published.offer, task="mnist-cnn", inputs=(1, 1, 1))
+def test_a_feature_map_that_pytorch_cannot_build_is_refused_with_a_sentence(
+    stage: Staged, monkeypatch: pytest.MonkeyPatch
+):
+    def fresh(shape: object, seed: int) -> torch.nn.Module:
+        torch.zeros(1, 2) @ torch.zeros(3, 1)  # PyTorch's own RuntimeError for layers that do not fit a shape
+        raise AssertionError
+
+    monkeypatch.setattr("clients.inference.find_task", lambda _: SimpleNamespace(fresh=fresh, features=None))
     with pytest.raises(PlanError, match="feature map of task"):
-        backbone_of(offer)
+        backbone_of(stage.world.published.offer)
 
 
 def test_a_deployed_run_is_published_by_its_own_server_alone(world: World, tmp_path: Path):
