@@ -167,6 +167,11 @@ def publish(
     )
     if len(offer.classes) != shape.classes:
         raise PlanError(f"expected a name for each of {shape.classes} classes, got {len(offer.classes)}")
+    try:
+        # One that clients refuse would cost them the whole list.
+        Offer.parse(offer.fields())
+    except (ValueError, TypeError, KeyError) as error:
+        raise PlanError(f"expected a head that clients can read, got one that they refuse: {error}") from None
     return Published(offer, loaded, terms, parts)
 
 
